@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from timm_ghn import GHN, GHNConfig
+
+TINY = {
+    'graphormer': GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, layers=2, heads=4, name='tiny-ghn3'),
+    'gated': GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, gnn='gated', window='corner', name='tiny-ghn2'),
+}
+
+
+@pytest.fixture(scope='session')
+def golden() -> Path:
+    """Checkpoints in the published formats, and what the reference predicted from them."""
+    place = Path(os.environ.get('TIMM_GHN_GOLDEN') or Path(__file__).parents[2] / 'shared' / 'golden')
+    if not (place / 'README.md').exists():
+        pytest.skip('no golden data: set TIMM_GHN_GOLDEN to its folder')
+    return place
+
+
+@pytest.fixture(scope='session', params=sorted(TINY))
+def ghn(request: pytest.FixtureRequest) -> GHN:
+    """A small GHN of each kind with random weights."""
+    return make_ghn(TINY[request.param])
+
+
+def make_ghn(config: GHNConfig) -> GHN:
+    """A GHN with random weights that leaves the global generator alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GHN(config).eval()
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers, those that are not saved included."""
+    return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}

@@ -1,0 +1,213 @@
+"""Containers: what joblib and torch write is read back exactly, and damage of any kind is an error of ours."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from official import WRITERS, official_state, options
+
+from timm_ghn.errors import CheckpointError, GHNError, GHNNotFoundError, UnsafeCheckpointError
+from timm_ghn.hub import load_ghn
+from timm_ghn.hub.checkpoints import open_checkpoint
+from timm_ghn.hub.records import TensorRecord
+from timm_ghn.nn.storage import save_ghn
+
+
+def read(path: Path) -> Any:
+    """What a checkpoint holds, with tensors for their records."""
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, TensorRecord):
+            return value.read()
+        return {key: tensors(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    with open_checkpoint(path) as loaded:
+        return tensors(loaded)
+
+
+def expect_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert found[key].shape == value.shape, key
+        assert torch.equal(found[key], value), key
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    return collections.OrderedDict(
+        plain=x,
+        scalar=torch.tensor(3.5),
+        empty=torch.zeros(0, 3),
+        transposed=x.t(),
+        slice=x[1:, 2:5],
+        same=x,
+        parameter=torch.nn.Parameter(torch.randn(3)),
+        double=x.double(),
+        half=x.half(),
+        bfloat=x.bfloat16(),
+        long=torch.arange(5),
+        flags=torch.tensor([True, False]),
+    )
+
+
+@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
+def test_tensors_of_every_kind_come_back_exactly(tmp_path, writer, tensors):
+    found = read(writer(tensors, tmp_path / 'file.pt'))
+    assert isinstance(found, dict)
+    expect_equal(found, {key: value.detach() for key, value in tensors.items()})
+
+
+@pytest.mark.parametrize('compress', [('zlib', 3), ('gzip', 3), ('bz2', 3), ('lzma', 3), ('xz', 3)], ids=lambda c: c[0])
+def test_compressed_joblib_dumps_are_read(tmp_path, tensors, compress):
+    joblib.dump(tensors, tmp_path / 'file.pt', compress=compress)
+    expect_equal(read(tmp_path / 'file.pt'), {key: value.detach() for key, value in tensors.items()})
+
+
+def test_joblib_dumps_of_arrays_are_read(tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    arrays = {'rows': x, 'columns': np.asfortranarray(x), 'double': x.astype(float), 'int': np.arange(4)}
+    joblib.dump(arrays, tmp_path / 'file.pt')
+    expect_equal(read(tmp_path / 'file.pt'), {key: torch.from_numpy(value) for key, value in arrays.items()})
+
+
+@pytest.mark.parametrize('array', [np.array([{}]), np.array(['a']), np.array([1j]), np.zeros(2, '>f4')])
+def test_arrays_of_other_types_are_refused(tmp_path, array):
+    joblib.dump({'a': array}, tmp_path / 'file.pt')
+    with pytest.raises(CheckpointError):
+        read(tmp_path / 'file.pt')
+
+
+def test_what_a_trainer_adds_does_not_get_in_the_way(tmp_path, small_ghn):
+    optimizer = torch.optim.AdamW(small_ghn.parameters())
+    small_ghn.embed.weight.sum().backward()
+    optimizer.step()
+    saved = {
+        'state_dict': official_state(small_ghn),
+        'optimizer': optimizer.state_dict(),
+        'epoch': 7,
+        'step': 100,
+        'args': argparse.Namespace(lr=4e-4, device='cuda', hid=8, betas=(0.9, 0.99), device_object=torch.device('cpu')),
+        'config': options(small_ghn) | {'layers': 2, 'heads': 2, 'is_ghn2': False},
+    }
+    torch.save(saved, tmp_path / 'checkpoint.pt')
+    ghn = load_ghn(tmp_path / 'checkpoint.pt')
+    expect_equal(ghn.state_dict(), small_ghn.state_dict())
+
+
+def test_a_member_that_is_compressed_is_refused(tmp_path):
+    torch.save({'a': torch.zeros(1000)}, tmp_path / 'plain.pt')
+    with zipfile.ZipFile(tmp_path / 'plain.pt') as source, zipfile.ZipFile(tmp_path / 'bomb.pt', 'w') as target:
+        for info in source.infolist():
+            target.writestr(info.filename, source.read(info), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match='compressed member'):
+        read(tmp_path / 'bomb.pt')
+
+
+@pytest.mark.parametrize('compress', [('zlib', 9), ('gzip', 9)], ids=lambda c: c[0])
+def test_data_that_expands_too_much_is_refused(tmp_path, compress):
+    joblib.dump({'a': torch.zeros(1_000_000)}, tmp_path / 'bomb.pt', compress=compress)
+    with pytest.raises(CheckpointError, match='expands to more than'):
+        read(tmp_path / 'bomb.pt')
+
+
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'\x00', b'hello world', b'<!DOCTYPE html><html>', b'PK\x03\x04', b'\x80\x04', b'\x1f\x8b\x08', b'\x78\x9c', b'.'],
+)
+def test_what_is_no_checkpoint_is_an_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / 'file.pt'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'file\.pt'):
+        load_ghn(path)
+
+
+def test_other_zip_archives_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'file.pt', 'w') as archive:
+        archive.writestr('readme.txt', 'hello')
+    with pytest.raises(CheckpointError, match=r'no data\.pkl'):
+        load_ghn(tmp_path / 'file.pt')
+
+
+def test_a_script_module_is_refused_by_name(tmp_path):
+    data = b'\x80\x02c__torch__\nNet\n)R.'
+    with zipfile.ZipFile(tmp_path / 'file.pt', 'w') as archive:
+        archive.writestr('net/data.pkl', data)
+    with pytest.raises(UnsafeCheckpointError, match=r'__torch__\.Net'):
+        load_ghn(tmp_path / 'file.pt')
+
+
+def test_a_missing_file_is_not_found(tmp_path):
+    with pytest.raises(GHNNotFoundError, match=r'no such file'):
+        load_ghn(tmp_path / 'file.pt')
+
+
+def write_ours(obj: Any, path: Path) -> Path:
+    save_ghn(obj, path)
+    return path / 'model.safetensors'
+
+
+@pytest.fixture(params=[*WRITERS, 'zlib', 'ours', 'config'])
+def sound(request: pytest.FixtureRequest, tmp_path: Path, small_ghn) -> tuple[Path, Path]:
+    """A sound GHN: what to load, and the file to damage."""
+    if request.param in ('ours', 'config'):
+        weights = write_ours(small_ghn, tmp_path / 'ghn')
+        return weights.parent, weights if request.param == 'ours' else weights.with_name('config.json')
+    path = tmp_path / 'ghn.pt'
+    state = official_state(small_ghn)
+    if request.param == 'zlib':
+        joblib.dump(state, path, compress=('zlib', 1))
+    else:
+        WRITERS[request.param](state, path)
+    return path, path
+
+
+def expect_ghn_or_error(path: Path) -> bool:
+    """Whether it loads; any exception that is not ours goes on to the test."""
+    try:
+        load_ghn(path)
+    except GHNError:
+        return False
+    return True
+
+
+def test_every_truncation_is_an_error(sound):
+    path, file = sound
+    data = file.read_bytes()
+    assert expect_ghn_or_error(path)
+    rng = random.Random(0)
+    lengths = {0, 1, 2, 7, 8, len(data) - 1, len(data) // 2, *(rng.randrange(len(data)) for _ in range(80))}
+    loaded = []
+    for length in sorted(lengths):
+        file.write_bytes(data[:length])
+        if expect_ghn_or_error(path):
+            loaded.append(len(data) - length)
+    # JSON without its last line break, a stream without its checksum: whatever loads has lost no data.
+    assert all(missing <= 4 for missing in loaded)
+
+
+def test_flipped_bytes_end_in_an_error_of_ours_or_in_a_ghn(sound):
+    path, file = sound
+    data = file.read_bytes()
+    rng = random.Random(1)
+    failed = 0
+    for trial in range(150):
+        damaged = bytearray(data)
+        # Half of the trials hit the beginning, where a file says what it is.
+        reach = len(data) if trial % 2 else min(len(data), 600)
+        for _ in range(rng.choice((1, 1, 4))):
+            damaged[rng.randrange(reach)] = rng.randrange(256)
+        file.write_bytes(damaged)
+        failed += not expect_ghn_or_error(path)
+    assert failed

@@ -1,0 +1,74 @@
+"""A configuration is checked where it is made, and a file of it survives the way to disk and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from timm_ghn.errors import ConfigError
+from timm_ghn.nn import GHNConfig
+from timm_ghn.nn.config import FORMAT_VERSION
+
+CONFIG = GHNConfig(hid=64, max_shape=(64, 64, 16, 16), num_classes=1000, layers=3, name='tiny')
+
+
+def test_json_round_trip_gives_an_equal_configuration():
+    assert GHNConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+
+
+def test_absent_keys_take_their_defaults():
+    record = {'hid': 8, 'max_shape': [8, 8, 11, 11], 'num_classes': 10}
+    assert GHNConfig.from_dict(record) == GHNConfig(hid=8, max_shape=(8, 8, 11, 11), num_classes=10)
+
+
+def test_a_newer_version_is_refused_with_the_way_out_whatever_else_it_holds():
+    record = {**CONFIG.to_dict(), 'format_version': FORMAT_VERSION + 1, 'rotary': True}
+    with pytest.raises(ConfigError, match=r'upgrade.*timm-ghn'):
+        GHNConfig.from_dict(record)
+    with pytest.raises(ConfigError, match='upgrade'):
+        dataclasses.replace(CONFIG, format_version=FORMAT_VERSION + 1)
+
+
+def test_unknown_and_absent_keys_are_named():
+    with pytest.raises(ConfigError, match='hidden, width'):
+        GHNConfig.from_dict({**CONFIG.to_dict(), 'width': 1, 'hidden': 2})
+    with pytest.raises(ConfigError, match='max_shape, num_classes'):
+        GHNConfig.from_dict({'hid': 8})
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('hid', 0),
+        ('hid', 66),
+        ('hid', 64.0),
+        ('max_shape', (64, 64, 16)),
+        ('max_shape', [64, 64, 16, 16]),
+        ('max_shape', (64, 64, 16, 11)),
+        ('max_shape', (64, 0, 16, 16)),
+        ('num_classes', True),
+        ('gnn', 'transformer'),
+        ('layers', -1),
+        ('heads', 7),
+        ('virtual_edges', 0),
+        ('virtual_edges', 255),
+        ('layernorm', 1),
+        ('decoder', 'fc'),
+        ('window', 'centre'),
+        ('mean', (0.5, 0.5)),
+        ('mean', (0.5, 0.5, float('nan'))),
+        ('std', (0.5, 0.5, 0.0)),
+        ('format_version', 0),
+        ('format_version', '1'),
+    ],
+)
+def test_a_bad_value_is_refused_and_its_field_named(field: str, value: object):
+    with pytest.raises(ConfigError, match=field):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_the_baseline_decoder_needs_square_channels():
+    with pytest.raises(ConfigError, match='square max_shape'):
+        dataclasses.replace(CONFIG, decoder='mlp', max_shape=(64, 32, 16, 16))

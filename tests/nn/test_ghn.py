@@ -1,0 +1,219 @@
+"""A GHN as a whole: its names and sizes, its symmetries, its gradients, its dtypes and devices."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+
+import literal
+import pytest
+import torch
+from variants import GHN3, VARIANTS
+
+from timm_ghn.nn import GHN, DecodeKind, DecodeRequest, GHNConfig
+
+REQUESTS = (
+    DecodeRequest(DecodeKind.TENSOR, 2, (24, 20, 3, 3)),
+    DecodeRequest(DecodeKind.TENSOR, 0, (9, 17, 1, 1)),
+    DecodeRequest(DecodeKind.TENSOR, 1, (4, 3, 1, 1)),
+    DecodeRequest(DecodeKind.TENSOR, 2, (4, 3, 13, 13)),
+    DecodeRequest(DecodeKind.WEIGHT_1D, 3, (8, 1, 1, 1)),
+    DecodeRequest(DecodeKind.BIAS_1D, 3, (8, 1, 1, 1)),
+    DecodeRequest(DecodeKind.HEAD_WEIGHT, 4, (10, 18, 1, 1)),
+    DecodeRequest(DecodeKind.HEAD_BIAS, 5, (10, 1, 1, 1)),
+)
+
+
+def published(hid: int, layers: int, heads: int, size: int = 16, classes: int = 1000) -> GHNConfig:
+    return GHNConfig(hid=hid, max_shape=(hid, hid, size, size), num_classes=classes, layers=layers, heads=heads)
+
+
+@pytest.mark.parametrize(
+    ('config', 'count'),
+    [
+        (published(64, 3, 8), 6_906_632),
+        (published(128, 5, 16), 35_810_368),
+        (published(256, 12, 16), 214_668_960),
+        (published(384, 24, 16), 654_365_184),
+        (published(64, 3, 8, 11, 10), 4_531_500),
+        (GHNConfig(hid=32, max_shape=(64, 64, 16, 16), num_classes=1000, gnn='gated', window='corner'), 2_319_720),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(config, count):
+    with torch.device('meta'):
+        ghn = GHN(config)
+    assert sum(parameter.numel() for parameter in ghn.parameters()) == count
+    assert not list(ghn.buffers())
+
+
+def test_names_are_those_of_the_first_releases():
+    gated = {name for name, _ in GHN(VARIANTS['ghn2']).named_parameters()}
+    assert gated >= {'gnn.mlp.fc.0.weight', 'gnn.mlp_ve.fc.2.bias', 'gnn.gru.weight_ih', 'gnn.gru.bias_hh', 'ln.weight'}
+    first = {name for name, _ in GHN(VARIANTS['ghn1']).named_parameters()}
+    assert not any(name.startswith(('ln.', 'gnn.mlp_ve')) for name in first)
+    baseline = dict(GHN(VARIANTS['mlp']).named_parameters())
+    assert baseline['gnn.fc.0.weight'].shape == (16, 16)
+    assert baseline['decoder.mlp.fc.2.weight'].shape == (6 * 6 * 11 * 11, 32)
+    assert baseline['decoder.class_layer_predictor.1.weight'].shape == (7 * 6, 32)
+
+
+def test_official_files_fit(golden):
+    joblib = pytest.importorskip('joblib')
+    state = joblib.load(golden / 'checkpoints' / 'ghn3tm8.pt')
+    top = ('centrality_embed_in', 'centrality_embed_out', 'input_dist_embed')
+    state = {f'gnn.0.{name}' if name.startswith(top) else name: tensor for name, tensor in state.items()}
+    with torch.device('meta'):
+        ghn = GHN(published(64, 3, 8))
+    ghn.load_state_dict(state, assign=True)
+    assert {name: tensor.shape for name, tensor in ghn.state_dict().items()} == {n: t.shape for n, t in state.items()}
+
+
+def test_a_fresh_ghn3_starts_small_and_the_others_as_pytorch_does():
+    torch.manual_seed(0)
+    ghn = GHN(published(64, 1, 8, 11, 10))
+    for layer in (ghn.decoder.last, ghn.decoder.class_predictor, ghn.decoder_1d.last):
+        assert not layer.bias.any()
+        bound = layer.in_features**-0.5 / 5
+        assert 0.9 * bound < layer.weight.abs().max().item() <= bound
+    assert ghn.embed.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert ghn.shape_enc.embed_channel.weight.std().item() == pytest.approx(16**-0.5, rel=0.1)
+    assert ghn.gnn[0].attn.edge_embed.embed.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    gated = GHN(dataclasses.replace(ghn.config, gnn='gated', window='corner'))
+    assert gated.decoder.last.bias.any()
+    assert gated.shape_enc.embed_channel.weight.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_embeddings_equal_the_literal_formulas(config, make_ghn, make_graph):
+    ghn, graph = make_ghn(config), make_graph(16)
+    expected = literal.encode(dict(ghn.named_parameters()), config, graph)
+    assert torch.allclose(ghn.encode(graph), expected, rtol=0, atol=1e-9)
+
+
+def test_a_cycle_is_visited_in_the_order_of_the_nodes(config, make_ghn, make_graph):
+    """A published rule closes cycles in a few graphs; an edge from a later node carries the state before the pass."""
+    ghn, graph, other = make_ghn(config), make_graph(12), make_graph(9)
+    back = torch.tensor([(7, 2), (11, 5)])
+    graph = dataclasses.replace(graph, edges_E2=torch.cat((graph.edges_E2, back)))
+    assert not graph.is_acyclic
+    weights = dict(ghn.named_parameters())
+    expected = torch.cat([literal.encode(weights, config, graph), literal.encode(weights, config, other)])
+    assert torch.allclose(ghn.encode([graph, other]), expected, rtol=0, atol=1e-9)
+
+
+def test_a_batch_of_unequal_graphs_equals_single_graphs(config, make_ghn, make_graph):
+    ghn, graphs = make_ghn(config), [make_graph(size) for size in (7, 1, 24, 9)]
+    single = torch.cat([ghn.encode(graph) for graph in graphs])
+    assert torch.allclose(ghn.encode(graphs), single, rtol=0, atol=1e-12)
+
+
+def test_renumbering_the_nodes_renumbers_the_embeddings(config, make_ghn, make_graph):
+    ghn, graph = make_ghn(config), make_graph(24)
+    order = random.Random(0).sample(range(24), 24)
+    assert torch.allclose(ghn.encode(graph.permute(order)), ghn.encode(graph)[order], rtol=0, atol=1e-12)
+
+
+def test_gradients_equal_those_of_the_literal_formulas(config, make_ghn, make_graph):
+    ghn, graph = make_ghn(config), make_graph(6)
+    weights = dict(ghn.named_parameters())
+    generator = torch.Generator().manual_seed(5)
+
+    def gradients(decoded: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        generator.manual_seed(5)
+        factors = (torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator) for tensor in decoded)
+        loss = sum((tensor * factor).sum() for tensor, factor in zip(decoded, factors, strict=True))
+        return torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+
+    ours = gradients(ghn(graph, REQUESTS))
+    z = literal.encode(weights, config, graph)
+    expected = gradients([literal.decode(weights, config, z[request.node], request) for request in REQUESTS])
+    for name, a, b in zip(weights, ours, expected, strict=True):
+        a, b = (torch.zeros(()) if gradient is None else gradient for gradient in (a, b))
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9), name
+        assert a.any(), f'no gradient reaches {name}'
+
+
+def test_without_gradients_nothing_is_recorded(make_ghn, make_graph):
+    ghn = make_ghn(GHN3)
+    with torch.no_grad():
+        assert not any(tensor.requires_grad for tensor in ghn(make_graph(6), REQUESTS))
+    assert all(tensor.requires_grad for tensor in ghn(make_graph(6), REQUESTS))
+
+
+def test_decoding_leaves_no_mode_behind_between_results(make_ghn, make_graph):
+    ghn = make_ghn(GHN3)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        results = ghn.decode(ghn.encode(make_graph(6)), REQUESTS)
+        next(results)
+        assert torch.is_autocast_enabled('cpu')
+        results.close()
+    assert not torch.is_autocast_enabled('cpu')
+
+
+def test_autocast_changes_nothing(config, make_graph):
+    torch.manual_seed(0)
+    ghn, graph = GHN(config), make_graph(6)
+    expected = ghn(graph, REQUESTS)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cast = ghn(graph, REQUESTS)
+    assert all(torch.equal(a, b) for a, b in zip(cast, expected, strict=True))
+
+
+def test_narrow_weights_compute_in_single_precision(config, make_graph):
+    torch.manual_seed(0)
+    narrow, graph = GHN(config).bfloat16(), make_graph(6)
+    wide = GHN(config)
+    wide.load_state_dict(narrow.state_dict())
+    for a, b in zip(narrow(graph, REQUESTS), wide(graph, REQUESTS), strict=True):
+        assert a.dtype is torch.float32
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_ghn_built_on_the_meta_device_works_once_weights_are_assigned(config, make_graph):
+    ghn, graph = GHN(config), make_graph(6)
+    state = torch.get_rng_state()
+    with torch.device('meta'):
+        empty = GHN(config)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    empty.load_state_dict(ghn.state_dict(), assign=True)
+    assert not any(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(empty(graph, REQUESTS), ghn(graph, REQUESTS), strict=True))
+
+
+def test_the_seed_decides_the_weights(config):
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(GHN(config).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]['embed.weight'], states[2]['embed.weight'])
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_what_the_cpu_gives(config, make_ghn, make_graph):
+    ghn, graphs = make_ghn(config), [make_graph(6), make_graph(24)]
+    expected = [tensor.detach() for tensor in ghn(graphs, REQUESTS)]
+    decoded = ghn.cuda()(graphs, REQUESTS)
+    for a, b in zip(decoded, expected, strict=True):
+        assert a.is_cuda
+        assert torch.allclose(a.cpu(), b, rtol=0, atol=1e-9)
+
+
+def test_saving_and_reading_through_the_hub_mixin_keeps_weights_and_configuration(config, tmp_path):
+    ghn = GHN(config)
+    ghn.save_pretrained(tmp_path)
+    found = GHN.from_pretrained(tmp_path)
+    assert found.config == config
+    assert found.origin is not None
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in ghn.state_dict().items())
+    assert GHN.from_pretrained(tmp_path, dtype=torch.float64).embed.weight.dtype is torch.float64
+    with pytest.raises(TypeError, match='depth'):
+        GHN.from_pretrained(tmp_path, depth=3)
+
+
+def test_a_copy_computes_the_same(config, make_graph):
+    ghn, graph = GHN(config), make_graph(6)
+    twin = copy.deepcopy(ghn)
+    assert twin.config == config
+    assert all(torch.equal(a, b) for a, b in zip(twin(graph, REQUESTS), ghn(graph, REQUESTS), strict=True))

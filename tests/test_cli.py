@@ -1,0 +1,287 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import timm_ghn
+from timm_ghn import cli
+from timm_ghn.errors import GHNNotFoundError
+from timm_ghn.hub import load
+from timm_ghn.hub.catalogue import known_ghns
+from timm_ghn.hub.default import EMBEDDED
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _embedded_is_the_default(monkeypatch):
+    monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(line: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(shlex.split(line))
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def test_list_names_every_ghn_of_the_catalogue(run):
+    code, out, err = run('list')
+    assert (code, err) == (0, '')
+    assert [line.split()[0] for line in out.splitlines()[2:]] == list(known_ghns())
+
+
+def test_list_as_json_is_the_catalogue(run):
+    code, out, _ = run('list --json')
+    assert code == 0
+    assert {name: entry['config']['hid'] for name, entry in json.loads(out).items()} == {
+        name: entry.config.hid for name, entry in known_ghns().items()
+    }
+
+
+def test_predict_writes_what_plain_timm_reads(run, tmp_path):
+    code, out, err = run('predict test_resnet --num-classes 10 --seed 3 -o out.safetensors')
+    assert (code, err) == (0, '')
+    torch.manual_seed(3)
+    expected = timm.create_model('test_resnet', num_classes=10)
+    timm_ghn.ghn_init(expected, EMBEDDED, seed=3)
+    read = timm.create_model('test_resnet', num_classes=10, checkpoint_path='out.safetensors')
+    for (name, tensor), other in zip(expected.state_dict().items(), read.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    assert "timm.create_model('test_resnet', num_classes=10, checkpoint_path='out.safetensors')" in out
+    assert os.listdir(tmp_path) == ['out.safetensors']
+
+
+def test_the_header_says_where_the_weights_come_from(run):
+    run('predict test_resnet --in-chans 1 --img-size 64 --head keep -o out.safetensors')
+    with safe_open('out.safetensors', framework='pt') as file:
+        header = file.metadata()
+    provenance = json.loads(header['provenance'])
+    assert header['architecture'] == 'test_resnet'
+    assert header['in_chans'] == '1'
+    assert provenance['ghn'] == EMBEDDED
+    assert provenance['input_size'] == [1, 64, 64]
+    assert provenance['head'] == 'keep'
+    assert len(provenance['origin']['sha256']) == 64
+
+
+def test_predict_is_repeatable_and_replaces_the_file(run, tmp_path):
+    path = tmp_path / 'out.safetensors'
+    run('predict test_vit -o out.safetensors')
+    first = path.read_bytes()
+    assert run('predict test_vit -o out.safetensors')[0] == 0
+    assert path.read_bytes() == first
+    run('predict test_vit --seed 1 -o out.safetensors')
+    assert path.read_bytes() != first
+
+
+def test_predict_as_json_repeats_the_provenance(run):
+    code, out, _ = run('predict test_resnet --num-classes 7 -o out.safetensors --json')
+    answer = json.loads(out)
+    assert code == 0
+    assert (answer['architecture'], answer['num_classes'], answer['file']) == ('test_resnet', 7, 'out.safetensors')
+    assert answer['provenance']['predicted_tensors'] < answer['provenance']['tensors']
+
+
+def test_a_model_of_fixed_size_is_built_for_the_size_that_is_asked_for(run):
+    code, out, _ = run('predict test_vit --img-size 192 -o out.safetensors')
+    assert code == 0
+    assert "timm.create_model('test_vit', img_size=192, checkpoint_path='out.safetensors')" in out
+    expected = timm.create_model('test_vit', img_size=192).pos_embed.shape
+    assert load_file('out.safetensors')['pos_embed'].shape == expected
+
+
+def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch):
+    path = tmp_path / 'out.safetensors'
+    path.write_text('old')
+
+    def fail(tensors, part, metadata):
+        part.write_text('half')
+        raise OSError('no space left on device')
+
+    monkeypatch.setattr('safetensors.torch.save_file', fail)
+    code, _, err = run('predict test_resnet -o out.safetensors')
+    assert (code, err) == (2, 'timm-ghn: error: no space left on device\n')
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['out.safetensors']
+
+
+@pytest.mark.parametrize('model', ['test_resnet', 'test_vit', 'test_convnext'])
+def test_inspect_shows_each_parameter_once(run, model):
+    code, out, err = run(f'inspect {model}')
+    assert (code, err) == (0, '')
+    table, totals = (part.splitlines()[2:] for part in out.split('\n\n'))
+    parameters = dict(timm.create_model(model).named_parameters())
+    assert [line.split()[0] for line in table] == list(parameters)
+    tensors, elements = totals[-1].replace(',', '').split()[-2:]
+    assert (int(tensors), int(elements)) == (len(parameters), sum(p.numel() for p in parameters.values()))
+    counts = [int(line.replace(',', '').split()[-2]) for line in totals[:-1]]
+    assert sum(counts) == len(parameters)
+
+
+def test_inspect_says_why_a_parameter_is_kept(run):
+    _, out, _ = run('inspect test_resnet --num-classes 10 --json')
+    rows = {row['name']: row for row in json.loads(out)['rows']}
+    assert rows['conv1.weight' if 'conv1.weight' in rows else next(iter(rows))]['reason'] is None
+    assert 'classes' in rows['fc.weight']['reason']
+    _, out, _ = run('inspect test_resnet --num-classes 10 --head predict --json')
+    assert {row['name']: row for row in json.loads(out)['rows']}['fc.weight']['reason'] is None
+
+
+ERRORS = {
+    'no command': '',
+    'unknown command': 'predicted',
+    'unknown model': 'inspect resnet51',
+    'unknown model, no similar one': 'inspect qqqqqqqq',
+    'unknown tag of a model': 'inspect resnet50.nobody',
+    'tag that names a GHN': f'inspect resnet50.{EMBEDDED}',
+    'model of another library': 'inspect hf-hub:somebody/model',
+    'unknown GHN': 'inspect test_resnet --ghn ghn3_tm9',
+    'no such GHN file': 'inspect test_resnet --ghn ./nothing.pt',
+    'damaged GHN file': 'inspect test_resnet --ghn damaged.pt',
+    'option that the model refuses': 'inspect test_vit --img-size 7',
+    'not a number': 'inspect test_resnet --num-classes ten',
+    'negative': 'inspect test_resnet --num-classes -1',
+    'zero channels': 'inspect test_resnet --in-chans 0',
+    'unknown head': 'inspect test_resnet --head maybe',
+    'no output': 'predict test_resnet',
+    'other kind of file': 'predict test_resnet -o out.pt',
+    'no such folder': 'predict test_resnet -o nothing/out.safetensors',
+    'folder': 'predict test_resnet -o folder.safetensors',
+    'GHN without published norms': f'verify {EMBEDDED}',
+    'unknown GHN to verify': 'verify ghn4',
+    'network without a published norm': 'verify ghn2 --arch resnet51',
+}
+
+
+@pytest.mark.parametrize('line', ERRORS.values(), ids=ERRORS.keys())
+def test_an_error_is_one_line_and_exit_code_2(run, tmp_path, line):
+    (tmp_path / 'damaged.pt').write_bytes(b'\x80\x04nonsense')
+    (tmp_path / 'folder.safetensors').mkdir()
+    before = sorted(os.listdir(tmp_path))
+    code, out, err = run(line)
+    assert code == 2
+    assert out == ''
+    assert err.startswith('timm-ghn: error: ')
+    assert err.count('\n') == 1
+    assert len(err) > len('timm-ghn: error: \n')
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_unknown_model_is_answered_with_similar_names(run):
+    assert "'resnet51'; did you mean resnet50" in run('inspect resnet51')[2]
+
+
+@pytest.mark.filterwarnings('default')
+def test_a_warning_is_one_line_too(run, monkeypatch):
+    def unreachable(*_, **__):
+        raise GHNNotFoundError('the Hub cannot be reached')
+
+    monkeypatch.setattr(load, 'fetch', unreachable)
+    monkeypatch.delenv('TIMM_GHN_DEFAULT')
+    code, out, err = run('inspect test_resnet')
+    assert code == 0
+    assert err.startswith('timm-ghn: warning: the Hub cannot be reached')
+    assert err.count('\n') == 1
+    assert 'warning' not in out
+
+
+@pytest.fixture
+def publish(monkeypatch):
+    """Let the embedded GHN have published norms."""
+
+    def give(norms: dict[str, float]) -> None:
+        import dataclasses
+
+        entry = dataclasses.replace(known_ghns()[EMBEDDED], norms=norms)
+        monkeypatch.setattr('timm_ghn.hub.catalogue.known_ghns', lambda: {EMBEDDED: entry})
+
+    return give
+
+
+def norm_of(arch: str) -> float:
+    """The norm as its authors compute it: of the vector of the parameters' norms."""
+    import torchvision
+
+    model = torchvision.models.get_model(arch, weights=None)
+    timm_ghn.ghn_init(model, EMBEDDED, head='predict')
+    return float(torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in model.parameters()])))
+
+
+def test_verify_passes_where_norms_agree_and_fails_where_one_differs(run, publish):
+    published = {arch: norm_of(arch) for arch in ('squeezenet1_1', 'shufflenet_v2_x0_5')}
+    publish(published)
+    code, out, _ = run(f'verify {EMBEDDED}')
+    assert code == 0
+    assert '2 of 2 norms agree' in out
+    publish({**published, 'squeezenet1_1': published['squeezenet1_1'] + 2 * cli.NORM_TOLERANCE})
+    code, out, _ = run(f'verify {EMBEDDED}')
+    assert code == 1
+    assert '1 of 2 norms agree' in out
+    assert [line.split()[0] for line in out.splitlines() if line.endswith('NO')] == ['squeezenet1_1']
+    assert run(f'verify {EMBEDDED} --arch shufflenet_v2_x0_5')[0] == 0
+
+
+def test_a_norm_that_is_not_a_number_does_not_agree(run, publish, monkeypatch):
+    publish({'squeezenet1_1': 1.0})
+    monkeypatch.setattr(cli, 'predicted_norm', lambda arch, ghn: math.nan)
+    assert run(f'verify {EMBEDDED}')[0] == 1
+
+
+@pytest.mark.parametrize('command', ['', 'list', 'predict', 'inspect', 'verify'])
+def test_help_has_an_example(run, command):
+    code, out, _ = run(f'{command} --help')
+    assert code == 0
+    assert f'timm-ghn {command}'.strip() in out
+    assert 'example' in out
+
+
+def test_every_command_of_the_readme_is_understood():
+    lines = [
+        line.split('#')[0]
+        for line in (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
+        if line.startswith('timm-ghn ')
+    ]
+    assert len(lines) >= 4
+    for line in [*lines, *cli._EXAMPLES.values()]:
+        cli._parser().parse_args(shlex.split(line)[1:])
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, '-m', 'timm_ghn', '--version'], capture_output=True, text=True, check=True)
+    assert run.stdout == f'timm_ghn {timm_ghn.__version__}\n'
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, '-m', 'timm_ghn', 'list', '--json']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b''
+    assert process.returncode == 0
+
+
+def test_columns_of_numbers_are_aligned_to_the_right():
+    lines = list(cli.aligned(('name', 'size'), [('a', '7'), ('bcdef', '1,024')]))
+    assert lines == ['name    size', '-----  -----', 'a          7', 'bcdef  1,024']

@@ -1,0 +1,28 @@
+"""A pretrained start for every timm architecture, predicted by a graph hypernetwork.
+
+Importing this package makes GHNs a pretrained-weight source of timm: ``timm.create_model('resnet50.ghn')``.
+"""
+
+from timm_ghn import source as source
+from timm_ghn.errors import (
+    CheckpointError as CheckpointError,
+    ConfigError as ConfigError,
+    GHNError as GHNError,
+    GHNFallbackWarning as GHNFallbackWarning,
+    GHNNotFoundError as GHNNotFoundError,
+    PredictionError as PredictionError,
+    UnsafeCheckpointError as UnsafeCheckpointError,
+    UnsupportedModelError as UnsupportedModelError,
+)
+from timm_ghn.graph.build import trace as trace
+from timm_ghn.graph.structure import Graph as Graph
+from timm_ghn.hub.default import set_default_ghn as set_default_ghn
+from timm_ghn.hub.load import load_ghn as load_ghn
+from timm_ghn.nn.config import GHNConfig as GHNConfig
+from timm_ghn.nn.ghn import GHN as GHN
+from timm_ghn.params.plan import ParameterPlan as ParameterPlan, plan_parameters as plan_parameters
+from timm_ghn.prediction import Prediction as Prediction, ghn_init as ghn_init, predict as predict
+from timm_ghn.source import register as register, unregister as unregister
+from timm_ghn.version import __version__ as __version__
+
+register()

@@ -1,0 +1,7 @@
+"""``python -m timm_ghn`` is the command ``timm-ghn``."""
+
+import sys
+
+from timm_ghn.cli import main
+
+sys.exit(main())

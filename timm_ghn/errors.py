@@ -1,0 +1,37 @@
+"""Everything that timm_ghn raises on purpose.
+
+All kinds share :class:`GHNError`, so that a caller can catch the package's errors and nothing else; each also is
+the built-in error that a caller who does not know the package would expect.
+"""
+
+
+class GHNError(Exception):
+    """Base of all errors of this package."""
+
+
+class UnsupportedModelError(GHNError, ValueError):
+    """A network cannot be traced, or has nothing that a GHN could predict."""
+
+
+class CheckpointError(GHNError, ValueError):
+    """A GHN file is damaged, does not match its configuration, or holds values that are not finite."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickled file asks for something outside the allow-list; nothing of it was executed."""
+
+
+class ConfigError(GHNError, ValueError):
+    """Options or a configuration file contradict themselves, or come from a newer version."""
+
+
+class GHNNotFoundError(GHNError, LookupError):
+    """No GHN has this name, or it can be reached neither on the Hub nor in the cache."""
+
+
+class PredictionError(GHNError, RuntimeError):
+    """A GHN predicted values that are not finite; the model was left as it was."""
+
+
+class GHNFallbackWarning(UserWarning):
+    """The default GHN could not be had, and the one inside the package serves instead."""

@@ -1,0 +1,193 @@
+"""From a network to the graph that a GHN reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.graph.operators import needs_operator_rules, operator_draft
+from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.rewrite import Draft, published_draft
+from timm_ghn.graph.structure import Graph, Node
+from timm_ghn.graph.trace import Recording, record
+from timm_ghn.graph.vocabulary import encoded_shape, kept_reason
+
+#: Rule sets that :func:`trace` knows.
+RULES = ('published', 'operators')
+
+
+def trace(
+    model: nn.Module,
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    rules: str = 'published',
+) -> Graph:
+    """Read the computational graph of a network, without computing anything.
+
+    The forward pass runs on the meta device, in training mode. The model is left exactly as it was: its parameters,
+    buffers, mode, attributes and the state of all random generators.
+
+    Args:
+        model: Any network that takes a batch of images, on any device (the meta device included) and of any dtype.
+        input_size: Side, (height, width) or (channels, height, width) of the image; by default what the model says
+            of itself (timm's ``pretrained_cfg``, or its patch embedding), else 224.
+        example_inputs: Arguments for a network that takes something else: a tensor, a tuple or a dictionary. Only
+            shapes and dtypes of its tensors are read.
+        rules: 'published': the rules with which the published GHNs were trained, for the networks that their authors'
+            code can read; all others, such as those with subclasses of known layers, follow the operator rules.
+            'operators': the operator rules for every network.
+
+    Returns:
+        The graph, its nodes in topological order.
+
+    Raises:
+        UnsupportedModelError: if the network cannot be run on the meta device, with the module that failed.
+        ConfigError: if ``rules`` is unknown.
+    """
+    if rules not in RULES:
+        raise ConfigError(f'expected rules to be one of {", ".join(RULES)} (got {rules!r})')
+    recording = record(model, input_size=input_size, example_inputs=example_inputs)
+    reached = {name for op in recording.ops for name in op.parameters}
+    if rules == 'published' and not needs_operator_rules(recording, reached):
+        try:
+            draft, order, _ = published_draft(recording)
+        except UnsupportedModelError:
+            pass  # a layer is used again behind itself: the published rules have no graph for it
+        else:
+            return _published_graph(recording, draft, order, reached)
+    draft, order = operator_draft(recording)
+    classifier = metadata_classifier(model)
+    names = _first_names(model)
+    chosen = [names[id(p)] for layer in classifier for p in layer.parameters(recurse=False)]
+    weights = tuple(name for name in chosen if name.endswith('weight'))
+    biases = tuple(name for name in chosen if name.endswith('bias'))
+    if not classifier and _class_count(model) != 0:
+        weights, biases = _last_layer(draft, order)
+    return _assemble(recording, draft, order, reached, weights, biases, 'operators')
+
+
+def _published_graph(recording: Recording, draft: Draft, order: list[int], reached: set[str]) -> Graph:
+    """The classifier of a published graph is what stands at its last two positions (GHN_SPEC section 2.9)."""
+    weights, biases = ((), ()) if _class_count(recording.model) == 0 else _last_layer(draft, order)
+    return _assemble(recording, draft, order, reached, weights, biases, 'published')
+
+
+def _last_layer(draft: Draft, order: list[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the weight and the bias at the end of a graph, where they look like a classifier's."""
+    if len(order) < 2:
+        return (), ()
+    weight, bias = draft.labels[order[-2]], draft.labels[order[-1]]
+    is_weight = weight.shape is not None and len(weight.shape) > 1 and set(weight.shape[2:]) <= {1}
+    weights = (weight.name,) if weight.is_parameter and '.weight' in weight.name and is_weight else ()
+    biases = (bias.name,) if bias.is_parameter and '.bias' in bias.name and bias.primitive is Primitive.BIAS else ()
+    return weights, biases
+
+
+def _assemble(
+    recording: Recording,
+    draft: Draft,
+    order: list[int],
+    reached: set[str],
+    weights: tuple[str, ...],
+    biases: tuple[str, ...],
+    rules: str,
+) -> Graph:
+    """Freeze a draft."""
+    model = recording.model
+    names = _first_names(model)
+    nodes = tuple(_node(draft, x, names) for x in order)
+    position = {x: index for index, x in enumerate(order)}
+    edges = [(position[x], position[s]) for x in order for s in sorted(draft.successors[x], key=position.__getitem__)]
+    predicted = {name for node in nodes for name in (node.parameter, node.norm_bias) if name is not None}
+    kept = {
+        info.name: kept_reason(info.name, recording.owners[info.name], info.shape, info.name in reached)
+        for info in recording.parameters
+        if info.name not in predicted
+    }
+    layers = metadata_classifier(model) or _output_layer(recording)
+    of_head = {names[id(p)] for layer in layers for p in layer.parameters()} | {*weights, *biases}
+    return Graph(
+        nodes=nodes,
+        edges_E2=torch.tensor(edges, dtype=torch.int64).view(-1, 2),
+        start=0,
+        class_weights=weights,
+        class_biases=biases,
+        classifier=tuple(info.name for info in recording.parameters if info.name in of_head),
+        parameters=recording.parameters,
+        kept=kept,
+        input_size=recording.input_size,
+        num_classes=_num_classes(model, layers),
+        rules=rules,
+    )
+
+
+def _node(draft: Draft, x: int, names: dict[int, str]) -> Node:
+    label = draft.labels[x]
+    primitive = label.primitive
+    if primitive is None:
+        raise AssertionError(f'{label.name} is in the graph without a primitive')
+    shape = None if label.shape is None else encoded_shape(label.shape)
+    if label.module is None:
+        return Node(primitive, label.name, None, shape)
+    norm_bias = None
+    if primitive in (Primitive.BN, Primitive.LN):
+        bias = label.module._parameters.get('bias')
+        norm_bias = None if bias is None else names[id(bias)]
+    return Node(primitive, label.name, label.name, shape, norm_bias)
+
+
+def _first_names(model: nn.Module) -> dict[int, str]:
+    """First name of every parameter by identity."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def metadata_classifier(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Classification layers that timm's metadata names (several for distilled models)."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    get: Callable[..., Any] | None = getattr(config, 'get', None)
+    named = get('classifier') if get else None
+    found = []
+    for name in (named,) if isinstance(named, str) else tuple(named or ()):
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if any(True for _ in layer.parameters(recurse=False)):
+            found.append(layer)
+    return tuple(found)
+
+
+def _class_count(model: nn.Module) -> int | None:
+    """Number of classes that the model states, if it does."""
+    count = getattr(model, 'num_classes', None)
+    return count if isinstance(count, int) else None
+
+
+def _output_layer(recording: Recording) -> tuple[nn.Module, ...]:
+    """The layer that makes the first output: the classifier of a network without metadata."""
+    if _class_count(recording.model) == 0 or not recording.outputs:
+        return ()
+    index: int | None = recording.outputs[0]
+    while index is not None:
+        op = recording.ops[index]
+        below = [child for child in op.inputs if isinstance(child, int)]
+        names = op.parameters or tuple(name for child in below for name in recording.ops[child].parameters)
+        if names and (op.parameters or op.kind == 'Mm'):
+            layer = recording.owners[names[0]]
+            weight = layer._parameters.get('weight')
+            return () if weight is None or weight.dim() < 2 else (layer,)
+        index = below[0] if below else None
+    return ()
+
+
+def _num_classes(model: nn.Module, layers: tuple[nn.Module, ...]) -> int | None:
+    """Number of classes: what the model states, else the outputs of its last layer."""
+    stated = _class_count(model)
+    if stated is not None:
+        return stated or None
+    return int(next(layers[0].parameters()).shape[0]) if layers else None

@@ -1,0 +1,371 @@
+"""The published graph rules, one function each (GHN_SPEC sections 2.1 to 2.7).
+
+They turn the autograd listing of a network into the graph that the published GHNs were trained on. Some of them look
+at names and at positions in a list, as the reference does: for the networks that it knows these accidents *define* the
+graph. :mod:`timm_ghn.graph.operators` holds the rules for all other networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.trace import Op, Recording
+from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_primitive
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Label:
+    """What stands at a position: a parameter, or an operator."""
+
+    name: str
+    module: nn.Module | None = None
+    shape: tuple[int, ...] | None = None
+    primitive: Primitive | None = None
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.module is not None
+
+
+class Draft:
+    """A graph under construction: labels by position, and the edges between positions.
+
+    Rules exchange labels, edit edges and remove positions; a removed position keeps its number but is not in ``order``.
+    """
+
+    def __init__(self, labels: Iterable[Label]) -> None:
+        self.labels = list(labels)
+        self.order = list(range(len(self.labels)))
+        self.successors: list[set[int]] = [set() for _ in self.labels]
+        self.predecessors: list[set[int]] = [set() for _ in self.labels]
+
+    def append(self, label: Label) -> int:
+        """Add a position at the end of the list."""
+        self.labels.append(label)
+        self.order.append(len(self.labels) - 1)
+        self.successors.append(set())
+        self.predecessors.append(set())
+        return len(self.labels) - 1
+
+    def connect(self, source: int, target: int) -> None:
+        """Add an edge; an edge from a position to itself is not one."""
+        if source != target:
+            self.successors[source].add(target)
+            self.predecessors[target].add(source)
+
+    def cut(self, source: int, target: int) -> None:
+        """Remove an edge if it is there."""
+        self.successors[source].discard(target)
+        self.predecessors[target].discard(source)
+
+    def name(self, position: int) -> str:
+        """Name at a position."""
+        return self.labels[position].name
+
+    def contract(self, removed: set[int]) -> None:
+        """Remove positions, connecting what led to each of them with what it led to."""
+        for x in self.order:
+            if x not in removed:
+                continue
+            before, behind = self.predecessors[x], self.successors[x]
+            for p in before:
+                self.successors[p].discard(x)
+            for s in behind:
+                self.predecessors[s].discard(x)
+            for p in before:
+                for s in behind:
+                    self.connect(p, s)
+            self.predecessors[x], self.successors[x] = set(), set()
+        self.order = [x for x in self.order if x not in removed]
+
+    def sort(self) -> list[int] | None:
+        """Positions in topological order, generation by generation; None if there is a cycle.
+
+        The first generation are the positions without predecessors, ascending; a position joins the next one when
+        the last of its predecessors is scanned, successors being scanned in ascending order (GHN_SPEC section 2.7).
+        """
+        waiting = {x: len(self.predecessors[x]) for x in self.order}
+        generation = [x for x in self.order if not waiting[x]]
+        found: list[int] = []
+        while generation:
+            found += generation
+            following = []
+            for x in generation:
+                for s in sorted(self.successors[x]):
+                    waiting[s] -= 1
+                    if not waiting[s]:
+                        following.append(s)
+            generation = following
+        return found if len(found) == len(self.order) else None
+
+
+def listing(recording: Recording) -> Draft:
+    """The raw graph: each op is represented by the parameters that it reads, or else by itself (section 2.1)."""
+    wanted = _above_parameters(recording.ops)
+    draft = Draft([])
+    of_parameter: dict[str, int] = {}
+    of_op: dict[int, tuple[int, int]] = {}
+    shapes = {info.name: info.shape for info in recording.parameters}
+    for index, op in enumerate(recording.ops):
+        if index not in wanted:
+            continue
+        for name in op.parameters:
+            if name not in of_parameter:
+                owner = recording.owners[name]
+                label = Label(name, owner, shapes[name], published_primitive(name, owner))
+                of_parameter[name] = draft.append(label)
+        if op.parameters:
+            of_op[index] = of_parameter[op.parameters[0]], of_parameter[op.parameters[-1]]
+        else:
+            x = draft.append(Label(op.name, None, pool_shape(op), operator_primitive(op.kind)))
+            of_op[index] = x, x
+    for index, (entry, _) in of_op.items():
+        for child in recording.ops[index].inputs:
+            if isinstance(child, int):
+                if child in of_op:
+                    draft.connect(of_op[child][1], entry)
+            elif 'bias' in child:
+                # A bias stands behind its weight: data flows through it towards the output.
+                draft.connect(entry, of_parameter[child])
+            else:
+                draft.connect(of_parameter[child], entry)
+    return draft
+
+
+def pool_shape(op: Op) -> tuple[int, ...] | None:
+    """Shape of a pooling node: its kernel size, 3x3 where autograd did not save it (section 2.9)."""
+    if operator_primitive(op.kind) not in (Primitive.MAX_POOL, Primitive.AVG_POOL):
+        return None
+    return (1, 1, *(op.kernel_size or (3, 3)))
+
+
+def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
+    """Ops that depend on a parameter: what only depends on the image is not in the reference's autograd graph."""
+    readers: list[list[int]] = [[] for _ in ops]
+    for index, op in enumerate(ops):
+        for child in op.inputs:
+            if isinstance(child, int):
+                readers[child].append(index)
+    stack = [index for index, op in enumerate(ops) if op.parameters]
+    found = set(stack)
+    while stack:
+        for reader in readers[stack.pop()]:
+            if reader not in found:
+                found.add(reader)
+                stack.append(reader)
+    return found
+
+
+def filter_operators(draft: Draft) -> None:
+    """Contract what is not in the vocabulary, and gates, means and sums that are not meant as such (section 2.3)."""
+    fan_in = {x: len(draft.predecessors[x]) for x in draft.order}
+    names = {x: draft.name(x).lower() for x in draft.order}
+    gated = any('sigmoid' in name or 'swish' in name for name in names.values())
+    removed = {
+        x
+        for index, x in enumerate(draft.order)
+        if 'Mul' in draft.name(x) and not _is_gate([names[y] for y in draft.order], index, gated)
+    } if gated else {x for x in draft.order if 'Mul' in draft.name(x)}
+    unknown = [draft.name(x) for x in draft.order if draft.labels[x].primitive is None]
+    removed |= _containing(draft, unknown)
+    rest = [x for x in draft.order if x not in removed]
+    rest_names = [names[x] for x in rest]
+    removed |= {
+        x
+        for index, x in enumerate(rest)
+        if 'Mean' in draft.name(x) and gated and not _before_head(rest_names, index)
+    }
+    removed |= {x for x in rest if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and fan_in[x] <= 1}
+    draft.contract(removed)
+
+
+def _is_gate(names: list[str], index: int, gated: bool) -> bool:
+    """Whether a multiplication is a channel gate (squeeze and excite), judged by its neighbours in the list."""
+    if not gated or _before_head(names, index):
+        return False
+    # Negative offsets wrap around, as they do in the reference.
+    return (
+        names[index - 2].startswith(('hard', 'sigmoid'))
+        or names[index - 3].startswith(('relu', 'mean'))
+        or names[index + 1].startswith(('hard', 'sigmoid', 'relu'))
+    )
+
+
+def _before_head(names: list[str], index: int) -> bool:
+    """Whether the classifier comes next in the list (or nothing comes at all)."""
+    if index + 1 >= len(names):
+        return True
+    return any(names[index - k].startswith(('classifier', 'fc', 'head')) for k in (1, 2))
+
+
+def _containing(draft: Draft, unknown: list[str]) -> set[int]:
+    """Positions whose name contains one of the given names: the published filter matches substrings."""
+    everything = '\n'.join(draft.name(x) for x in draft.order)
+    exact = set(unknown)
+    partial = [name for name in exact if everything.count(name) > unknown.count(name)]
+    return {x for x in draft.order if draft.name(x) in exact or any(name in draft.name(x) for name in partial)}
+
+
+def filter_joins(draft: Draft) -> None:
+    """Contract sums and concatenations that have one input left (section 2.3, second call)."""
+    draft.contract(
+        {x for x in draft.order if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and len(draft.predecessors[x]) <= 1}
+    )
+
+
+def insert_weights(draft: Draft) -> None:
+    """Put each weight without an input between its layer's input and its bias (section 2.4)."""
+    for i in draft.order:
+        if draft.predecessors[i] or 'weight' not in draft.name(i):
+            continue
+        module = draft.labels[i].module
+        for o in sorted(draft.successors[i]):
+            same_layer = module is not None and draft.labels[o].module is module
+            if not (same_layer or (not draft.predecessors[i] and 'softmax' in draft.name(o).lower())):
+                continue
+            fan_out = len(draft.successors[i])
+            if not draft.predecessors[o] - {i}:
+                continue
+            draft.labels[i], draft.labels[o] = draft.labels[o], draft.labels[i]
+            draft.cut(i, o)
+            draft.connect(o, i)
+            if fan_out == 1:
+                for s in draft.successors[o] - {i}:
+                    draft.cut(o, s)
+                    draft.connect(i, s)
+
+
+def route_values_through_softmax(draft: Draft) -> None:
+    """Remove the edges by which values bypass the softmax of an attention (section 2.5)."""
+    if not any('softmax' in draft.name(x).lower() for x in draft.order):
+        return
+    several = _PathCounter(draft)
+    for i in draft.order:
+        if 'softmax' not in draft.name(i).lower():
+            continue
+        for o in sorted(draft.successors[i]):
+            for j in sorted(draft.predecessors[o] - {i}):
+                bypassed = several(j, o)
+                from_softmax = j in draft.successors[i]
+                if bypassed or not from_softmax:
+                    draft.cut(j, o)
+                if not bypassed and not from_softmax:
+                    draft.connect(j, i)
+
+
+class _PathCounter:
+    """Whether more than one path leads from one position to another, in the graph as it was at construction."""
+
+    def __init__(self, draft: Draft) -> None:
+        order = draft.sort()
+        if order is None:
+            raise UnsupportedModelError('the graph has a cycle: a layer is used again behind itself')
+        self._rank = {x: rank for rank, x in enumerate(order)}
+        self._order = order
+        self._predecessors = [set(before) for before in draft.predecessors]
+
+    def __call__(self, source: int, target: int) -> bool:
+        first, last = self._rank[source], self._rank[target]
+        count = {source: 1}
+        for x in self._order[first + 1 : last + 1]:
+            paths = sum(count.get(p, 0) for p in self._predecessors[x])
+            if paths:
+                count[x] = min(paths, 2)
+        return count.get(target, 0) > 1
+
+
+def connect_swin_stages(draft: Draft, model: nn.Module) -> None:
+    """torchvision's Swin: the patch merging's reduction stands between the stages (section 2.7)."""
+    if class_path(model) != 'torchvision.models.swin_transformer.SwinTransformer':
+        return
+
+    def first_containing(text: str) -> int | None:
+        return next((x for x in draft.order if text in draft.name(x)), None)
+
+    for x in draft.order:
+        name = draft.name(x)
+        if name.endswith('norm.weight'):
+            for s in sorted(draft.successors[x]):
+                reduction = first_containing(name.replace('norm', 'reduction'))
+                if reduction is not None and (draft.name(s).endswith('norm1.weight') or 'Add' in draft.name(s)):
+                    draft.cut(x, s)
+                    draft.connect(x, reduction)
+        elif name.endswith('attn.proj.bias'):
+            for s in sorted(draft.successors[x]):
+                if draft.name(s).endswith('reduction.weight'):
+                    draft.cut(x, s)
+                    for target in sorted(draft.successors[s]):
+                        if 'Add' in draft.name(target):
+                            draft.connect(x, target)
+
+
+def add_input(draft: Draft) -> None:
+    """The image feeds every weight that has no input (section 2.7)."""
+    orphans = [x for x in draft.order if not draft.predecessors[x] and 'weight' in draft.name(x)]
+    image = draft.append(Label('input', primitive=Primitive.INPUT))
+    for x in orphans:
+        draft.connect(image, x)
+
+
+def add_positional_sum(draft: Draft, order: list[int]) -> list[int]:
+    """A positional encoding is added to the data, in a sum of its own (section 2.7)."""
+    result: list[int] = []
+    for x in order:
+        result.append(x)
+        label = draft.labels[x]
+        if label.primitive is not Primitive.POS_ENC or class_path(label.module or type(None)).endswith('Embedding'):
+            continue
+        total = draft.append(Label('PositionalAdd', primitive=Primitive.SUM))
+        for p in list(draft.predecessors[x]):
+            draft.cut(p, x)
+            draft.connect(p, total)
+        for s in list(draft.successors[x]):
+            draft.cut(x, s)
+            draft.connect(total, s)
+        draft.connect(x, total)
+        result.append(total)
+    return result
+
+
+def rotate_squeezenet_head(draft: Draft, order: list[int], model: nn.Module) -> None:
+    """torchvision's SqueezeNet classifies before it pools; the published graphs pool first (section 2.7)."""
+    if class_path(model) != 'torchvision.models.squeezenet.SqueezeNet' or len(order) < 3:
+        return
+    weight, bias, mean = order[-3:]
+    labels = draft.labels
+    if labels[mean].primitive is Primitive.GLOB_AVG and labels[weight].name.startswith('classifier'):
+        labels[weight], labels[bias], labels[mean] = labels[mean], labels[weight], labels[bias]
+
+
+#: The published rules in their order, up to the topological sort.
+RULES: tuple[Callable[[Draft], None], ...] = (filter_operators, insert_weights, route_values_through_softmax)
+
+
+def published_draft(recording: Recording) -> tuple[Draft, list[int], bool]:
+    """Apply the published rules.
+
+    Returns:
+        The rewritten graph, its positions in order, and whether that order is topological. It is not where a rule
+        closed a cycle, as the Swin rule does on torchvision's second version: the reference then keeps the list's
+        order, and so the published graph of such a network is the cyclic one.
+
+    Raises:
+        UnsupportedModelError: if a parameter that is used again behind itself makes the raw graph cyclic.
+    """
+    draft = listing(recording)
+    for rule in RULES:
+        rule(draft)
+    connect_swin_stages(draft, recording.model)
+    filter_joins(draft)
+    add_input(draft)
+    order = draft.sort()
+    if order is None:
+        return draft, draft.order, False
+    order = add_positional_sum(draft, order)
+    rotate_squeezenet_head(draft, order, recording.model)
+    return draft, order, True

@@ -1,0 +1,460 @@
+"""Run a network without computing anything and record its autograd graph.
+
+The forward pass runs on the meta device, where tensors have shapes but no values. The network itself is borrowed, not
+copied: for the duration of the pass its parameters and buffers are replaced by meta tensors of the same shapes, and
+afterwards every attribute of every module is what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.graph.structure import ParameterInfo
+
+#: Batch size of the traced forward pass; the published graphs were made with it.
+TRACE_BATCH = 2
+
+DEFAULT_IMAGE_SIZE = 224
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Op:
+    """One backward function of the autograd graph.
+
+    Attributes:
+        name: Its class name, e.g. ``'AddBackward0'``.
+        inputs: What it reads, in order: the index of another op, or the name of a parameter.
+        reads_image: Whether it reads the network's input directly.
+        kernel_size: Saved kernel size of a pooling operator, if any.
+        dims: Dimensions that a reduction reduces, if it saved them.
+        rank: Number of dimensions of what a reduction reduces, if it saved them.
+    """
+
+    name: str
+    inputs: tuple[int | str, ...]
+    reads_image: bool = False
+    kernel_size: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    rank: int | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that it reads directly."""
+        return tuple(name for name in self.inputs if isinstance(name, str))
+
+    @property
+    def kind(self) -> str:
+        """The operator's name: the class name up to ``Backward``."""
+        return self.name.partition('Backward')[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a forward pass did.
+
+    Attributes:
+        ops: In depth-first pre-order from the outputs, inputs in the order in which autograd lists them; some
+            published rules depend on this order (GHN_SPEC section 2.1).
+        outputs: Indices of the ops that made the outputs.
+        parameters: Every parameter of the model once, reached or not.
+        owners: Module that holds each of them.
+        model: The traced model.
+        input_size: (channels, height, width) of the traced image.
+    """
+
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+    parameters: tuple[ParameterInfo, ...]
+    owners: Mapping[str, nn.Module]
+    model: nn.Module
+    input_size: tuple[int, int, int]
+
+
+def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None = None) -> tuple[int, int, int]:
+    """Size of the image that a model expects.
+
+    Args:
+        model: Any network; timm's own metadata is read where it is present.
+        input_size: Overrides it: a side length, (height, width) or (channels, height, width).
+
+    Returns:
+        (channels, height, width).
+
+    Raises:
+        UnsupportedModelError: if ``input_size`` has another form.
+    """
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    known = tuple(config['input_size']) if config.get('input_size') else None
+    channels = _input_channels(model, known[0] if known else 3)
+    if input_size is None:
+        side = _image_size(model)
+        if side is None:
+            side = known[1:] if known else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
+        return (channels, *side)
+    if isinstance(input_size, int):
+        size: tuple[int, ...] = (channels, input_size, input_size)
+    else:
+        size = tuple(int(n) for n in input_size)
+        size = (channels, *size) if len(size) == 2 else size
+    if len(size) != 3 or min(size) < 1:
+        raise UnsupportedModelError(
+            f'expected input_size to be a side, (height, width) or (channels, height, width) (got {input_size!r})'
+        )
+    return size[0], size[1], size[2]
+
+
+def _input_channels(model: nn.Module, default: int) -> int:
+    """Channels that the first layer takes: a model may have been built with another ``in_chans`` than its metadata."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    first = config.get('first_conv')
+    names = (first,) if isinstance(first, str) else tuple(first or ())
+    for name in names:
+        with contextlib.suppress(AttributeError):
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+                return layer.in_channels
+    if not config:
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                return layer.in_channels if layer.groups == 1 else default
+    return default
+
+
+def _image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Image size that the model was built for, where its architecture fixes one (its patch embedding knows)."""
+    size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    if size is None:
+        size = getattr(model, 'image_size', None)  # torchvision's ViT
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None
+
+
+def record(
+    model: nn.Module, *, input_size: int | Sequence[int] | None = None, example_inputs: Any = None
+) -> Recording:
+    """Trace a forward pass of ``model`` in training mode without computing it.
+
+    Args:
+        model: Any network that takes a batch of images; on any device, the meta device included.
+        input_size: Size of the image, see :func:`resolve_input_size`.
+        example_inputs: Arguments of ``model.forward`` for a network that takes something else than one image batch:
+            a tensor, a tuple of positional or a dictionary of keyword arguments. Only shapes and dtypes are read
+            from its tensors.
+
+    Raises:
+        UnsupportedModelError: if the forward pass fails on the meta device, or if no parameter is reached.
+    """
+    size = resolve_input_size(model, input_size)
+    parameters, owners = list_parameters(model)
+    if not parameters:
+        raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
+    with _on_meta(model, [info.name for info in parameters]) as names:
+        args, kwargs = _meta_inputs(example_inputs, size)
+        tracker = _ModuleTracker()
+        try:
+            with torch.enable_grad(), _MetaMode(), tracker.watch(model):
+                output = model(*args, **kwargs)
+        except Exception as error:
+            raise UnsupportedModelError(_failure(model, tracker, size, error)) from error
+        ops, outputs = _walk(list(_tensors(output)), names)
+    if not any(op.parameters for op in ops):
+        raise UnsupportedModelError(
+            f'no parameter of {type(model).__name__} is connected to its output; '
+            'the forward pass may detach it, or return something else than tensors'
+        )
+    return Recording(ops, outputs, parameters, owners, model, size)
+
+
+def list_parameters(model: nn.Module) -> tuple[tuple[ParameterInfo, ...], dict[str, nn.Module]]:
+    """Every parameter of a model once, with its owner and its aliases (tied weights)."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    owner_of: dict[int, nn.Module] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            names.setdefault(id(parameter), []).append(f'{prefix}.{key}' if prefix else key)
+            tensors[id(parameter)] = parameter
+            owner_of[id(parameter)] = module
+    infos = []
+    for key, aliases in names.items():
+        kind = type(owner_of[key])
+        infos.append(
+            ParameterInfo(
+                aliases[0],
+                tuple(tensors[key].shape),
+                tensors[key].dtype,
+                f'{kind.__module__}.{kind.__qualname__}',
+                tuple(aliases[1:]),
+            )
+        )
+    return tuple(infos), {names[key][0]: owner_of[key] for key in names}
+
+
+@contextlib.contextmanager
+def _on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]:
+    """Replace all parameters and buffers by meta tensors, in training mode; yield the name of each stand-in by id.
+
+    Floating-point tensors become float32, so that a model with mixed dtypes can be traced; all of them require a
+    gradient, so that frozen parameters are seen too.
+    """
+    modules = list(model.modules())
+    saved = [dict(module.__dict__) for module in modules]
+    contents = [
+        {key: type(value)(value) for key, value in state.items() if type(value) in (dict, list, set)} for state in saved
+    ]
+    stand_in: dict[int, Tensor] = {}
+    try:
+        for module in modules:
+            state = module.__dict__
+            for key in ('_parameters', '_buffers'):
+                state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
+            state['training'] = True
+        found = dict(model.named_parameters())
+        yield {id(found[name]): name for name in wanted}
+    finally:
+        for module, state, mutable in zip(modules, saved, contents, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            for key, value in mutable.items():
+                _refill(state[key], value)
+
+
+def _refill(container: Any, value: Any) -> None:
+    """Give a dict, list or set back the contents it had, keeping the object."""
+    if container != value if isinstance(container, set) else not _same_items(container, value):
+        container.clear()
+        container.extend(value) if isinstance(container, list) else container.update(value)
+
+
+def _same_items(left: Any, right: Any) -> bool:
+    """Whether two dicts or lists hold the identical objects; tensors are never compared by value."""
+    if len(left) != len(right):
+        return False
+    if isinstance(left, dict):
+        return all(a is b and left[a] is right[b] for a, b in zip(left, right, strict=True))
+    return all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | None:
+    """A meta tensor of the same shape; the same one for the same (tied) tensor."""
+    if value is None:
+        return None
+    if id(value) not in stand_in:
+        dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
+        meta = torch.empty(value.shape, dtype=dtype, device='meta')
+        is_parameter = isinstance(value, nn.Parameter)
+        differentiable = dtype.is_floating_point or dtype.is_complex
+        stand_in[id(value)] = nn.Parameter(meta, requires_grad=differentiable) if is_parameter else meta
+    return stand_in[id(value)]
+
+
+class _MetaMode(TorchFunctionMode):
+    """Keep everything on the meta device, and attention in its plain, visible form.
+
+    Networks create tensors in their forward pass (position grids, masks) and hold tensors outside of buffers; both
+    must meet the stand-ins on the meta device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _plain_attention(*args, **kwargs)
+        if func in _CONSTRUCTORS:
+            if kwargs.get('device') is None or torch.device(kwargs['device']).type != 'meta':
+                kwargs = {**kwargs, 'device': 'meta'}
+            return func(*args, **kwargs)
+        if func is Tensor.to or func is Tensor.cpu or func is Tensor.cuda:
+            return _stay(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            moved = [_to_meta(value) for value in args], {key: _to_meta(value) for key, value in kwargs.items()}
+            if all(a is b for a, b in zip(args, moved[0], strict=True)) and all(
+                kwargs[key] is value for key, value in moved[1].items()
+            ):
+                raise error
+            return func(*moved[0], **moved[1])
+
+
+_CONSTRUCTORS = frozenset(torch.utils._device._device_constructors())
+
+
+def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``tensor.to(...)`` without a change of device."""
+    if func is not Tensor.to:
+        return args[0]
+    kwargs = {key: value for key, value in kwargs.items() if key != 'device'}
+    rest = tuple(value for value in args[1:] if not isinstance(value, (str, torch.device)))
+    rest = tuple(value.dtype if isinstance(value, Tensor) else value for value in rest)
+    if isinstance(kwargs.get('other'), Tensor):
+        kwargs['dtype'] = kwargs.pop('other').dtype
+    if not rest and not (kwargs.keys() - {'non_blocking', 'copy'}):
+        return args[0]
+    return func(args[0], *rest, **kwargs)
+
+
+def _to_meta(value: Any) -> Any:
+    """The value with its tensors moved to the meta device; the identical object where there was nothing to move."""
+    if isinstance(value, Tensor):
+        return value if value.device.type == 'meta' else value.to('meta')
+    if type(value) in (tuple, list):
+        moved = [_to_meta(item) for item in value]
+        return value if all(a is b for a, b in zip(value, moved, strict=True)) else type(value)(moved)
+    return value
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as softmax(q k^T) v: its fused kernels differ by device and version, and hide the softmax."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = query @ key.transpose(-2, -1)
+    if attn_mask is not None and attn_mask.dtype.is_floating_point:
+        logits = logits + _to_meta(attn_mask)  # may hold a learned bias; a Boolean mask has nothing to learn
+    attention = logits.softmax(dim=-1)
+    if dropout_p > 0.0:
+        attention = nn.functional.dropout(attention, dropout_p)
+    return attention @ value
+
+
+class _ModuleTracker:
+    """Remembers which module was running, so that an error can name it."""
+
+    def __init__(self) -> None:
+        self.path = ''
+        self._stack: list[str] = []
+
+    @contextlib.contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if id(module) in names:
+                self.path = names[id(module)]
+                self._stack.append(self.path)
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            if id(module) in names and self._stack:
+                self._stack.pop()
+                self.path = self._stack[-1] if self._stack else ''
+
+        before = nn.modules.module.register_module_forward_pre_hook(enter)
+        after = nn.modules.module.register_module_forward_hook(leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+
+def _failure(model: nn.Module, tracker: _ModuleTracker, size: tuple[int, int, int], error: Exception) -> str:
+    where = f"module '{tracker.path}'" if tracker.path else 'the model itself'
+    kind = type(model.get_submodule(tracker.path)).__name__
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f'{type(model).__name__} cannot be traced with an image of {size[0]}x{size[1]}x{size[2]}: {where} ({kind}) '
+        f'failed with {type(error).__name__}: {text}. Pass input_size=... for another image size, or '
+        'example_inputs=... for a network that takes something else; control flow that depends on values '
+        'cannot be followed'
+    )
+
+
+def _meta_inputs(example_inputs: Any, size: tuple[int, int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for the forward pass, their tensors on the meta device."""
+    if example_inputs is None:
+        return (_data(torch.empty((TRACE_BATCH, *size), device='meta')),), {}
+    if isinstance(example_inputs, Mapping):
+        return (), {key: _data(_to_meta(value)) for key, value in example_inputs.items()}
+    if isinstance(example_inputs, Tensor):
+        return (_data(_to_meta(example_inputs)),), {}
+    return tuple(_data(_to_meta(value)) for value in example_inputs), {}
+
+
+def _data(value: Any) -> Any:
+    """A floating-point input that takes part in the autograd graph, so that data can be followed through it."""
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        # Not a leaf: a network may work on its input in place.
+        return value.detach().requires_grad_().clone()
+    return value
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of an output, depth first."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op, ...], tuple[int, ...]]:
+    """List the autograd graph depth first from the outputs, without recursion."""
+    order: dict[Any, int] = {}
+    below: list[list[Any]] = []
+    roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    stack = roots[::-1]
+    while stack:
+        function = stack.pop()
+        if function in order:
+            continue
+        order[function] = len(below)
+        below.append([child for child, _ in function.next_functions if child is not None])
+        stack.extend(child for child in reversed(below[-1]) if not hasattr(child, 'variable'))
+    ops = []
+    for function, children in zip(order, below, strict=True):
+        inputs: list[int | str] = []
+        reads_image = False
+        for child in children:
+            variable = getattr(child, 'variable', None)
+            if variable is None:
+                inputs.append(order[child])
+            elif id(variable) in names:
+                inputs.append(names[id(variable)])
+            else:
+                reads_image = True
+        ops.append(_op(function, tuple(inputs), reads_image))
+    return tuple(ops), tuple(dict.fromkeys(order[root] for root in roots))
+
+
+def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
+    """Record a backward function with what it saved about pooling and reducing."""
+    name = type(function).__name__
+    kernel_size = dims = rank = None
+    if 'Pool' in name and hasattr(function, '_saved_kernel_size'):
+        kernel_size = tuple(int(k) for k in function._saved_kernel_size)
+    if name.startswith('Mean') and hasattr(function, '_saved_self_sym_sizes'):
+        rank = len(function._saved_self_sym_sizes)
+        saved = getattr(function, '_saved_dim', None)
+        # Negative dimensions are saved as unsigned 64-bit numbers.
+        dims = None if saved is None else tuple((int(d) + 2**63) % 2**64 - 2**63 for d in saved)
+        dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
+    return Op(name, inputs, reads_image, kernel_size, dims, rank)

@@ -1,0 +1,177 @@
+"""What a parameter or an operator is, in the vocabulary of the published GHNs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from timm_ghn.graph.primitives import Primitive
+
+#: Autograd operators that are nodes of their own (GHN_SPEC section 1.2). Recent torch versions name an attention's
+#: softmax differently; it is one op to the GHN.
+OPERATORS = {
+    'Mean': Primitive.GLOB_AVG,
+    'AdaptiveAvgPool2D': Primitive.GLOB_AVG,
+    'MaxPool2DWithIndices': Primitive.MAX_POOL,
+    'AvgPool2D': Primitive.AVG_POOL,
+    'Softmax': Primitive.MSA,
+    'SafeSoftmax': Primitive.MSA,
+    'Mul': Primitive.CSE,
+    'Add': Primitive.SUM,
+    'Cat': Primitive.CONCAT,
+}
+
+_LINEAR_LIKE = frozenset(
+    {
+        'torch.nn.modules.conv.Conv2d',
+        'torch.nn.modules.linear.Linear',
+        'torch.nn.modules.linear.NonDynamicallyQuantizableLinear',
+        'torch.nn.modules.activation.MultiheadAttention',
+        'transformers.pytorch_utils.Conv1D',
+    }
+)
+_TABLE = {
+    **dict.fromkeys(_LINEAR_LIKE, Primitive.CONV),
+    'torch.nn.modules.batchnorm.BatchNorm2d': Primitive.BN,
+    'torch.nn.modules.normalization.LayerNorm': Primitive.LN,
+    'torchvision.models.convnext.LayerNorm2d': Primitive.LN,
+    'torch.nn.modules.sparse.Embedding': Primitive.POS_ENC,
+    'torchvision.models.vision_transformer.Encoder': Primitive.POS_ENC,
+}
+
+
+def operator_primitive(kind: str) -> Primitive | None:
+    """Primitive of an operator by its autograd name.
+
+    A table entry also stands for the names that begin with it: the published graphs count a matrix product that adds
+    a computed bias (``Addmm``, in torchvision's second Swin) as a sum.
+    """
+    return next((primitive for name, primitive in OPERATORS.items() if kind.startswith(name)), None)
+
+
+def class_path(module: nn.Module | type) -> str:
+    """Import path of a module's class, e.g. ``'torch.nn.modules.conv.Conv2d'``."""
+    kind = module if isinstance(module, type) else type(module)
+    return f'{kind.__module__}.{kind.__qualname__}'
+
+
+def published_kind(module: nn.Module) -> str | None:
+    """Class path of the nearest base class that the published GHNs know, None where there is none."""
+    return next((path for kind in type(module).__mro__ if (path := class_path(kind)) in _TABLE), None)
+
+
+def is_published_exactly(module: nn.Module) -> bool:
+    """Whether the module's own class, not only a base class of it, is in the published table."""
+    return class_path(module) in _TABLE
+
+
+def is_norm_bias(name: str, module: nn.Module) -> bool:
+    """Whether a parameter is the bias of a normalisation layer, which the weight's node predicts."""
+    return 'norm' in type(module).__name__.lower() and name.endswith('.bias')
+
+
+def published_primitive(name: str, module: nn.Module) -> Primitive | None:
+    """Primitive of a parameter (GHN_SPEC section 1.1), None for one that the published GHNs do not know."""
+    kind = published_kind(module)
+    if kind is None or is_norm_bias(name, module):
+        return None
+    if kind not in _LINEAR_LIKE:
+        return _TABLE[kind]
+    if 'bias' in name:
+        return Primitive.BIAS
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return Primitive.DIL_CONV if min(module.dilation) > 1 else Primitive.SEP_CONV
+    return Primitive.CONV
+
+
+def encoded_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Shape of a parameter as the shape encoder sees it (GHN_SPEC section 3).
+
+    A positional embedding (1, T, C) becomes (1, C, s, s) with s = floor(sqrt(T)).
+    """
+    if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:
+        side = int(shape[1] ** 0.5)
+        return 1, shape[2], side, side
+    padded = (*shape, 1, 1, 1, 1)[:4]
+    return padded[0], padded[1], padded[2], padded[3]
+
+
+#: Normalisations that are no subclass of a published one.
+_OTHER_NORMS: tuple[tuple[type[nn.Module], Primitive], ...] = (
+    (nn.modules.batchnorm._NormBase, Primitive.BN),
+    (nn.GroupNorm, Primitive.LN),
+)
+
+#: Ops that add a bias.
+_ADDS = frozenset({'Add', 'Addmm', 'Baddbmm', 'Convolution'})
+
+#: Ops that multiply data with a weight matrix or kernel.
+_MULTIPLIES = frozenset({'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'Mv'})
+
+
+def norm_primitive(module: nn.Module) -> Primitive | None:
+    """Primitive of a normalisation layer of any kind, None for another module."""
+    kind = published_kind(module)
+    if kind is not None:
+        return _TABLE[kind] if _TABLE[kind] in (Primitive.BN, Primitive.LN) else None
+    for base, primitive in _OTHER_NORMS:
+        if isinstance(module, base):
+            return primitive
+    name = type(module).__name__.lower()
+    if 'norm' in name:
+        return Primitive.BN if 'batch' in name else Primitive.LN
+    return None
+
+
+def parameter_primitive(
+    name: str, module: nn.Module, shape: tuple[int, ...], kind: str, logits: bool
+) -> Primitive | None:
+    """Primitive of a parameter of any network, from what its module is and which operator reads it.
+
+    Args:
+        name: Dotted parameter name.
+        module: Module that holds it.
+        shape: Its shape.
+        kind: Operator that brings it to the data.
+        logits: Whether the operator's output is the argument of a softmax.
+
+    Returns:
+        None for a parameter that has no node: the bias of a normalisation layer, or one that is kept.
+    """
+    leaf = name.rpartition('.')[2]
+    norm = norm_primitive(module)
+    if norm is not None and len(shape) == 1:
+        return norm if leaf == 'weight' else None
+    published = published_primitive(name, module)
+    if published is not None and published is not Primitive.POS_ENC:
+        return published
+    if len(shape) > 1 and kind in _MULTIPLIES:
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+            return Primitive.DIL_CONV if min(module.dilation) > 1 else Primitive.SEP_CONV
+        return Primitive.CONV
+    if len(shape) == 1 and kind in _ADDS and 'bias' in leaf:
+        return Primitive.BIAS
+    if published is Primitive.POS_ENC or _is_positional(shape):
+        return Primitive.POS_ENC if kind == 'Add' and not logits else None
+    return None
+
+
+def _is_positional(shape: tuple[int, ...]) -> bool:
+    """Whether a parameter has the shape of a positional embedding: one row for all images, several tokens."""
+    return len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1
+
+
+def kept_reason(name: str, module: nn.Module, shape: tuple[int, ...], reached: bool) -> str:
+    """Why no node of the graph predicts a parameter, in words for the plan."""
+    if not reached:
+        return 'not used in the forward pass'
+    leaf = name.rpartition('.')[2].lower()
+    if norm_primitive(module) is None and (len(shape) == 0 or sum(n > 1 for n in shape) <= 1):
+        if len(shape) == 3 and shape[:2] == (1, 1):
+            return 'class or register token'
+        if 'bias' not in leaf:
+            return 'layer scale or gain'
+    if 'relative' in leaf or 'rel_' in leaf or 'attention_bias' in leaf:
+        return 'relative position table'
+    if 'pos' in leaf:
+        return 'positional parameter that the rules of this graph do not know'
+    return f'{type(module).__name__}.{leaf} is not in the vocabulary of the rules of this graph'

@@ -1,0 +1,161 @@
+"""Files from the Hub, through huggingface_hub and its cache, without its long waits where there is no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+from timm_ghn.errors import GHNNotFoundError
+
+#: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
+SHORT_PATIENCE = 2.5
+#: For how long a Hub that could not be reached is not asked for the default GHN again, in seconds.
+RETRY_AFTER = 300.0
+#: What name resolution may take on top of a time limit: no HTTP client bounds it.
+_GRACE = 1.0
+
+_unreachable: dict[str, tuple[float, Exception]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """A file in a repository on the Hub.
+
+    Attributes:
+        repo_id: The repository, as 'user/name'.
+        filename: The file's path in it.
+        revision: Branch, tag or commit; the main branch if None.
+    """
+
+    repo_id: str
+    filename: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f'{self.filename} of {self.repo_id}' + (f' at {self.revision}' if self.revision else '')
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """How to reach the Hub.
+
+    Attributes:
+        cache_dir: Folder of the cache; huggingface_hub's own if None.
+        token: For private repositories; huggingface_hub's own if None.
+        local_files_only: Whether to look in the cache only.
+        brief: Whether to give up after :data:`SHORT_PATIENCE`, and at once where that happened a moment ago.
+    """
+
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    brief: bool = False
+
+
+def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
+    """Path of a file of the Hub in the local cache, downloaded if need be.
+
+    Args:
+        file: The file.
+        access: How to reach the Hub.
+        prefer_cache: Whether a cached file will do; if not, the Hub is asked for a newer one, if it can be reached.
+
+    Raises:
+        GHNNotFoundError: if it can be reached neither on the Hub nor in the cache; the cause is chained.
+    """
+    cached = _cached(file, access)
+    if cached is not None and (prefer_cache or access.local_files_only):
+        return cached
+    if access.local_files_only:
+        raise GHNNotFoundError(
+            f'{file} is not in the cache, and local_files_only was asked for: load it once without that'
+        )
+    # The client raises the errors of its transport, which is another one from version to version: hence Exception.
+    try:
+        _ask(file, access)
+    except Exception as error:
+        if cached is not None:
+            return cached
+        raise _not_found(file, error) from error
+    try:
+        path = hf_hub_download(
+            file.repo_id,
+            file.filename,
+            revision=file.revision,
+            cache_dir=access.cache_dir,
+            token=access.token,
+        )
+    except Exception as error:
+        raise _not_found(file, error) from error
+    return Path(path)
+
+
+def _cached(file: HubFile, access: Access) -> Path | None:
+    try:
+        found = try_to_load_from_cache(file.repo_id, file.filename, cache_dir=access.cache_dir, revision=file.revision)
+    except ValueError as error:
+        raise GHNNotFoundError(f'{file.repo_id!r} is no name of a repository on the Hub: {error}') from error
+    return Path(found) if isinstance(found, str) else None
+
+
+def _ask(file: HubFile, access: Access) -> None:
+    """Raise what keeps the Hub from giving the file.
+
+    hf_hub_download repeats a request that fails, which takes from half a minute (nobody listens) to six (nobody
+    answers). One request tells as much.
+    """
+    url = hf_hub_url(file.repo_id, file.filename, revision=file.revision)
+    if access.brief and url in _unreachable:
+        when, error = _unreachable[url]
+        if time.monotonic() - when < RETRY_AFTER:
+            raise error
+    patience = float(constants.HF_HUB_ETAG_TIMEOUT)
+    if access.brief:
+        patience = min(SHORT_PATIENCE, patience)
+    try:
+        _ask_within(url, access.token, patience)
+    except Exception as error:
+        _unreachable[url] = time.monotonic(), error.with_traceback(None)
+        raise
+    _unreachable.pop(url, None)
+
+
+def _ask_within(url: str, token: str | bool | None, patience: float) -> None:
+    outcome: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            metadata = get_hf_file_metadata(url, token=token, timeout=patience)
+            if metadata.commit_hash is None:
+                raise ConnectionError("the answer is not the Hub's: a proxy or a sign-in page may have given it")
+        except Exception as error:
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    # In a thread that is left behind if need be: a request has a limit for each of its steps, but none for all.
+    thread = threading.Thread(target=ask, name='timm_ghn-hub', daemon=True)
+    thread.start()
+    thread.join(patience + _GRACE)
+    if not outcome:
+        raise TimeoutError(f'no answer within {patience + _GRACE:.1f} seconds')
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _not_found(file: HubFile, error: Exception) -> GHNNotFoundError:
+    return GHNNotFoundError(
+        f'{file} is not in the cache and cannot be had from {constants.ENDPOINT} ({in_brief(error)}). Check the name '
+        'and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured), or give the path of a file that '
+        'you have'
+    )
+
+
+def in_brief(error: BaseException) -> str:
+    """Kind and first line of an error; those of the Hub's client go on for several."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), 'no reason given')
+    return f'{type(error).__name__}: {reason}'

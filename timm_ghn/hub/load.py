@@ -1,0 +1,213 @@
+"""Loading GHNs by name or path."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from timm_ghn.errors import GHNFallbackWarning, GHNNotFoundError
+from timm_ghn.hub.catalogue import GHNEntry, known_ghns
+from timm_ghn.hub.default import EMBEDDED, VARIABLE, resolve_default
+from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
+from timm_ghn.hub.formats import read_official
+from timm_ghn.hub.locate import DEFAULT, Place, locate
+from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn
+
+if TYPE_CHECKING:
+    from timm_ghn.nn.ghn import GHN
+
+_PACKAGE = 'timm_ghn'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The files of a GHN on this machine, and what is known of where they came from."""
+
+    path: Path
+    entry: GHNEntry | None = None
+    repo_id: str | None = None
+
+
+def load_ghn(
+    name_or_path: str | os.PathLike[str] = DEFAULT,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> GHN:
+    """Load a GHN, from the Hub if need be. Nothing in its file is executed.
+
+    Args:
+        name_or_path: One of
+
+            - ``'ghn'``: the default: the GHN of :func:`set_default_ghn`, else the one that the environment variable
+              TIMM_GHN_DEFAULT names, else the Hub's ghn3_xlm16. Where that last one can be reached neither on the
+              Hub nor in its cache, the GHN inside the package serves, with a warning.
+            - an existing path: a folder of :meth:`GHN.save_pretrained`, its ``model.safetensors``, or a file of the
+              authors of GHN-2 or GHN-3;
+            - a name of the catalogue, e.g. ``'ghn3_tm8'`` (see :func:`timm_ghn.hub.known_ghns`);
+            - a repository on the Hub in our form: ``'user/repository'``.
+        device: Where to put the weights; the CPU if None.
+        dtype: Floating type of the weights; float32 if None.
+        revision: Branch, tag or commit of the repository on the Hub; the catalogue's if None.
+        cache_dir: Folder of the Hub's cache; huggingface_hub's own if None.
+        token: For private repositories; huggingface_hub's own if None.
+        local_files_only: Whether to look in the cache only.
+
+    Returns:
+        The GHN, in evaluation mode; its ``origin`` says where it came from.
+
+    Raises:
+        GHNNotFoundError: if there is no such GHN, or it can be reached neither on the Hub nor in the cache.
+        UnsafeCheckpointError: if its file names something outside the allow-list.
+        CheckpointError: if its file is damaged, does not fit its configuration, or holds values that are not finite.
+        ConfigError: if its configuration is wrong, or of a newer version of this package.
+    """
+    access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
+    return _read(_find(name_or_path, revision, access), device=device, dtype=dtype)
+
+
+def shared_ghn(
+    name_or_path: str | os.PathLike[str] = DEFAULT,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> GHN:
+    """As :func:`load_ghn`, but the last GHN is kept, and given again to whoever asks for the same files.
+
+    For callers that only predict with it: a change would be seen by all of them.
+    """
+    access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
+    found = _find(name_or_path, revision, access)
+    return _last.get(found, torch.device(device or 'cpu'), dtype or torch.float32)
+
+
+class _LastGHN:
+    """The GHN that was loaded last, as long as its files do not change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: object = None
+        self._ghn: GHN | None = None
+
+    def get(self, found: _Found, device: torch.device, dtype: torch.dtype) -> GHN:
+        key = (found, device, dtype, _fingerprint(found.path))
+        with self._lock:
+            if self._ghn is None or key != self._key:
+                self.clear()
+                self._ghn = _read(found, device=device, dtype=dtype)
+                self._key = key
+            return self._ghn
+
+    def clear(self) -> None:
+        self._key = self._ghn = None
+
+
+_last = _LastGHN()
+
+
+def _fingerprint(path: Path) -> tuple[object, ...]:
+    files = [path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if path.is_dir() else [path]
+    stats = [(file.stat() if file.exists() else None) for file in files]
+    return (path.resolve(), *((stat.st_mtime_ns, stat.st_size) for stat in stats if stat is not None))
+
+
+def _find(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> _Found:
+    """Bring the files of a GHN to this machine."""
+    if name_or_path != DEFAULT:
+        return _found(locate(name_or_path), revision, access)
+    default = resolve_default()
+    if default.chosen_by is not None:
+        return _found(locate(default.name), revision, access)
+    try:
+        return _found(Place(entry=known_ghns()[default.name]), revision, dataclasses.replace(access, brief=True))
+    except GHNNotFoundError as error:
+        # Only what cannot be had is replaced: a damaged file is an error.
+        _warn_of_fallback(default.name, error)
+        return _found(Place(entry=known_ghns()[EMBEDDED]), None, access)
+
+
+def _found(place: Place, revision: str | None, access: Access) -> _Found:
+    if place.path is not None:
+        return _Found(place.path)
+    if place.repo_id is not None:
+        return _Found(_fetch_folder(place.repo_id, revision, access), repo_id=place.repo_id)
+    entry = place.entry
+    if entry is None or entry.repo_id is None or entry.filename is None:
+        return _Found(entry.folder if entry is not None else Path(), entry)
+    file = HubFile(entry.repo_id, entry.filename, revision or entry.revision)
+    try:
+        return _Found(fetch(file, access), entry, entry.repo_id)
+    except GHNNotFoundError as error:
+        raise GHNNotFoundError(f'the GHN {entry.name!r} cannot be loaded: {error}') from error.__cause__
+
+
+def _fetch_folder(repo_id: str, revision: str | None, access: Access) -> Path:
+    try:
+        config = fetch(HubFile(repo_id, CONFIG_FILE, revision), access, prefer_cache=False)
+    except GHNNotFoundError as error:
+        official = [entry.name for entry in known_ghns().values() if entry.repo_id == repo_id]
+        hint = f'. The GHNs of this repository are loaded by name: {", ".join(official)}' if official else ''
+        raise GHNNotFoundError(f'{error}{hint}') from error.__cause__
+    # The revision of the configuration, so that both files are of one commit.
+    commit = _commit(config) or revision
+    return fetch(HubFile(repo_id, WEIGHTS_FILE, commit), access).parent
+
+
+def _commit(path: Path) -> str | None:
+    """Commit of a file in the Hub's cache, which is part of its path."""
+    parts = path.parts
+    return parts[parts.index('snapshots') + 1] if 'snapshots' in parts[:-1] else None
+
+
+def _read(found: _Found, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
+    path, entry = found.path, found.entry
+    config = None if entry is None else entry.config
+    if path.is_dir() or path.suffix == '.safetensors':
+        ghn = read_ghn(path, config=config, device=device, dtype=dtype)
+    else:
+        ghn = read_official(path, config=config, device=device, dtype=dtype)
+    assert ghn.origin is not None
+    ghn.origin = dataclasses.replace(
+        ghn.origin,
+        name=ghn.origin.name if entry is None else entry.name,
+        repo_id=found.repo_id,
+        revision=None if found.repo_id is None else _commit(path / WEIGHTS_FILE if path.is_dir() else path),
+        embedded=entry is not None and entry.path is not None,
+    )
+    return ghn
+
+
+def _warn_of_fallback(name: str, error: GHNNotFoundError) -> None:
+    trained = known_ghns()[EMBEDDED].config.trained
+    what = 'small' if trained else 'small and untrained: its predictions are no better than random weights'
+    warnings.warn(
+        f'the default GHN {name} can be reached neither on the Hub nor in its cache '
+        f'({in_brief(error.__cause__ or error)}), so the GHN inside the package, {EMBEDDED}, serves in its place. It '
+        f"is {what}. To use another one, name it (ghn='ghn3_tm8', a path or a repository on the Hub), call "
+        f'timm_ghn.set_default_ghn(...) or set {VARIABLE}',
+        GHNFallbackWarning,
+        stacklevel=_stacklevel(),
+    )
+
+
+def _stacklevel() -> int:
+    """That of the nearest caller outside this package, as seen from the function that calls this one."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get('__name__')).split('.')[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,64 @@
+"""What the name of a GHN means, without asking the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from pathlib import Path
+
+from timm_ghn.errors import GHNNotFoundError
+from timm_ghn.hub.catalogue import GHNEntry, known_ghns
+
+#: The name of the default GHN, whichever that is.
+DEFAULT = 'ghn'
+
+_FILES = ('.safetensors', '.pt', '.pth', '.pkl', '.joblib', '.bin', '.json', '.gz')
+_REPO = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a GHN is: exactly one of the three.
+
+    Attributes:
+        path: An existing file or folder.
+        entry: An entry of the catalogue.
+        repo_id: A repository on the Hub, in our form.
+    """
+
+    path: Path | None = None
+    entry: GHNEntry | None = None
+    repo_id: str | None = None
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Place:
+    """Find what a name stands for: an existing path, else a name of the catalogue, else a repository on the Hub.
+
+    Raises:
+        GHNNotFoundError: if it can be none of these.
+    """
+    name = os.fspath(name_or_path)
+    path = os.path.expanduser(name)
+    if name and os.path.exists(path):  # unlike Path's, neither raises for names that no file can have
+        return Place(path=Path(path))
+    if isinstance(name_or_path, str):
+        known = known_ghns()
+        if name in known:
+            return Place(entry=known[name])
+        if _REPO.fullmatch(name) and not name.endswith(_FILES):
+            return Place(repo_id=name)
+        if not _is_path(name):
+            near = difflib.get_close_matches(name, [DEFAULT, *known], n=1, cutoff=0.5)
+            hint = f'Did you mean {near[0]!r}? ' if near else ''
+            raise GHNNotFoundError(
+                f'no GHN has the name {name!r}. {hint}Known are {", ".join(known)}, and {DEFAULT!r} for the default; '
+                "a path and 'user/repository' of the Hub are taken as well"
+            )
+    raise GHNNotFoundError(f'expected a GHN in {name!r}: there is no such file or folder')
+
+
+def _is_path(name: str) -> bool:
+    separators = [sep for sep in (os.sep, os.altsep) if sep]
+    return name.startswith(('.', '~')) or name.endswith(_FILES) or any(sep in name for sep in separators)

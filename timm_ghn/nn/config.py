@@ -1,0 +1,168 @@
+"""Hyper-parameters of a GHN: one frozen record, checked where it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm_ghn.errors import ConfigError
+from timm_ghn.nn.registry import known_gnns
+
+#: Version of the configuration format that this package writes. Raise it when a reader must know more than before.
+FORMAT_VERSION = 1
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+DECODERS = ('conv', 'mlp')
+WINDOWS = ('center', 'corner')
+#: Longest distance that the edge table of the published GHN-3 checkpoints (257 rows, the first two unused) can hold.
+MAX_DISTANCE = 254
+
+
+@dataclasses.dataclass(frozen=True)
+class GHNConfig:
+    """Hyper-parameters of a graph hypernetwork.
+
+    Attributes:
+        hid: Width d of the node embeddings.
+        max_shape: Largest tensor decoded at once: (out channels, in channels, height, width). Larger ones are tiled.
+        num_classes: Classes K of the data set that the GHN was trained on.
+        gnn: Name of a registered graph network: 'graphormer' (GHN-3), 'gated' (GHN-1, GHN-2), 'mlp' (baseline).
+        layers: Depth of the Graphormer; 1 for the others.
+        heads: Attention heads of the Graphormer; unused by the others.
+        virtual_edges: Longest shortest path that becomes an edge; 1 for none (arXiv 2110.13100, section 4.1).
+        layernorm: Whether the node embeddings are layer-normalised before decoding.
+        weight_norm: Whether predictions are scaled by fan-in (arXiv 2110.13100, section 4.2).
+        decoder: 'conv', or 'mlp' as in the baseline decoder of the first release.
+        window: Where a kernel is cut out of the decoded map: 'center' (GHN-3) or 'corner' (GHN-1, GHN-2).
+        rules: Rule set that shapes the graphs that the GHN reads.
+        mean: Mean of the images in training, per channel.
+        std: Standard deviation of the images in training, per channel.
+        trained: False for random weights.
+        name: Name for messages and model cards, if it has one.
+        format_version: Version of this record.
+    """
+
+    hid: int
+    max_shape: tuple[int, int, int, int]
+    num_classes: int
+    gnn: str = 'graphormer'
+    layers: int = 1
+    heads: int = 8
+    virtual_edges: int = 50
+    layernorm: bool = True
+    weight_norm: bool = True
+    decoder: str = 'conv'
+    window: str = 'center'
+    rules: str = 'published'
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    trained: bool = True
+    name: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _expect_readable(self.format_version)
+        for field in ('hid', 'num_classes', 'layers', 'heads', 'virtual_edges'):
+            _expect_count(field, getattr(self, field))
+        if not isinstance(self.max_shape, tuple) or len(self.max_shape) != 4:
+            raise ConfigError(f'expected max_shape of 4 sizes: out, in, height, width (got {self.max_shape!r})')
+        for size in self.max_shape:
+            _expect_count('max_shape', size)
+        if self.max_shape[2] != self.max_shape[3]:
+            raise ConfigError(f'expected max_shape with height equal to width (got {self.max_shape})')
+        if self.hid % 4:
+            raise ConfigError(f'expected hid divisible by 4, for the four sizes of a shape (got {self.hid})')
+        _expect_one_of('gnn', self.gnn, known_gnns())
+        _expect_one_of('decoder', self.decoder, DECODERS)
+        _expect_one_of('window', self.window, WINDOWS)
+        if self.gnn == 'graphormer' and self.hid % self.heads:
+            raise ConfigError(f'expected hid divisible by heads (got hid {self.hid}, heads {self.heads})')
+        if self.virtual_edges > MAX_DISTANCE:
+            raise ConfigError(f'expected virtual_edges of at most {MAX_DISTANCE} (got {self.virtual_edges})')
+        if self.decoder == 'mlp' and self.max_shape[0] != self.max_shape[1]:
+            raise ConfigError(f"expected square max_shape for the decoder 'mlp' (got {self.max_shape})")
+        for field in ('layernorm', 'weight_norm', 'trained'):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f'expected {field} to be true or false (got {getattr(self, field)!r})')
+        self._check_images()
+
+    def _check_images(self) -> None:
+        for field in ('mean', 'std'):
+            values = getattr(self, field)
+            numbers = isinstance(values, tuple) and all(isinstance(value, (int, float)) for value in values)
+            if not numbers or len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise ConfigError(f'expected {field} of 3 finite numbers, one for each channel (got {values!r})')
+        if min(self.std) <= 0:
+            raise ConfigError(f'expected a positive std for each channel (got {self.std})')
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values that JSON can hold; :meth:`from_dict` reads it back."""
+        record = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> GHNConfig:
+        """Read what :meth:`to_dict` wrote.
+
+        Args:
+            record: Values by field; lists stand for tuples. Absent fields take their defaults.
+
+        Raises:
+            ConfigError: if a newer version of this package wrote it, if a key is unknown or a required one absent,
+                or if a value is out of range.
+        """
+        _expect_readable(record.get('format_version', FORMAT_VERSION))  # first: a newer one may have more keys
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(record) - set(fields))
+        if unknown:
+            raise ConfigError(f'expected only known keys in a GHN configuration (got {", ".join(unknown)})')
+        absent = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in record]
+        if absent:
+            raise ConfigError(f'expected a GHN configuration to state {", ".join(absent)} (got {", ".join(record)})')
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in record.items()}
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the weights of a GHN came from.
+
+    Attributes:
+        name: Name in the catalogue, if it has one.
+        repo_id: Repository on the Hub, if it came from there.
+        revision: Commit of the repository.
+        file: Name or path of the file.
+        sha256: Digest of the file.
+        embedded: Whether the file carried its configuration; if not, it was taken from the catalogue or inferred.
+    """
+
+    name: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    embedded: bool = False
+
+
+def _expect_readable(version: object) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ConfigError(f'expected format_version to be a positive integer (got {version!r})')
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f'expected a configuration of format version {FORMAT_VERSION} or older (got {version}): '
+            'a newer timm_ghn wrote it, upgrade with `pip install -U timm-ghn`'
+        )
+
+
+def _expect_count(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f'expected {field} to be a positive integer (got {value!r})')
+
+
+def _expect_one_of(field: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f'expected {field} to be one of {", ".join(known)} (got {value!r})')

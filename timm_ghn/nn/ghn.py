@@ -1,0 +1,169 @@
+"""The graph hypernetwork: embeds the nodes of networks and decodes their parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.structure import Graph, GraphBatch
+from timm_ghn.nn.config import GHNConfig, Origin
+from timm_ghn.nn.decoders import CHUNK_ELEMENTS, DecodeKind, DecodeRequest, VectorDecoder, build_decoder
+from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, linear_of, look_up
+from timm_ghn.nn.registry import build_gnn
+from timm_ghn.nn.shape_encoder import ShapeEncoder
+
+_TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
+
+
+class GHN(nn.Module, PyTorchModelHubMixin):
+    """Graph hypernetwork: GHN-1, GHN-2, GHN-3 or the baseline, as its configuration says.
+
+    A prediction takes two steps, :meth:`encode` and :meth:`decode`. Both are differentiable, compute in at least
+    float32 and ignore autocast. Names and shapes of the parameters are those of the published checkpoints.
+
+    A new GHN has random weights, drawn from the global generator. On the meta device nothing is drawn; load with
+    ``load_state_dict(..., assign=True)``.
+
+    Args:
+        config: Hyper-parameters.
+
+    Attributes:
+        config: Hyper-parameters.
+        origin: Where the weights came from, if they were loaded.
+    """
+
+    def __init__(self, config: GHNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.origin: Origin | None = None
+        self.ln = nn.LayerNorm(config.hid) if config.layernorm else None
+        self.embed = nn.Embedding(len(Primitive), config.hid)
+        self.shape_enc = ShapeEncoder(config)
+        self.gnn = build_gnn(config)
+        self.decoder = build_decoder(config)
+        self.decoder_1d = VectorDecoder(config)
+        self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(self.decoder_1d.max_size, config.num_classes))
+        if config.gnn == 'graphormer':
+            self._rescale()
+
+    @torch.no_grad()
+    def _rescale(self) -> None:
+        """Initialise as GHN-3 does: the others keep PyTorch's defaults.
+
+        The last layers start with small weights and no bias, embeddings with a standard deviation of
+        (their width)^-1/2, cut off at +-2.
+        """
+        for layer in (self.decoder_1d.last, self.decoder.last, self.decoder.class_predictor):
+            layer.weight.div_(5)
+            layer.bias.zero_()
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=module.embedding_dim**-0.5)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.embed.weight.device
+
+    def encode(self, graphs: Graph | GraphBatch | Iterable[Graph]) -> Tensor:
+        """Embed the nodes of graphs.
+
+        Args:
+            graphs: One graph or several; each is embedded as it would be alone.
+
+        Returns:
+            (N, d) for the N nodes of all graphs, in the numbering of :class:`GraphBatch`.
+        """
+        batch = GraphBatch.of(graphs)
+        with full_precision(self.device):
+            x_Nd = look_up(self.embed, torch.cat([graph.primitives_N for graph in batch.graphs]))
+            x_Nd = x_Nd + self.shape_enc(torch.cat([graph.shapes_N4 for graph in batch.graphs]))
+            x_Nd = self.gnn(x_Nd, batch)
+            return x_Nd if self.ln is None else apply_layer_norm(self.ln, x_Nd)
+
+    def decode(
+        self, embeddings_Nd: Tensor, requests: Sequence[DecodeRequest], *, chunk_elements: int = CHUNK_ELEMENTS
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Decode raw tensors: not tiled to the size of the target and not scaled.
+
+        Sizes are clipped to what the GHN decodes at once, with ``max_shape`` (C0, C1, H, W), K classes and
+        M = max(C0, C1):
+
+        ===========  ================================================================
+        TENSOR       (min(out, C0), min(in, C1), height, width); where a kernel exceeds the map in height or width,
+                     the map is interpolated bilinearly
+        HEAD_WEIGHT  (min(out, K), min(in, C1))
+        WEIGHT_1D    (min(n, M),)
+        BIAS_1D      (min(n, M),)
+        HEAD_BIAS    (min(n, K),)
+        ===========  ================================================================
+
+        Args:
+            embeddings_Nd: What :meth:`encode` gave.
+            requests: What to decode.
+            chunk_elements: Bound on the elements of temporary tensors; a request that needs more comes alone. The
+                sliced rows of the first layer come on top, once for each kernel size.
+
+        Yields:
+            Index of a request, and its tensor. Requests that share matrix products come together, so the order is
+            another one than that of ``requests``. A tensor may be a view of a chunk's: copy what you keep.
+
+        Raises:
+            ValueError: if a request names a row that the embeddings do not have.
+        """
+        rows = len(embeddings_Nd)
+        for request in requests:
+            if request.node >= rows:
+                raise ValueError(f'expected requests for rows 0..{rows - 1} of the embeddings (got row {request.node})')
+        z_Nd = embeddings_Nd.to(torch.promote_types(embeddings_Nd.dtype, compute_dtype(self.embed.weight)))
+        jobs = list(enumerate(requests))
+        tensors = [job for job in jobs if job[1].kind in _TENSOR_KINDS]
+        vectors = [job for job in jobs if job[1].kind not in _TENSOR_KINDS]
+        predictor = linear_of(self.bias_class, 1)
+        yield from self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements)
+        yield from self.decoder_1d.decode(z_Nd, vectors, predictor, chunk_elements=chunk_elements)
+
+    def forward(self, graphs: Graph | GraphBatch | Iterable[Graph], requests: Sequence[DecodeRequest]) -> list[Tensor]:
+        """Embed graphs and decode all requests, in their order; the form that data-parallel wrappers call."""
+        decoded = dict(self.decode(self.encode(graphs), requests))
+        return [decoded[index] for index in range(len(requests))]
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from timm_ghn.nn.storage import save_ghn
+
+        save_ghn(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]  # no further keyword arguments: unknown ones are errors
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: object = None,  # what the mixin read: save_ghn's file, which read_ghn reads and checks itself
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GHN:
+        from timm_ghn.nn.storage import read_ghn
+
+        directory = model_id
+        if not os.path.isdir(model_id):
+            directory = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=['*.json', '*.safetensors'],
+            )
+        return read_ghn(Path(directory), device=device, dtype=dtype)

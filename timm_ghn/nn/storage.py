@@ -1,0 +1,265 @@
+"""GHNs on disk: a folder with ``config.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.nn.config import GHNConfig, Origin
+
+if TYPE_CHECKING:
+    from timm_ghn.nn.ghn import GHN
+
+CONFIG_FILE = 'config.json'
+WEIGHTS_FILE = 'model.safetensors'
+
+#: Largest file whose digest is computed when it is loaded, in bytes (a second's work at most).
+MAX_HASHED = 512 * 2**20
+#: Longest configuration file, in bytes.
+MAX_CONFIG = 1 << 20
+
+_SHOWN = 3
+
+
+def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+    """Write a GHN. Each file appears complete or not at all.
+
+    Args:
+        ghn: The GHN.
+        directory: Made if it does not exist; its two files are replaced.
+        dtype: Floating type of the file, e.g. bfloat16 for half the size; that of the GHN if None.
+
+    Raises:
+        CheckpointError: if a weight is not finite; nothing is written.
+    """
+    folder = Path(directory)
+    state = {
+        key: value.detach().to(device='cpu', dtype=dtype or value.dtype).contiguous()
+        for key, value in ghn.state_dict().items()
+    }
+    for key, value in state.items():
+        expect_finite(key, value, 'the GHN')
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / WEIGHTS_FILE) as path:
+        save_file(state, path, metadata={'format': 'pt'})
+    with _replacing(folder / CONFIG_FILE) as path:
+        path.write_text(json.dumps(ghn.config.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when it is complete."""
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+    try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors writes files that nobody else can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_ghn(
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    config: GHNConfig | None = None,
+) -> GHN:
+    """Read what :func:`save_ghn` wrote. No weight is initialised first, so the peak of memory is one copy of them.
+
+    Args:
+        directory: The folder, or its ``model.safetensors``.
+        device: Where to put the weights; the CPU if None.
+        dtype: Floating type of the weights; float32 if None, whatever the file has.
+        config: What the folder's configuration must say, its name aside, if known.
+
+    Returns:
+        The GHN, in evaluation mode.
+
+    Raises:
+        GHNNotFoundError: if the folder or a file in it does not exist.
+        ConfigError: if the configuration is wrong, or of a newer version of this package.
+        CheckpointError: if a file is damaged, if they do not fit together, or if a weight is not finite.
+    """
+    weights = Path(directory)
+    if weights.suffix != '.safetensors':
+        weights = weights / WEIGHTS_FILE
+    config_path = weights.parent / CONFIG_FILE
+    for path in (config_path, weights):
+        if not path.is_file():
+            raise GHNNotFoundError(
+                f'expected a GHN in {weights.parent}, which has no file {path.name}: a saved GHN is a folder with '
+                f'{CONFIG_FILE} and {WEIGHTS_FILE}'
+            )
+    found = GHNConfig.from_dict(read_json(config_path))
+    if config is not None:
+        expect_config(found, config, str(config_path))
+    try:
+        with safe_open(weights, framework='pt', device='cpu') as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            ghn = build_ghn(found, shapes, file.get_tensor, device=device, dtype=dtype, label=str(weights))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
+    ghn.origin = Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
+    return ghn
+
+
+def build_ghn(
+    config: GHNConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    label: str,
+) -> GHN:
+    """Make a GHN of weights that are read one by one, once it is known that all of them fit.
+
+    Args:
+        config: Its hyper-parameters.
+        shapes: Shape of every tensor of the file.
+        read: Reads a tensor.
+        device: Where to put the weights; the CPU if None.
+        dtype: Floating type of the weights; float32 if None.
+        label: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: if keys or shapes differ from the configuration's, or if a weight is not finite.
+    """
+    from timm_ghn.nn.ghn import GHN
+
+    _expect_plausible(config, shapes, label)
+    try:
+        with torch.device('meta'):
+            ghn = GHN(config)
+    except RuntimeError as error:
+        raise CheckpointError(f'{label} has a configuration of impossible sizes: {config}') from error
+    _expect_shapes({key: tuple(value.shape) for key, value in ghn.state_dict().items()}, shapes, label)
+    weights: dict[str, Tensor] = {}
+    for key in ghn.state_dict():
+        tensor = read(key)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f'{label} holds {key} as {tensor.dtype}, expected a floating type')
+        tensor = tensor.to(device=device or 'cpu', dtype=dtype or torch.float32)
+        expect_finite(key, tensor, label)
+        weights[key] = tensor
+    ghn.load_state_dict(weights, strict=True, assign=True)
+    return ghn.eval()
+
+
+def _expect_plausible(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
+    """Refuse a configuration that is far larger than the file before anything of that size is built."""
+    limit = sum(math.prod(shape) for shape in shapes.values())
+    largest = max(config.hid, config.num_classes, *config.max_shape)
+    if config.layers > len(shapes) or largest > limit:
+        raise CheckpointError(f'{label} holds {limit:,} numbers, far fewer than its configuration needs: {config}')
+
+
+def _expect_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], label: str) -> None:
+    problems = []
+    for title, keys in (('lacks', expected.keys() - found.keys()), ('has unexpected', found.keys() - expected.keys())):
+        if keys:
+            problems.append(f'{title} {_few(sorted(keys))}')
+    wrong = [
+        f'{key} {found[key]} where {shape} is expected'
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if wrong:
+        problems.append(f'has {_few(wrong)}')
+    if problems:
+        raise CheckpointError(f'{label} does not match its configuration: it {"; it ".join(problems)}')
+
+
+def _few(items: Iterable[str]) -> str:
+    shown = [item if len(item) <= 200 else f'{item[:200]}...' for item in items]
+    more = len(shown) - _SHOWN
+    return ', '.join(shown[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
+
+
+def expect_finite(key: str, tensor: Tensor, label: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    # A sum needs no memory, and is finite only if every term is; one that overflows is told apart below.
+    if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
+        return
+    count = int((~torch.isfinite(tensor)).sum())
+    raise CheckpointError(f'{label} holds values that are not finite: {count:,} of {tensor.numel():,} in {key}')
+
+
+def expect_config(found: GHNConfig, expected: GHNConfig, label: str, *, ignore: frozenset[str] = frozenset()) -> None:
+    """Refuse a configuration that differs from the one that the catalogue promises.
+
+    Args:
+        found: What the file says.
+        expected: What it should say.
+        label: Name of the file, for messages.
+        ignore: Fields that may differ, as may the name and the version of the format.
+
+    Raises:
+        CheckpointError: naming the fields that differ.
+    """
+    free = ignore | {'name', 'format_version'}
+    differing = [
+        f'{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is expected'
+        for field in dataclasses.fields(GHNConfig)
+        if field.name not in free and getattr(found, field.name) != getattr(expected, field.name)
+    ]
+    if differing:
+        raise CheckpointError(f'{label} is not the GHN that the catalogue describes: it has {_few(differing)}')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file with one JSON object.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise CheckpointError(f'{path} is too long for a configuration')
+        record = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f'{path} is truncated or damaged, expected JSON: {error}') from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f'expected {path} to hold a JSON object (got {type(record).__name__})')
+    return record
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file in hexadecimal, None for one that would take long to read.
+
+    The cache of the Hub names large files by their digest, which is then taken from the name.
+    """
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == 'blobs' and len(blob.name) == 64:
+        return blob.name
+    if blob.stat().st_size > MAX_HASHED:
+        return None
+    digest = hashlib.sha256()
+    with open(blob, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

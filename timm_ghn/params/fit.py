@@ -1,0 +1,194 @@
+"""From what a GHN decodes to a parameter: repeated to its shape and scaled to its fan-in.
+
+A GHN decodes at most ``max_shape`` channels at once; larger parameters repeat them cyclically, W[o, i] = s[o mod s0,
+i mod s1] (GHN_SPEC section 6.5). The scale follows arXiv 2110.13100, section 4.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from timm_ghn.nn.config import GHNConfig
+from timm_ghn.nn.requests import DecodeKind
+
+#: Standard deviation of the tokens of a positional embedding that stand for no image position.
+TOKEN_STD = 0.02
+
+#: A positional embedding of s*s + n tokens has n tokens without a position, if n is at most this.
+_MOST_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """How a decoded tensor becomes a parameter.
+
+    Attributes:
+        rows: Decoded outputs, repeated to the parameter's first axis.
+        columns: Decoded inputs, repeated to its second axis; 0 for a parameter decoded as a vector.
+        scale: Factor of a tensor, sqrt(beta / fan_in); None where the decoded values are used as they are.
+        activation: For vectors: 'gain' for 2 sigmoid(p / 2), 'shift' for tanh(p / 5), 'none'.
+        tokens: For a positional embedding, how many of its tokens are drawn at random; None for anything else.
+    """
+
+    rows: int
+    columns: int = 0
+    scale: float | None = None
+    activation: str = 'none'
+    tokens: int | None = None
+
+    def describe(self, shape: tuple[int, ...]) -> str:
+        """The fit in words, for the plan."""
+        if not self.columns:
+            n = math.prod(shape)
+            text = f'{self.rows} values' if self.rows >= n else f'{self.rows} values repeated to {n}'
+            return {'gain': f'2 sigmoid(p/2) of {text}', 'shift': f'tanh(p/5) of {text}'}.get(self.activation, text)
+        if self.tokens is not None:
+            return f'{self.columns} features at each position, {self.tokens} random tokens in front'
+        text = f'{self.rows}x{self.columns} channels'
+        if (self.rows, self.columns) != tuple(shape[:2]):
+            text += f' repeated to {shape[0]}x{shape[1]}'
+        return text if self.scale is None else f'{text}, times {self.scale:.3g}'
+
+
+def random_tokens(shape: tuple[int, ...]) -> int | None:
+    """Tokens of a positional embedding (1, T, C) in front of its floor(sqrt(T))^2 positions; None for another shape."""
+    if len(shape) != 3 or shape[0] != 1 or min(shape[1:]) < 2:
+        return None
+    extra = shape[1] - math.isqrt(shape[1]) ** 2
+    return extra if extra <= _MOST_TOKENS else 0
+
+
+def fit_of(
+    kind: DecodeKind, shape: tuple[int, ...], config: GHNConfig, *, position: bool = False
+) -> tuple[tuple[int, int, int, int], Fit]:
+    """How to decode a parameter of a shape.
+
+    Args:
+        kind: Decoder.
+        shape: Of the parameter.
+        config: Of the GHN.
+        position: Whether it is a positional embedding (1, T, C).
+
+    Returns:
+        Size (out, in, height, width) to request, and how to fit what comes back.
+    """
+    outputs, inputs = config.max_shape[:2]
+    longest = max(outputs, inputs)
+    normalise = config.weight_norm
+    if kind in (DecodeKind.WEIGHT_1D, DecodeKind.BIAS_1D, DecodeKind.HEAD_BIAS):
+        n = math.prod(shape)
+        activation = 'gain' if kind is DecodeKind.WEIGHT_1D else 'shift'
+        limit = config.num_classes if kind is DecodeKind.HEAD_BIAS else longest
+        return (n, 1, 1, 1), Fit(min(n, limit), activation=activation if normalise else 'none')
+    scale = fan_in_scale(shape) if normalise else None
+    if position:
+        side = math.isqrt(shape[1])
+        return (1, shape[2], side, side), Fit(1, min(shape[2], inputs), scale, tokens=random_tokens(shape))
+    height, width = (*shape[2:], 1, 1)[:2] if len(shape) < 5 else shape[-2:]
+    limit = config.num_classes if kind is DecodeKind.HEAD_WEIGHT else outputs
+    return (shape[0], shape[1], height, width), Fit(min(shape[0], limit), min(shape[1], inputs), scale)
+
+
+def fan_in_scale(shape: tuple[int, ...]) -> float | None:
+    """sqrt(beta / fan_in) of a tensor with at least two axes; None where predictions are used as they are.
+
+    fan_in is the number of elements behind one output. beta is 1 for depthwise and for 1 x k kernels, else 2 (the
+    published rule compares height and width, so k x 1 has 2). Kernels of 11 and more with one output, and with them
+    positional embeddings, are not scaled.
+    """
+    if len(shape) > 2 and shape[0] == 1 and shape[2] >= 11:
+        return None
+    beta = 2.0
+    if len(shape) > 2 and (shape[1] == 1 or (len(shape) > 3 and shape[2] < shape[3])):
+        beta = 1.0
+    return math.sqrt(beta / math.prod(shape[1:]))
+
+
+def scaled(decoded: Tensor, fit: Fit) -> Tensor:
+    """Apply the scale or the activation of a fit to a decoded tensor, before it is repeated."""
+    if fit.activation == 'gain':
+        return 2 * torch.sigmoid(decoded * 0.5)
+    if fit.activation == 'shift':
+        return torch.tanh(decoded * 0.2)
+    return decoded if fit.scale is None else decoded * fit.scale
+
+
+def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """The parameter that a decoded tensor becomes; differentiable.
+
+    Args:
+        decoded: What the GHN decoded for it.
+        fit: From :func:`fit_of`.
+        shape: Of the parameter.
+        generator: On the CPU; draws the tokens without a position.
+    """
+    values = scaled(decoded, fit)
+    if not fit.columns:
+        return values.repeat(-(-math.prod(shape) // fit.rows))[: math.prod(shape)].view(shape)
+    if fit.tokens is not None:
+        return _tiled(_with_tokens(values, fit.tokens, shape[1], generator), shape)
+    return _tiled(_with_axes(values, len(shape)), shape)
+
+
+def _with_axes(values: Tensor, rank: int) -> Tensor:
+    """Give decoded channels (o, i) or kernels (o, i, h, w) the rank of a parameter; all axes left out have size 1."""
+    height, width = (*values.shape[2:], 1, 1)[:2]
+    kernel = {2: (), 3: (height,), 4: (height, width)}.get(rank, (1,) * (rank - 4) + (height, width))
+    return values.reshape(*values.shape[:2], *kernel)
+
+
+def _tiled(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Repeat a tensor along its axes until it covers a shape, and cut it there."""
+    repeats = [-(-wanted // have) for wanted, have in zip(shape, values.shape, strict=True)]
+    return values.repeat(repeats)[tuple(slice(n) for n in shape)] if max(repeats) > 1 else values
+
+
+def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Generator | None) -> Tensor:
+    """Positions in reading order as tokens (1, T, c), with random ones for what has no position in front."""
+    positions = values.flatten(2).transpose(1, 2)[:, :tokens]
+    if not count:
+        return positions
+    # Drawn in float32 on the CPU, so that the tokens are the same on every device.
+    random = torch.randn(1, count, positions.shape[2], generator=generator) * TOKEN_STD
+    return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
+
+
+def write(target: Tensor, decoded: Tensor, fit: Fit, generator: torch.Generator | None = None) -> None:
+    """Write a parameter in place, without a temporary of its size.
+
+    Args:
+        target: The parameter, of any floating dtype and on any device.
+        decoded: What the GHN decoded for it.
+        fit: From :func:`fit_of`.
+        generator: On the CPU; draws the tokens without a position.
+    """
+    shape = tuple(target.shape)
+    if not fit.columns:
+        _spread(target.view(-1) if target.is_contiguous() else target, scaled(decoded, fit), 0)
+        return
+    if fit.tokens is not None:
+        target.copy_(fitted(decoded, fit, shape, generator))
+        return
+    values = scaled(decoded, fit)
+    values = _with_axes(values, len(shape))
+    if tuple(values.shape[2:]) != shape[2:]:
+        values = values.expand(*values.shape[:2], *shape[2:])
+    rows, columns = values.shape[:2]
+    whole = shape[1] // columns * columns
+    first = target[:rows]
+    first[:, :whole].unflatten(1, (-1, columns)).copy_(values[:, None])
+    first[:, whole:].copy_(values[:, : shape[1] - whole])
+    _spread(target, first, rows)
+
+
+def _spread(target: Tensor, values: Tensor, done: int) -> None:
+    """Repeat rows along the first axis of a target whose first ``done`` rows are written already."""
+    rows = len(values)
+    whole = len(target) // rows * rows
+    if whole > done:
+        target[done:whole].unflatten(0, (-1, rows)).copy_(values)
+    target[whole:].copy_(values[: len(target) - whole])

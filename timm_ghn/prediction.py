@@ -1,0 +1,217 @@
+"""Predict the parameters of a model, and initialise it with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_ghn.errors import PredictionError, UnsupportedModelError
+from timm_ghn.graph.build import trace
+from timm_ghn.graph.structure import Graph
+from timm_ghn.nn.ghn import GHN
+from timm_ghn.params.fit import write
+from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
+from timm_ghn.version import __version__
+
+M = TypeVar('M', bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Predicted parameters of a model, raw: without post-processing.
+
+    Attributes:
+        state_dict: Predicted tensors by the model's own parameter names (all names of a tied one), in the dtypes of
+            the model. Kept parameters and buffers are not in it: load it with ``strict=False``.
+        plan: What became of each parameter.
+        provenance: Facts about the GHN and the call, as plain values.
+    """
+
+    state_dict: dict[str, Tensor]
+    plan: ParameterPlan
+    provenance: dict[str, Any]
+
+
+def predict(
+    model: nn.Module,
+    ghn: GHN | str | os.PathLike[str] = 'ghn',
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    head: str = 'auto',
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Prediction:
+    """Predict the parameters of a model without touching it.
+
+    Args:
+        model: Any network that takes a batch of images; it may be on the meta device.
+        ghn: A GHN, or the name or path of one; 'ghn' is the default GHN.
+        input_size: Image size, see :func:`timm_ghn.trace`.
+        example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
+        head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
+            always, 'keep' never.
+        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
+        device: Where to predict; by default where the GHN is.
+
+    Returns:
+        The prediction; the same call gives the same one.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be traced.
+        PredictionError: if a predicted value is not finite.
+        GHNError: if the GHN cannot be loaded.
+    """
+    chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for row, decoded in _decoded(chosen, graph, plan):
+            tensor = torch.empty(row.shape, dtype=row.dtype, device=chosen.device)
+            write(tensor, decoded, _fit(row), generator)
+            _check_finite(row, tensor)
+            found[row.name] = tensor
+    state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
+    return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
+
+
+def ghn_init(
+    model: M,
+    ghn: GHN | str | os.PathLike[str] = 'ghn',
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    head: str = 'auto',
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> M:
+    """Initialise a model with predicted parameters, in place.
+
+    Either all predicted parameters are written or, if anything fails, none. Their device, dtype and
+    ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters that are not predicted.
+
+    Args:
+        model: Any network that takes a batch of images.
+        ghn: A GHN, or the name or path of one; 'ghn' is the default GHN.
+        input_size: Image size, see :func:`timm_ghn.trace`.
+        example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
+        head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
+            always, 'keep' never.
+        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
+        device: Where to predict; by default where the GHN is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device.
+        PredictionError: if a predicted value is not finite.
+        GHNError: if the GHN cannot be loaded.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"'{name}' is on the meta device and has no storage to write to; call model.to_empty(device=...) "
+                'first, or load predict(model).state_dict with assign=True'
+            )
+    chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # Everything is decoded and checked before the first parameter is written.
+        ready = list(_decoded(chosen, graph, plan))
+        for row, decoded in ready:
+            write(parameters[row.name], decoded, _fit(row), generator)
+    return model
+
+
+def _prepare(
+    model: nn.Module,
+    ghn: GHN | str | os.PathLike[str],
+    input_size: int | Sequence[int] | None,
+    example_inputs: Any,
+    head: str,
+    device: torch.device | str | None,
+) -> tuple[GHN, Graph, ParameterPlan]:
+    """Load the GHN, trace the model and plan."""
+    if isinstance(ghn, GHN):
+        chosen = ghn
+    else:
+        from timm_ghn.hub.load import load_ghn
+
+        chosen = load_ghn(ghn)
+    if device is not None:
+        chosen = chosen.to(device)
+    graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=chosen.config.rules)
+    plan = plan_parameters(graph, chosen.config, head=head)
+    if not plan.predicted:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} has no parameter that a GHN could predict; see timm_ghn.trace(model).kept'
+        )
+    return chosen, graph, plan
+
+
+def _decoded(ghn: GHN, graph: Graph, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Tensor]]:
+    """Decoded tensors, checked; positional embeddings come in the order of the plan, for the sake of the seed."""
+    embeddings_Nd = ghn.encode(graph)
+    _check_embeddings(embeddings_Nd, ghn)
+    rows = [row for row in plan.predicted if row.role != 'position']
+    positions = [row for row in plan.predicted if row.role == 'position']
+    for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
+        _check_finite(rows[index], decoded)
+        yield rows[index], decoded
+    found = dict(ghn.decode(embeddings_Nd, [_request(row) for row in positions]))
+    for index, row in enumerate(positions):
+        _check_finite(row, found[index])
+        yield row, found[index]
+
+
+def _request(row: ParameterRow) -> Any:
+    if row.request is None:
+        raise ValueError(f"'{row.name}' is not predicted")
+    return row.request
+
+
+def _fit(row: ParameterRow) -> Any:
+    if row.fit is None:
+        raise ValueError(f"'{row.name}' is not predicted")
+    return row.fit
+
+
+def _check_embeddings(embeddings_Nd: Tensor, ghn: GHN) -> None:
+    if not bool(torch.isfinite(embeddings_Nd).all()):
+        raise PredictionError(
+            f"the GHN '{ghn.config.name or 'without a name'}' gave node embeddings that are not finite; "
+            'the model was left as it was'
+        )
+
+
+def _check_finite(row: ParameterRow, values: Tensor) -> None:
+    # The sum of finite values may overflow, so only a suspicious sum is looked into.
+    if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+        raise PredictionError(f"values predicted for '{row.name}' are not finite in {values.dtype}")
+
+
+def provenance(ghn: GHN, plan: ParameterPlan, *, head: str, seed: int) -> dict[str, Any]:
+    """Facts about a prediction, for files and model cards."""
+    origin = ghn.origin
+    totals = plan.summary()
+    return {
+        'ghn': ghn.config.name,
+        'trained': ghn.config.trained,
+        'origin': dataclasses.asdict(origin) if origin is not None else None,
+        'timm_ghn': __version__,
+        'rules': plan.graph.rules,
+        'input_size': list(plan.graph.input_size),
+        'head': head,
+        'seed': seed,
+        'tensors': totals['tensors'],
+        'predicted_tensors': totals['predicted_tensors'],
+        'elements': totals['elements'],
+        'predicted_elements': totals['predicted_elements'],
+    }

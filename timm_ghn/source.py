@@ -1,0 +1,376 @@
+"""GHNs as a source of pretrained weights for timm: ``timm.create_model('resnet50.ghn')``.
+
+A tag that names a GHN asks for predicted weights: ``ghn`` is the default GHN, every name of the catalogue is a tag as
+well. The tag alone is the request, ``pretrained=True`` adds nothing to it.
+
+How it works. ``timm.create_model`` looks the entrypoint of an architecture up in its own module each time. There, and
+nowhere else, timm is made to call :func:`_create`, which lets the entrypoint build the model without weights and then
+predicts them. So it does not matter who imported ``create_model`` before this package, when an architecture was
+registered, or whether its entrypoint uses timm's builder. Four containers of timm's registry are what makes the tags
+known to ``list_pretrained``, ``is_model_pretrained``, ``get_pretrained_cfg`` and the like. Those five private names,
+:data:`PRIVATE`, are all that is used of timm's internals; this module alone uses them.
+
+An entrypoint that is called directly, ``timm.models.resnet50(pretrained_cfg='ghn')``, does not pass through
+``create_model``: nothing is predicted for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+from timm.models import PretrainedCfg, get_deprecated_models, split_model_name_tag
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ghn.nn.ghn import GHN
+
+__all__ = ['DEFAULT_TAG', 'register', 'unregister']
+
+#: The tag that asks for the default GHN. It also is the name under which ``load_ghn`` knows the default.
+DEFAULT_TAG = 'ghn'
+
+#: What is used of timm's internals, and the type that it is expected to have.
+PRIVATE: dict[str, Any] = {
+    'timm.models._factory.model_entrypoint': Callable,
+    'timm.models._registry._model_entrypoints': dict,
+    'timm.models._registry._model_pretrained_cfgs': dict,
+    'timm.models._registry._model_with_tags': dict,
+    'timm.models._registry._model_has_pretrained': set,
+}
+
+_FACTORY = 'timm.models._factory'
+_REGISTRY = 'timm.models._registry'
+
+#: Entries of a pretrained cfg that say where weights come from. Where one is set, the weights are not ours.
+_WEIGHTS = ('url', 'file', 'state_dict', 'hf_hub_id')
+
+#: Entries that describe the architecture or its input; all others describe weights, and are not inherited by a GHN's.
+_ARCHITECTURE = (
+    'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation', 'crop_pct',
+    'test_crop_pct', 'crop_mode', 'num_classes', 'pool_size', 'test_pool_size', 'first_conv', 'classifier',
+)  # fmt: skip
+
+#: Arguments that only a feature extractor takes: without them an entrypoint builds the whole model.
+_FEATURES = ('features_only', 'out_indices', 'feature_cls', 'feature_cfg', 'feature_location')
+
+#: Entries that timm leaves out of the pretrained cfg of a feature extractor.
+_NOT_FOR_FEATURES = ('num_classes', 'classifier')
+
+Entrypoint = Callable[..., 'nn.Module']
+
+
+@dataclasses.dataclass(frozen=True)
+class _Installed:
+    """What :func:`register` replaced in timm."""
+
+    factory: Any
+    registry: Any
+    lookup: Callable[..., Entrypoint]
+    timm_lookup: Callable[..., Entrypoint]
+    timm_entrypoints: dict[str, Entrypoint]
+    timm_cfgs: dict[str, PretrainedCfg]
+
+
+_installed: _Installed | None = None
+_lock = threading.RLock()
+
+
+class _Entrypoints(dict[str, Entrypoint]):
+    """timm's entrypoints; one that is added later gets its tag like those before it."""
+
+    def __setitem__(self, architecture: str, entrypoint: Entrypoint) -> None:
+        super().__setitem__(architecture, entrypoint)
+        _list(architecture)
+
+
+class _PretrainedCfgs(dict[str, PretrainedCfg]):
+    """timm's pretrained cfgs; one of a GHN is derived from that of its architecture when it is asked for."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and _is_ours(*split_model_name_tag(name)))
+
+    def __missing__(self, name: str) -> PretrainedCfg:
+        architecture, tag = split_model_name_tag(name)
+        if not _is_ours(architecture, tag):
+            raise KeyError(name)
+        return dataclasses.replace(_blank_cfg(architecture), tag=tag)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
+def register() -> None:
+    """Make GHNs a source of pretrained weights of timm. Importing the package does this; again changes nothing.
+
+    A timm whose internals are not as expected is left alone, and a warning says so.
+    """
+    global _installed
+    with _lock:
+        if _installed is not None:
+            return
+        missing = _missing()
+        if missing:
+            warnings.warn(
+                f'timm {timm.__version__} does not have {", ".join(missing)} as expected, so tags that name a GHN '
+                f"('resnet50.{DEFAULT_TAG}') are unknown to timm; timm_ghn.ghn_init(model) works without them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        factory: Any = importlib.import_module(_FACTORY)
+        registry: Any = importlib.import_module(_REGISTRY)
+        timm_lookup = factory.model_entrypoint
+        _installed = _Installed(
+            factory=factory,
+            registry=registry,
+            lookup=functools.wraps(timm_lookup)(functools.partial(_lookup, timm_lookup)),
+            timm_lookup=timm_lookup,
+            timm_entrypoints=registry._model_entrypoints,
+            timm_cfgs=registry._model_pretrained_cfgs,
+        )
+        registry._model_entrypoints = _Entrypoints(registry._model_entrypoints)
+        registry._model_pretrained_cfgs = _PretrainedCfgs(registry._model_pretrained_cfgs)
+        for architecture in registry._model_entrypoints.keys() - get_deprecated_models().keys():
+            _list(architecture)
+        factory.model_entrypoint = _installed.lookup
+
+
+def unregister() -> None:
+    """Undo :func:`register`: timm is as it was, with what was registered in it meanwhile."""
+    global _installed
+    with _lock:
+        if _installed is None:
+            return
+        installed, registry = _installed, _installed.registry
+        # If another package has wrapped our lookup, it stays below theirs, and does nothing.
+        if installed.factory.model_entrypoint is installed.lookup:
+            installed.factory.model_entrypoint = installed.timm_lookup
+        for architecture in list(registry._model_with_tags):
+            _unlist(architecture)
+        for name, original in (
+            ('_model_entrypoints', installed.timm_entrypoints),
+            ('_model_pretrained_cfgs', installed.timm_cfgs),
+        ):
+            current = dict(getattr(registry, name))
+            if current != original:
+                original.clear()
+                original.update(current)
+            setattr(registry, name, original)
+        _installed = None
+
+
+def _missing() -> list[str]:
+    """Those of :data:`PRIVATE` that this timm does not have, or has with another type."""
+    missing = []
+    for path, kind in PRIVATE.items():
+        module, _, name = path.rpartition('.')
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            missing.append(path)
+            continue
+        if not isinstance(found, kind):
+            missing.append(path)
+    return missing
+
+
+def _tagged(architecture: str) -> str:
+    return f'{architecture}.{DEFAULT_TAG}'
+
+
+def _list(architecture: str) -> None:
+    """Add the default tag of an architecture to timm's listings."""
+    if _installed is None:
+        return
+    tags = _installed.registry._model_with_tags.setdefault(architecture, [])
+    if _tagged(architecture) not in tags:
+        tags.append(_tagged(architecture))
+    _installed.registry._model_has_pretrained.add(_tagged(architecture))
+
+
+def _unlist(architecture: str) -> None:
+    """Undo :func:`_list`, unless the architecture defines such a tag of its own."""
+    if _installed is None or dict.__contains__(_installed.registry._model_pretrained_cfgs, _tagged(architecture)):
+        return
+    tags = _installed.registry._model_with_tags[architecture]
+    if _tagged(architecture) in tags:
+        tags.remove(_tagged(architecture))
+        if not tags:
+            del _installed.registry._model_with_tags[architecture]
+    _installed.registry._model_has_pretrained.discard(_tagged(architecture))
+
+
+def _is_ours(architecture: str, tag: str) -> bool:
+    """Whether a tag of an architecture names a GHN. A tag that the architecture itself defines never does."""
+    if not tag or _installed is None or architecture not in _installed.registry._model_entrypoints:
+        return False
+    if dict.__contains__(_installed.registry._model_pretrained_cfgs, f'{architecture}.{tag}'):
+        return False
+    if tag == DEFAULT_TAG:
+        return True
+    from timm_ghn.hub.catalogue import known_ghns
+
+    return tag in known_ghns()
+
+
+def _timm_name(architecture: str) -> str:
+    """Name of an architecture in timm's registry: the current one with its tag, where the given one is deprecated."""
+    return get_deprecated_models().get(architecture) or architecture
+
+
+def _blank_cfg(architecture: str) -> PretrainedCfg:
+    """The default pretrained cfg of an architecture without all that describes its weights.
+
+    Mean and standard deviation are timm's defaults, which are ImageNet's.
+    """
+    name = _timm_name(architecture)
+    default = timm.get_pretrained_cfg(name) or PretrainedCfg()
+    kept = {key: getattr(default, key) for key in _ARCHITECTURE if hasattr(default, key)}
+    return PretrainedCfg(architecture=split_model_name_tag(name)[0], **kept)
+
+
+def _lookup(timm_lookup: Callable[..., Entrypoint], model_name: str, *args: Any, **kwargs: Any) -> Entrypoint:
+    """Stand in for ``timm.models.model_entrypoint`` inside ``timm.create_model``."""
+    entrypoint = timm_lookup(model_name, *args, **kwargs)
+    if _installed is None:
+        return entrypoint
+    return functools.partial(_create, entrypoint, split_model_name_tag(model_name)[0])
+
+
+def _create(
+    entrypoint: Entrypoint,
+    architecture: str,
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Call an entrypoint as ``timm.create_model`` would; with predicted weights, if the pretrained cfg names a GHN."""
+    tag = _asked_for(architecture, pretrained_cfg)
+    if tag is None or any((pretrained_cfg_overlay or {}).get(key) for key in _WEIGHTS):
+        # An overlay that names other weights wins over the tag, as it wins over the weights of timm's own tags.
+        return entrypoint(
+            pretrained=pretrained,
+            pretrained_cfg=pretrained_cfg if tag is None else _blank_cfg(architecture),
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            **kwargs,
+        )
+    from timm_ghn.hub.load import shared_ghn
+
+    ghn = shared_ghn(tag, cache_dir=kwargs.get('cache_dir'))
+    cfg = _cfg_of(ghn, tag, architecture, pretrained_cfg or tag)
+    # The overlay is applied here: an entrypoint need not pass it on to timm's builder.
+    cfg = dataclasses.replace(cfg, **(pretrained_cfg_overlay or {}))
+    return _predicted(entrypoint, architecture, ghn, cfg, kwargs)
+
+
+def _asked_for(architecture: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None) -> str | None:
+    """The tag of the GHN that a pretrained cfg asks for; None if it asks for none, or brings weights of its own."""
+    if not pretrained_cfg:
+        return None
+    if isinstance(pretrained_cfg, str):
+        tag = pretrained_cfg
+    else:
+        entries = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
+        if any(entries.get(key) for key in _WEIGHTS):
+            return None
+        tag = entries.get('tag') or ''
+    return tag if _is_ours(architecture, tag) else None
+
+
+def _cfg_of(
+    ghn: GHN, tag: str, architecture: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg
+) -> PretrainedCfg:
+    """The pretrained cfg of a model that a GHN predicts.
+
+    Facts about the GHN stand in ``notes``, one ``'key: value'`` each: timm has no entry for them, and refuses a cfg
+    with entries that it does not know.
+    """
+    facts = dataclasses.asdict(ghn.origin) if ghn.origin else {}
+    if facts.get('file'):
+        # timm writes the cfg into what it uploads: the folders of this machine are not for others to read.
+        facts['file'] = Path(facts['file']).name
+    name = facts.pop('name', None) or ghn.config.name or facts.get('file') or tag
+    entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
+    if not isinstance(pretrained_cfg, str):
+        entries |= _said(architecture, pretrained_cfg)
+    entries |= {
+        'tag': tag,
+        'source': DEFAULT_TAG,
+        'description': f'Parameters predicted by the graph hypernetwork {name}, without training.',
+        'notes': (f'ghn: {name}', *(f'{key}: {value}' for key, value in facts.items() if value is not None)),
+    }
+    return dataclasses.replace(_blank_cfg(architecture), **entries)
+
+
+def _said(architecture: str, pretrained_cfg: dict[str, Any] | PretrainedCfg) -> dict[str, Any]:
+    """Entries of a caller's pretrained cfg that hold for predicted weights too."""
+    cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
+    said = {key: getattr(cfg, key) for key in _ARCHITECTURE if hasattr(cfg, key)}
+    if not cfg.notes:
+        # Without notes it was not read from a predicted model: normalisation that differs was set by the caller.
+        blank = _blank_cfg(architecture)
+        for key in ('mean', 'std'):
+            if tuple(getattr(cfg, key)) != tuple(getattr(blank, key)):
+                said[key] = tuple(getattr(cfg, key))
+    return said
+
+
+def _predicted(
+    entrypoint: Entrypoint, architecture: str, ghn: GHN, cfg: PretrainedCfg, kwargs: dict[str, Any]
+) -> nn.Module:
+    """Build a model and predict its parameters.
+
+    A feature extractor gets the parameters of the whole model, which timm loads as it loads any state dict.
+    """
+    from timm_ghn.prediction import ghn_init
+
+    # Some entrypoints choose a variant by the tag: the untagged name's it is to be.
+    default = timm.get_pretrained_cfg(_timm_name(architecture))
+    built = dataclasses.replace(cfg, tag=default.tag if default else None)
+    features = bool(kwargs.get('features_only'))
+    whole = {key: value for key, value in kwargs.items() if key not in _FEATURES} if features else kwargs
+    input_size = _input_size(cfg, kwargs)
+    undescribed = default is None and input_size == PretrainedCfg().input_size
+    model = entrypoint(pretrained=False, pretrained_cfg=built, pretrained_cfg_overlay=None, **whole)
+    ghn_init(model, ghn, input_size=None if undescribed else input_size, seed=0)
+    if features:
+        # They were predicted for the channels that the model takes: timm has nothing to adapt, and older ones would.
+        adapted = None if input_size[0] != PretrainedCfg().input_size[0] else built.first_conv
+        weights = dict(model.state_dict())
+        built = dataclasses.replace(built, input_size=input_size, first_conv=adapted, state_dict=weights)
+        model = entrypoint(pretrained=True, pretrained_cfg=built, pretrained_cfg_overlay=None, **kwargs)
+    _describe(model, cfg, features=features)
+    return model
+
+
+def _input_size(cfg: PretrainedCfg, kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) that a model takes which is built from a pretrained cfg and arguments."""
+    channels, *size = cfg.input_size
+    size = kwargs.get('img_size') or size
+    height, width = (size, size) if isinstance(size, int) else size
+    return kwargs.get('in_chans', channels), height, width
+
+
+def _describe(model: nn.Module, cfg: PretrainedCfg, *, features: bool) -> None:
+    """Write the pretrained cfg into a model where timm keeps it; what the model held there may not be true of it."""
+    inner = [module for module in model.modules() if 'state_dict' in (getattr(module, 'pretrained_cfg', None) or ())]
+    for module in (*inner, model):
+        described = cfg.to_dict()  # type: ignore[no-untyped-call]
+        if features and module is model:
+            described = {key: value for key, value in described.items() if key not in _NOT_FOR_FEATURES}
+        # timm models have both names for one dictionary.
+        module.pretrained_cfg = module.default_cfg = described
