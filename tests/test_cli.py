@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -87,14 +89,14 @@ def test_the_header_says_where_the_weights_come_from(run):
     assert len(provenance['origin']['sha256']) == 64
 
 
-def test_predict_is_repeatable_and_replaces_the_file(run, tmp_path):
-    path = tmp_path / 'out.safetensors'
-    run('predict test_vit -o out.safetensors')
-    first = path.read_bytes()
-    assert run('predict test_vit -o out.safetensors')[0] == 0
-    assert path.read_bytes() == first
-    run('predict test_vit --seed 1 -o out.safetensors')
-    assert path.read_bytes() != first
+def test_predict_is_repeatable_and_replaces_the_file(run):
+    def tensors(options: str) -> dict[str, torch.Tensor]:
+        assert run(f'predict test_vit {options} -o out.safetensors')[0] == 0
+        return {name: tensor.clone() for name, tensor in load_file('out.safetensors').items()}
+
+    first, second, other = tensors(''), tensors(''), tensors('--seed 1')
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 def test_predict_as_json_repeats_the_provenance(run):
@@ -143,11 +145,11 @@ def test_inspect_shows_each_parameter_once(run, model):
 
 def test_inspect_says_why_a_parameter_is_kept(run):
     _, out, _ = run('inspect test_resnet --num-classes 10 --json')
-    rows = {row['name']: row for row in json.loads(out)['rows']}
-    assert rows['conv1.weight' if 'conv1.weight' in rows else next(iter(rows))]['reason'] is None
-    assert 'classes' in rows['fc.weight']['reason']
+    reasons = {row['name']: row['reason'] for row in json.loads(out)['rows']}
+    assert next(iter(reasons.values())) is None
+    assert 'classes' in reasons['fc.weight']
     _, out, _ = run('inspect test_resnet --num-classes 10 --head predict --json')
-    assert {row['name']: row for row in json.loads(out)['rows']}['fc.weight']['reason'] is None
+    assert {row['name']: row['reason'] for row in json.loads(out)['rows']}['fc.weight'] is None
 
 
 ERRORS = {
@@ -191,7 +193,7 @@ def test_an_error_is_one_line_and_exit_code_2(run, tmp_path, line):
 
 
 def test_an_unknown_model_is_answered_with_similar_names(run):
-    assert "'resnet51'; did you mean resnet50" in run('inspect resnet51')[2]
+    assert 'did you mean resnet50' in run('inspect resnet_50')[2].replace('?', ' or')
 
 
 @pytest.mark.filterwarnings('default')
@@ -203,7 +205,8 @@ def test_a_warning_is_one_line_too(run, monkeypatch):
     monkeypatch.delenv('TIMM_GHN_DEFAULT')
     code, out, err = run('inspect test_resnet')
     assert code == 0
-    assert err.startswith('timm-ghn: warning: the Hub cannot be reached')
+    assert err.startswith('timm-ghn: warning: ')
+    assert 'the Hub cannot be reached' in err
     assert err.count('\n') == 1
     assert 'warning' not in out
 
@@ -213,8 +216,6 @@ def publish(monkeypatch):
     """Let the embedded GHN have published norms."""
 
     def give(norms: dict[str, float]) -> None:
-        import dataclasses
-
         entry = dataclasses.replace(known_ghns()[EMBEDDED], norms=norms)
         monkeypatch.setattr('timm_ghn.hub.catalogue.known_ghns', lambda: {EMBEDDED: entry})
 
@@ -223,8 +224,6 @@ def publish(monkeypatch):
 
 def norm_of(arch: str) -> float:
     """The norm as its authors compute it: of the vector of the parameters' norms."""
-    import torchvision
-
     model = torchvision.models.get_model(arch, weights=None)
     timm_ghn.ghn_init(model, EMBEDDED, head='predict')
     return float(torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in model.parameters()])))

@@ -234,7 +234,9 @@ def verify_ghn(args: argparse.Namespace) -> int:
         measured = predicted_norm(arch, ghn)
         agrees = abs(measured - published) < NORM_TOLERANCE
         failed += not agrees
-        rows.append((arch, f'{published:.4f}', f'{measured:.4f}', f'{measured - published:+.4f}', 'yes' if agrees else 'NO'))
+        rows.append(
+            (arch, f'{published:.4f}', f'{measured:.4f}', f'{measured - published:+.4f}', 'yes' if agrees else 'NO')
+        )
     _print_table(('network', 'published', 'predicted', 'difference', f'below {NORM_TOLERANCE}'), rows)
     print(f'\n{len(rows) - failed} of {len(rows)} norms agree')
     return 1 if failed else 0

@@ -158,7 +158,7 @@ def _prepare(
 
 def _decoded(ghn: GHN, graph: Graph, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Tensor]]:
     """Decoded tensors, checked; positional embeddings come in the order of the plan, for the sake of the seed."""
-    embeddings_Nd = ghn.encode(graph)
+    embeddings_Nd = ghn.encode(graph.parts)
     _check_embeddings(embeddings_Nd, ghn)
     rows = [row for row in plan.predicted if row.role != 'position']
     positions = [row for row in plan.predicted if row.role == 'position']

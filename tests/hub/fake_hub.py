@@ -48,7 +48,7 @@ class FakeHub:
                 pass
 
         self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self.endpoint = f'http://127.0.0.1:{self._server.server_port}'
 
     def __enter__(self) -> FakeHub:

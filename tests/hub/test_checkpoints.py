@@ -124,7 +124,17 @@ def test_data_that_expands_too_much_is_refused(tmp_path, compress):
 
 @pytest.mark.parametrize(
     'content',
-    [b'', b'\x00', b'hello world', b'<!DOCTYPE html><html>', b'PK\x03\x04', b'\x80\x04', b'\x1f\x8b\x08', b'\x78\x9c', b'.'],
+    [
+        b'',
+        b'\x00',
+        b'hello world',
+        b'<!DOCTYPE html><html>',
+        b'PK\x03\x04',
+        b'\x80\x04',
+        b'\x1f\x8b\x08',
+        b'\x78\x9c',
+        b'.',
+    ],
 )
 def test_what_is_no_checkpoint_is_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / 'file.pt'

@@ -20,7 +20,9 @@ GHN1 = dataclasses.replace(OLD, virtual_edges=1, layernorm=False, weight_norm=Fa
 MLP = dataclasses.replace(OLD, gnn='mlp', max_shape=(6, 6, 3, 3))
 VARIANTS = {
     'ghn3': SMALL,
-    'ghn3_cifar10': dataclasses.replace(SMALL, num_classes=10, mean=CIFAR10_MEAN, std=(0.24703233, 0.24348505, 0.26158768)),
+    'ghn3_cifar10': dataclasses.replace(
+        SMALL, num_classes=10, mean=CIFAR10_MEAN, std=(0.24703233, 0.24348505, 0.26158768)
+    ),
     'ghn2': OLD,
     'ghn1': GHN1,
     'mlp': MLP,
@@ -68,7 +70,10 @@ def test_the_layout_of_our_own_training_is_accepted_as_well(tmp_path, small_ghn)
             'ghn2hub_imagenet_s16.pt',
             GHNConfig(hid=32, max_shape=(64, 64, 16, 16), num_classes=1000, gnn='gated', window='corner'),
         ),
-        ('ghn2_cifar10.pt', GHNConfig(hid=32, max_shape=(64, 64, 11, 11), num_classes=10, gnn='gated', window='corner')),
+        (
+            'ghn2_cifar10.pt',
+            GHNConfig(hid=32, max_shape=(64, 64, 11, 11), num_classes=10, gnn='gated', window='corner'),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
@@ -114,7 +119,8 @@ def test_large_weights_whose_sum_overflows_are_finite(tmp_path, small_ghn):
 
 
 @pytest.mark.parametrize(
-    'content', [{'a': torch.zeros(2)}, {'state_dict': 3}, {'state_dict': {}}, [1, 2], {1: torch.zeros(1)}, {'a': 'text'}]
+    'content',
+    [{'a': torch.zeros(2)}, {'state_dict': 3}, {'state_dict': {}}, [1, 2], {1: torch.zeros(1)}, {'a': 'text'}],
 )
 def test_other_checkpoints_are_not_mistaken_for_a_ghn(tmp_path, content):
     with pytest.raises(CheckpointError, match=r'ghn\.pt (is no GHN|does not hold the weights of a GHN)'):
@@ -122,7 +128,11 @@ def test_other_checkpoints_are_not_mistaken_for_a_ghn(tmp_path, content):
 
 
 def test_a_vision_model_is_not_mistaken_for_a_ghn(tmp_path):
-    state = {'embed.weight': torch.zeros(15, 8), 'bias_class.1.weight': torch.zeros(5, 8), 'head.weight': torch.zeros(2)}
+    state = {
+        'embed.weight': torch.zeros(15, 8),
+        'bias_class.1.weight': torch.zeros(5, 8),
+        'head.weight': torch.zeros(2),
+    }
     with pytest.raises(CheckpointError, match='GHN'):
         load_ghn(WRITERS['torch'](state, tmp_path / 'ghn.pt'))
 

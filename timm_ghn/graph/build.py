@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.rewrite import Draft, published_draft
 from timm_ghn.graph.structure import Graph, Node
 from timm_ghn.graph.trace import Recording, record
-from timm_ghn.graph.vocabulary import encoded_shape, kept_reason
+from timm_ghn.graph.vocabulary import ARCHITECTURAL, encoded_position, encoded_shape, kept_reason
 
 #: Rule sets that :func:`trace` knows.
 RULES = ('published', 'operators')
@@ -59,7 +60,24 @@ def trace(
         except UnsupportedModelError:
             pass  # a layer is used again behind itself: the published rules have no graph for it
         else:
-            return _published_graph(recording, draft, order, reached)
+            return _supplemented(_published_graph(recording, draft, order, reached), recording, reached)
+    return _operator_graph(recording, reached)
+
+
+def _supplemented(graph: Graph, recording: Recording, reached: set[str]) -> Graph:
+    """Add the graph by the operator rules where it predicts parameters that the published rules leave out."""
+    if all(reason in ARCHITECTURAL for reason in graph.kept.values()):
+        return graph
+    supplement = _operator_graph(recording, reached)
+    kept = {name: reason for name, reason in graph.kept.items() if name not in supplement.node_of}
+    if len(kept) == len(graph.kept):
+        return graph
+    return dataclasses.replace(graph, kept=kept, supplement=supplement)
+
+
+def _operator_graph(recording: Recording, reached: set[str]) -> Graph:
+    """The classifier is what timm's metadata names, else what stands at the end."""
+    model = recording.model
     draft, order = operator_draft(recording)
     classifier = metadata_classifier(model)
     names = _first_names(model)
@@ -100,7 +118,7 @@ def _assemble(
     """Freeze a draft."""
     model = recording.model
     names = _first_names(model)
-    nodes = tuple(_node(draft, x, names) for x in order)
+    nodes = tuple(_node(draft, x, names, rules) for x in order)
     position = {x: index for index, x in enumerate(order)}
     edges = [(position[x], position[s]) for x in order for s in sorted(draft.successors[x], key=position.__getitem__)]
     predicted = {name for node in nodes for name in (node.parameter, node.norm_bias) if name is not None}
@@ -126,7 +144,7 @@ def _assemble(
     )
 
 
-def _node(draft: Draft, x: int, names: dict[int, str]) -> Node:
+def _node(draft: Draft, x: int, names: dict[int, str], rules: str) -> Node:
     label = draft.labels[x]
     primitive = label.primitive
     if primitive is None:
@@ -134,6 +152,8 @@ def _node(draft: Draft, x: int, names: dict[int, str]) -> Node:
     shape = None if label.shape is None else encoded_shape(label.shape)
     if label.module is None:
         return Node(primitive, label.name, None, shape)
+    if rules == 'operators' and primitive is Primitive.POS_ENC and label.shape is not None:
+        shape = encoded_position(label.shape)
     norm_bias = None
     if primitive in (Primitive.BN, Primitive.LN):
         bias = label.module._parameters.get('bias')

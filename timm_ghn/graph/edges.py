@@ -39,7 +39,9 @@ def topological_levels(num_nodes: int, edges_E2: Tensor) -> Tensor:
         reached = np.unique(reached)
         frontier = reached[waiting[reached] == 0]
     if seen < num_nodes:
-        raise UnsupportedModelError(f'the graph has a cycle: {num_nodes - seen} of its {num_nodes} nodes cannot be ordered')
+        raise UnsupportedModelError(
+            f'the graph has a cycle: {num_nodes - seen} of its {num_nodes} nodes cannot be ordered'
+        )
     return torch.from_numpy(level)
 
 

@@ -19,7 +19,9 @@ from timm_ghn.graph.trace import Op, Recording
 from timm_ghn.graph.vocabulary import is_published_exactly, operator_primitive, parameter_primitive, published_kind
 
 #: Ops that multiply data with weights; a chain of ops without data that contains one is a network of its own.
-COMPUTE = frozenset({'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'})
+COMPUTE = frozenset(
+    {'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'}
+)
 
 #: Ops whose output lies in a fixed interval: what they scale is gated.
 GATES = frozenset({'Sigmoid', 'Hardsigmoid', 'Tanh', 'Hardtanh', 'Clamp', 'Softmax', 'SafeSoftmax'})
@@ -169,8 +171,10 @@ class OperatorRules:
 
     def _is_attention(self, index: int) -> bool:
         """Whether a softmax weighs a matrix product (as attention does) and not a feature map (as a gate does)."""
-        return any(self.ops[reader].kind in ('Bmm', 'Baddbmm', 'Mm', 'Convolution', 'Addmm')
-                   for reader in self._readers_through(index))
+        return any(
+            self.ops[reader].kind in ('Bmm', 'Baddbmm', 'Mm', 'Convolution', 'Addmm')
+            for reader in self._readers_through(index)
+        )
 
     def _readers_through(self, index: int) -> list[int]:
         """First readers of an op that do more than reshape, mask or scale it by a constant."""
@@ -195,8 +199,20 @@ class OperatorRules:
                 kind = self.ops[reader].kind
                 if 'Softmax' in kind:
                     return True
-                if reader not in seen and kind in ('View', 'UnsafeView', 'Add', 'Mul', 'Div', 'Expand', 'Unsqueeze',
-                                                   'MaskedFill', 'Permute', 'Transpose', 'Clone', 'Where'):
+                if reader not in seen and kind in (
+                    'View',
+                    'UnsafeView',
+                    'Add',
+                    'Mul',
+                    'Div',
+                    'Expand',
+                    'Unsqueeze',
+                    'MaskedFill',
+                    'Permute',
+                    'Transpose',
+                    'Clone',
+                    'Where',
+                ):
                     seen.add(reader)
                     stack.append(reader)
         return False
@@ -258,11 +274,7 @@ class OperatorRules:
                     trunk.add(p)
                     stack.append(p)
         self.draft.contract(
-            {
-                x
-                for x in self.draft.order
-                if x not in trunk and self.draft.labels[x].primitive is Primitive.GLOB_AVG
-            }
+            {x for x in self.draft.order if x not in trunk and self.draft.labels[x].primitive is Primitive.GLOB_AVG}
         )
 
     def _ends(self) -> frozenset[int]:

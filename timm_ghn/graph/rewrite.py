@@ -29,6 +29,7 @@ class Label:
 
     @property
     def is_parameter(self) -> bool:
+        """Whether it is a parameter."""
         return self.module is not None
 
 
@@ -166,19 +167,21 @@ def filter_operators(draft: Draft) -> None:
     fan_in = {x: len(draft.predecessors[x]) for x in draft.order}
     names = {x: draft.name(x).lower() for x in draft.order}
     gated = any('sigmoid' in name or 'swish' in name for name in names.values())
-    removed = {
-        x
-        for index, x in enumerate(draft.order)
-        if 'Mul' in draft.name(x) and not _is_gate([names[y] for y in draft.order], index, gated)
-    } if gated else {x for x in draft.order if 'Mul' in draft.name(x)}
+    removed = (
+        {
+            x
+            for index, x in enumerate(draft.order)
+            if 'Mul' in draft.name(x) and not _is_gate([names[y] for y in draft.order], index, gated)
+        }
+        if gated
+        else {x for x in draft.order if 'Mul' in draft.name(x)}
+    )
     unknown = [draft.name(x) for x in draft.order if draft.labels[x].primitive is None]
     removed |= _containing(draft, unknown)
     rest = [x for x in draft.order if x not in removed]
     rest_names = [names[x] for x in rest]
     removed |= {
-        x
-        for index, x in enumerate(rest)
-        if 'Mean' in draft.name(x) and gated and not _before_head(rest_names, index)
+        x for index, x in enumerate(rest) if 'Mean' in draft.name(x) and gated and not _before_head(rest_names, index)
     }
     removed |= {x for x in rest if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and fan_in[x] <= 1}
     draft.contract(removed)
@@ -214,7 +217,11 @@ def _containing(draft: Draft, unknown: list[str]) -> set[int]:
 def filter_joins(draft: Draft) -> None:
     """Contract sums and concatenations that have one input left (section 2.3, second call)."""
     draft.contract(
-        {x for x in draft.order if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and len(draft.predecessors[x]) <= 1}
+        {
+            x
+            for x in draft.order
+            if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and len(draft.predecessors[x]) <= 1
+        }
     )
 
 

@@ -76,6 +76,7 @@ class Graph:
         input_size: (channels, height, width) of the image that the graph was traced with.
         num_classes: Number of classes of the classifier, None where it is not known or absent.
         rules: Name of the rule set that shaped the graph.
+        supplement: The graph by the operator rules, where it predicts parameters that this one does not know.
     """
 
     nodes: tuple[Node, ...]
@@ -89,12 +90,15 @@ class Graph:
     input_size: tuple[int, int, int]
     num_classes: int | None
     rules: str
+    supplement: Graph | None = None
 
     def __post_init__(self) -> None:
         n = len(self.nodes)
         edges = self.edges_E2
         if edges.dtype != torch.int64 or edges.dim() != 2 or edges.shape[1] != 2:
-            raise UnsupportedModelError(f'expected int64 edges of shape (E, 2) (got {edges.dtype} {tuple(edges.shape)})')
+            raise UnsupportedModelError(
+                f'expected int64 edges of shape (E, 2) (got {edges.dtype} {tuple(edges.shape)})'
+            )
         if len(edges) and not (0 <= int(edges.min()) and int(edges.max()) < n):
             raise UnsupportedModelError(f'an edge names a node outside 0..{n - 1}')
         if not 0 <= self.start < n:
@@ -134,7 +138,9 @@ class Graph:
     @functools.cached_property
     def backward_levels_N(self) -> Tensor:
         """int64 (N,): the same for a backward traversal, from the nodes without successors."""
-        return topological_levels(len(self), self.edges_E2.flip(1)) if self.is_acyclic else torch.arange(len(self)).flip(0)
+        return (
+            topological_levels(len(self), self.edges_E2.flip(1)) if self.is_acyclic else torch.arange(len(self)).flip(0)
+        )
 
     def distances_NN(self, cutoff: int) -> Tensor:
         """Shortest directed path lengths: virtual edges (arXiv 2110.13100, section 4.1).
@@ -152,6 +158,11 @@ class Graph:
     @functools.cached_property
     def _distances_NN(self) -> Tensor:
         return shortest_paths(len(self), self.edges_E2)
+
+    @property
+    def parts(self) -> tuple[Graph, ...]:
+        """The graphs to embed: this one and its supplement, if it has one. Rows are numbered through."""
+        return (self,) if self.supplement is None else (self, self.supplement)
 
     @functools.cached_property
     def node_of(self) -> dict[str, int]:

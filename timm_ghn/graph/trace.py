@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.graph.meta import MetaMode, on_meta, to_meta
 from timm_ghn.graph.structure import ParameterInfo
 
 #: Batch size of the traced forward pass; the published graphs were made with it.
@@ -93,7 +93,7 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
     """
     config = getattr(model, 'pretrained_cfg', None) or {}
     known = tuple(config['input_size']) if config.get('input_size') else None
-    channels = _input_channels(model, known[0] if known else 3)
+    channels = _input_channels(model, _stated_channels(model))
     if input_size is None:
         side = _image_size(model)
         if side is None:
@@ -109,6 +109,12 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
             f'expected input_size to be a side, (height, width) or (channels, height, width) (got {input_size!r})'
         )
     return size[0], size[1], size[2]
+
+
+def _stated_channels(model: nn.Module) -> int:
+    """Channels of the images that a model's metadata states, else 3."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    return int(config['input_size'][0]) if config.get('input_size') else 3
 
 
 def _input_channels(model: nn.Module, default: int) -> int:
@@ -140,9 +146,7 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def record(
-    model: nn.Module, *, input_size: int | Sequence[int] | None = None, example_inputs: Any = None
-) -> Recording:
+def record(model: nn.Module, *, input_size: int | Sequence[int] | None = None, example_inputs: Any = None) -> Recording:
     """Trace a forward pass of ``model`` in training mode without computing it.
 
     Args:
@@ -155,15 +159,35 @@ def record(
     Raises:
         UnsupportedModelError: if the forward pass fails on the meta device, or if no parameter is reached.
     """
-    size = resolve_input_size(model, input_size)
     parameters, owners = list_parameters(model)
     if not parameters:
         raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
-    with _on_meta(model, [info.name for info in parameters]) as names:
+    size = resolve_input_size(model, input_size)
+    try:
+        return _record(model, size, example_inputs, parameters, owners)
+    except UnsupportedModelError:
+        # What the first convolution takes need not be the image: TResNet folds 4x4 pixels into channels first.
+        stated = (_stated_channels(model), *size[1:])
+        if example_inputs is not None or stated == size or (isinstance(input_size, Sequence) and len(input_size) == 3):
+            raise
+        with contextlib.suppress(UnsupportedModelError):
+            return _record(model, stated, example_inputs, parameters, owners)
+        raise
+
+
+def _record(
+    model: nn.Module,
+    size: tuple[int, int, int],
+    example_inputs: Any,
+    parameters: tuple[ParameterInfo, ...],
+    owners: Mapping[str, nn.Module],
+) -> Recording:
+    """Run the model once and list what it did."""
+    with on_meta(model, [info.name for info in parameters]) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         tracker = _ModuleTracker()
         try:
-            with torch.enable_grad(), _MetaMode(), tracker.watch(model):
+            with torch.enable_grad(), MetaMode(), tracker.watch(model):
                 output = model(*args, **kwargs)
         except Exception as error:
             raise UnsupportedModelError(_failure(model, tracker, size, error)) from error
@@ -201,143 +225,6 @@ def list_parameters(model: nn.Module) -> tuple[tuple[ParameterInfo, ...], dict[s
             )
         )
     return tuple(infos), {names[key][0]: owner_of[key] for key in names}
-
-
-@contextlib.contextmanager
-def _on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]:
-    """Replace all parameters and buffers by meta tensors, in training mode; yield the name of each stand-in by id.
-
-    Floating-point tensors become float32, so that a model with mixed dtypes can be traced; all of them require a
-    gradient, so that frozen parameters are seen too.
-    """
-    modules = list(model.modules())
-    saved = [dict(module.__dict__) for module in modules]
-    contents = [
-        {key: type(value)(value) for key, value in state.items() if type(value) in (dict, list, set)} for state in saved
-    ]
-    stand_in: dict[int, Tensor] = {}
-    try:
-        for module in modules:
-            state = module.__dict__
-            for key in ('_parameters', '_buffers'):
-                state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
-            state['training'] = True
-        found = dict(model.named_parameters())
-        yield {id(found[name]): name for name in wanted}
-    finally:
-        for module, state, mutable in zip(modules, saved, contents, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            for key, value in mutable.items():
-                _refill(state[key], value)
-
-
-def _refill(container: Any, value: Any) -> None:
-    """Give a dict, list or set back the contents it had, keeping the object."""
-    if container != value if isinstance(container, set) else not _same_items(container, value):
-        container.clear()
-        container.extend(value) if isinstance(container, list) else container.update(value)
-
-
-def _same_items(left: Any, right: Any) -> bool:
-    """Whether two dicts or lists hold the identical objects; tensors are never compared by value."""
-    if len(left) != len(right):
-        return False
-    if isinstance(left, dict):
-        return all(a is b and left[a] is right[b] for a, b in zip(left, right, strict=True))
-    return all(a is b for a, b in zip(left, right, strict=True))
-
-
-def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | None:
-    """A meta tensor of the same shape; the same one for the same (tied) tensor."""
-    if value is None:
-        return None
-    if id(value) not in stand_in:
-        dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
-        meta = torch.empty(value.shape, dtype=dtype, device='meta')
-        is_parameter = isinstance(value, nn.Parameter)
-        differentiable = dtype.is_floating_point or dtype.is_complex
-        stand_in[id(value)] = nn.Parameter(meta, requires_grad=differentiable) if is_parameter else meta
-    return stand_in[id(value)]
-
-
-class _MetaMode(TorchFunctionMode):
-    """Keep everything on the meta device, and attention in its plain, visible form.
-
-    Networks create tensors in their forward pass (position grids, masks) and hold tensors outside of buffers; both
-    must meet the stand-ins on the meta device.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _plain_attention(*args, **kwargs)
-        if func in _CONSTRUCTORS:
-            if kwargs.get('device') is None or torch.device(kwargs['device']).type != 'meta':
-                kwargs = {**kwargs, 'device': 'meta'}
-            return func(*args, **kwargs)
-        if func is Tensor.to or func is Tensor.cpu or func is Tensor.cuda:
-            return _stay(func, args, kwargs)
-        try:
-            return func(*args, **kwargs)
-        except (RuntimeError, NotImplementedError) as error:
-            moved = [_to_meta(value) for value in args], {key: _to_meta(value) for key, value in kwargs.items()}
-            if all(a is b for a, b in zip(args, moved[0], strict=True)) and all(
-                kwargs[key] is value for key, value in moved[1].items()
-            ):
-                raise error
-            return func(*moved[0], **moved[1])
-
-
-_CONSTRUCTORS = frozenset(torch.utils._device._device_constructors())
-
-
-def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``tensor.to(...)`` without a change of device."""
-    if func is not Tensor.to:
-        return args[0]
-    kwargs = {key: value for key, value in kwargs.items() if key != 'device'}
-    rest = tuple(value for value in args[1:] if not isinstance(value, (str, torch.device)))
-    rest = tuple(value.dtype if isinstance(value, Tensor) else value for value in rest)
-    if isinstance(kwargs.get('other'), Tensor):
-        kwargs['dtype'] = kwargs.pop('other').dtype
-    if not rest and not (kwargs.keys() - {'non_blocking', 'copy'}):
-        return args[0]
-    return func(args[0], *rest, **kwargs)
-
-
-def _to_meta(value: Any) -> Any:
-    """The value with its tensors moved to the meta device; the identical object where there was nothing to move."""
-    if isinstance(value, Tensor):
-        return value if value.device.type == 'meta' else value.to('meta')
-    if type(value) in (tuple, list):
-        moved = [_to_meta(item) for item in value]
-        return value if all(a is b for a, b in zip(value, moved, strict=True)) else type(value)(moved)
-    return value
-
-
-def _plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention as softmax(q k^T) v: its fused kernels differ by device and version, and hide the softmax."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = query @ key.transpose(-2, -1)
-    if attn_mask is not None and attn_mask.dtype.is_floating_point:
-        logits = logits + _to_meta(attn_mask)  # may hold a learned bias; a Boolean mask has nothing to learn
-    attention = logits.softmax(dim=-1)
-    if dropout_p > 0.0:
-        attention = nn.functional.dropout(attention, dropout_p)
-    return attention @ value
 
 
 class _ModuleTracker:
@@ -387,10 +274,10 @@ def _meta_inputs(example_inputs: Any, size: tuple[int, int, int]) -> tuple[tuple
     if example_inputs is None:
         return (_data(torch.empty((TRACE_BATCH, *size), device='meta')),), {}
     if isinstance(example_inputs, Mapping):
-        return (), {key: _data(_to_meta(value)) for key, value in example_inputs.items()}
+        return (), {key: _data(to_meta(value)) for key, value in example_inputs.items()}
     if isinstance(example_inputs, Tensor):
-        return (_data(_to_meta(example_inputs)),), {}
-    return tuple(_data(_to_meta(value)) for value in example_inputs), {}
+        return (_data(to_meta(example_inputs)),), {}
+    return tuple(_data(to_meta(value)) for value in example_inputs), {}
 
 
 def _data(value: Any) -> Any:

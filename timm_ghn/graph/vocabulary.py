@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from timm_ghn.graph.primitives import Primitive
@@ -89,8 +91,7 @@ def encoded_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     A positional embedding (1, T, C) becomes (1, C, s, s) with s = floor(sqrt(T)).
     """
     if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:
-        side = int(shape[1] ** 0.5)
-        return 1, shape[2], side, side
+        return encoded_position(shape)
     padded = (*shape, 1, 1, 1, 1)[:4]
     return padded[0], padded[1], padded[2], padded[3]
 
@@ -144,34 +145,75 @@ def parameter_primitive(
     published = published_primitive(name, module)
     if published is not None and published is not Primitive.POS_ENC:
         return published
+    if len(shape) > 1 and kind in _MULTIPLIES and logits:
+        return None  # a table of relative positions, multiplied with the queries
     if len(shape) > 1 and kind in _MULTIPLIES:
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
             return Primitive.DIL_CONV if min(module.dilation) > 1 else Primitive.SEP_CONV
         return Primitive.CONV
     if len(shape) == 1 and kind in _ADDS and 'bias' in leaf:
         return Primitive.BIAS
-    if published is Primitive.POS_ENC or _is_positional(shape):
+    if positional_size(shape) is not None:
         return Primitive.POS_ENC if kind == 'Add' and not logits else None
     return None
 
 
-def _is_positional(shape: tuple[int, ...]) -> bool:
-    """Whether a parameter has the shape of a positional embedding: one row for all images, several tokens."""
-    return len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1
+def positional_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Tokens T and features C of a positional embedding; None for a shape that is none.
+
+    Known are (T, C), (1, T, C), maps (1, H, W, C) and, where height and width are equal, (1, C, H, W).
+    """
+    if len(shape) == 2 and min(shape) > 1:
+        return shape[0], shape[1]
+    if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:
+        return shape[1], shape[2]
+    if len(shape) == 4 and shape[0] == 1 and min(shape[1:]) > 1:
+        if has_features_first(shape):
+            return shape[2] * shape[3], shape[1]
+        return shape[1] * shape[2], shape[3]
+    return None
+
+
+def has_features_first(shape: tuple[int, ...]) -> bool:
+    """Whether a positional embedding is a map (1, C, H, W)."""
+    return len(shape) == 4 and shape[2] == shape[3] != shape[1]
+
+
+def encoded_position(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Shape of a positional embedding as the shape encoder sees it: (1, C, s, s) with s = floor(sqrt(T)).
+
+    Raises:
+        ValueError: if the shape is not that of a positional embedding.
+    """
+    size = positional_size(shape)
+    if size is None:
+        raise ValueError(f'expected the shape of a positional embedding (got {shape})')
+    side = math.isqrt(size[0])
+    return 1, size[1], side, side
+
+
+#: Reasons to keep a parameter that lie in what it is, not in what a graph can express.
+ARCHITECTURAL = (
+    'not used in the forward pass',
+    'class or register token',
+    'layer scale or gain',
+    'relative position table',
+)
 
 
 def kept_reason(name: str, module: nn.Module, shape: tuple[int, ...], reached: bool) -> str:
     """Why no node of the graph predicts a parameter, in words for the plan."""
+    unused, token, gain, relative = ARCHITECTURAL
     if not reached:
-        return 'not used in the forward pass'
+        return unused
     leaf = name.rpartition('.')[2].lower()
     if norm_primitive(module) is None and (len(shape) == 0 or sum(n > 1 for n in shape) <= 1):
         if len(shape) == 3 and shape[:2] == (1, 1):
-            return 'class or register token'
+            return token
         if 'bias' not in leaf:
-            return 'layer scale or gain'
+            return gain
     if 'relative' in leaf or 'rel_' in leaf or 'attention_bias' in leaf:
-        return 'relative position table'
+        return relative
     if 'pos' in leaf:
         return 'positional parameter that the rules of this graph do not know'
     return f'{type(module).__name__}.{leaf} is not in the vocabulary of the rules of this graph'

@@ -160,6 +160,8 @@ def _member(whole: Source, info: zipfile.ZipInfo) -> Span:
     if info.compress_type != zipfile.ZIP_STORED:
         raise whole.error(f'has a compressed member {info.filename[:40]!r}, which torch.save does not write')
     end = whole.file.seek(0, os.SEEK_END)
+    if not 0 <= info.header_offset <= end:
+        raise whole.error('is damaged: a member of the archive is not where the index says')
     header = file_bytes(whole, Span(info.header_offset, _ZIP_HEADER))
     if not header.startswith(_ZIP_MAGIC):
         raise whole.error('is damaged: a member of the archive is not where the index says')

@@ -121,7 +121,7 @@ def infer_config(
     try:
         hid = shapes['embed.weight'][1]
         num_classes = shapes['bias_class.1.weight'][0]
-        decoder = 'conv' if 'decoder.fc.0.weight' in shapes else 'mlp'
+        decoder = 'mlp' if 'decoder.mlp.fc.0.weight' in shapes else 'conv'
         gnn = _gnn_of(shapes)
         if 'max_shape' in options:
             max_shape = tuple(options['max_shape'])

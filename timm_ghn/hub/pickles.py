@@ -151,12 +151,17 @@ class Unpickler:
                 width = _SPANS[opcode.name]
                 self.stack.append(self.source.take(int.from_bytes(self.source.read(width), 'little')))
                 continue
-            argument = opcode.arg.reader(cast(IO[bytes], self.source)) if opcode.arg is not None else None
             handler = _HANDLERS.get(opcode.name)
             if handler is None:
                 raise self.source.error(f'asks for the pickle instruction {opcode.name}, which no checkpoint needs')
-            handler(self, argument)
+            handler(self, self._argument(opcode))
         raise self.source.error(f'has a pickle of more than {MAX_STEPS:,} instructions')
+
+    def _argument(self, opcode: pickletools.OpcodeInfo) -> Any:
+        if opcode.name in _LINES:
+            # As they stand: nothing here needs their escapes, about which pickletools' reader may warn.
+            return '.'.join(self.source.readline().decode()[:-1] for _ in range(_LINES[opcode.name]))
+        return opcode.arg.reader(cast(IO[bytes], self.source)) if opcode.arg is not None else None
 
     def cut(self) -> list[Any]:
         """Take what is on the stack above the last mark."""
@@ -250,6 +255,9 @@ _MAKERS: dict[str, Callable[..., Any] | None] = {
 #: Instructions whose argument stays in the file, with the width of its length in bytes.
 _SPANS = {'SHORT_BINBYTES': 1, 'BINBYTES': 4, 'BINBYTES8': 8, 'BYTEARRAY8': 8}
 
+#: Instructions whose argument is text, with the number of its lines.
+_LINES = {'STRING': 1, 'GLOBAL': 2, 'INST': 2}
+
 
 def _push(machine: Unpickler, value: object) -> None:
     machine.stack.append(value)
@@ -300,12 +308,12 @@ def _pop_two(machine: Unpickler) -> list[Any]:
     return [machine.stack.pop(), last]
 
 
-def _global(machine: Unpickler, pair: object) -> None:
-    machine.stack.append(machine.name('.'.join(str(pair).split(' ', 1))))
+def _global(machine: Unpickler, qualified: str) -> None:
+    machine.stack.append(machine.name(qualified))
 
 
-def _instance(machine: Unpickler, pair: object) -> None:
-    _global(machine, pair)
+def _instance(machine: Unpickler, qualified: str) -> None:
+    _global(machine, qualified)
     raise machine.source.error('makes an instance in a way that no checkpoint needs')
 
 

@@ -1,0 +1,1 @@
+"""From what a GHN decodes to the parameters of a model."""

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from timm_ghn.graph.vocabulary import encoded_position, has_features_first, positional_size
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.requests import DecodeKind
 
@@ -54,11 +55,12 @@ class Fit:
         return text if self.scale is None else f'{text}, times {self.scale:.3g}'
 
 
-def random_tokens(shape: tuple[int, ...]) -> int | None:
-    """Tokens of a positional embedding (1, T, C) in front of its floor(sqrt(T))^2 positions; None for another shape."""
-    if len(shape) != 3 or shape[0] != 1 or min(shape[1:]) < 2:
-        return None
-    extra = shape[1] - math.isqrt(shape[1]) ** 2
+def random_tokens(tokens: int) -> int:
+    """How many of T tokens of a positional embedding stand in front of the floor(sqrt(T))^2 positions of a map.
+
+    A few do: class, distillation and register tokens. More of them mean that the positions are no square map.
+    """
+    extra = tokens - math.isqrt(tokens) ** 2
     return extra if extra <= _MOST_TOKENS else 0
 
 
@@ -71,7 +73,7 @@ def fit_of(
         kind: Decoder.
         shape: Of the parameter.
         config: Of the GHN.
-        position: Whether it is a positional embedding (1, T, C).
+        position: Whether it is a positional embedding, see :func:`timm_ghn.graph.vocabulary.positional_size`.
 
     Returns:
         Size (out, in, height, width) to request, and how to fit what comes back.
@@ -85,9 +87,11 @@ def fit_of(
         limit = config.num_classes if kind is DecodeKind.HEAD_BIAS else longest
         return (n, 1, 1, 1), Fit(min(n, limit), activation=activation if normalise else 'none')
     scale = fan_in_scale(shape) if normalise else None
-    if position:
-        side = math.isqrt(shape[1])
-        return (1, shape[2], side, side), Fit(1, min(shape[2], inputs), scale, tokens=random_tokens(shape))
+    size = positional_size(shape) if position else None
+    if size is not None:
+        tokens, features = size
+        scale = fan_in_scale((1, tokens, features)) if normalise else None
+        return encoded_position(shape), Fit(1, min(features, inputs), scale, tokens=random_tokens(tokens))
     height, width = (*shape[2:], 1, 1)[:2] if len(shape) < 5 else shape[-2:]
     limit = config.num_classes if kind is DecodeKind.HEAD_WEIGHT else outputs
     return (shape[0], shape[1], height, width), Fit(min(shape[0], limit), min(shape[1], inputs), scale)
@@ -129,8 +133,10 @@ def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.G
     values = scaled(decoded, fit)
     if not fit.columns:
         return values.repeat(-(-math.prod(shape) // fit.rows))[: math.prod(shape)].view(shape)
-    if fit.tokens is not None:
-        return _tiled(_with_tokens(values, fit.tokens, shape[1], generator), shape)
+    size = positional_size(shape)
+    if fit.tokens is not None and size is not None:
+        positions = _tiled(_with_tokens(values, fit.tokens, size[0], generator), (1, *size))
+        return (positions.transpose(1, 2) if has_features_first(shape) else positions).reshape(shape)
     return _tiled(_with_axes(values, len(shape)), shape)
 
 

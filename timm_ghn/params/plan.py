@@ -13,9 +13,10 @@ import torch
 from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.structure import Graph, ParameterInfo
+from timm_ghn.graph.vocabulary import encoded_position, positional_size
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.requests import DecodeKind, DecodeRequest
-from timm_ghn.params.fit import Fit, fit_of, random_tokens
+from timm_ghn.params.fit import Fit, fit_of
 
 #: What can be asked of the classifier.
 HEAD_OPTIONS = ('auto', 'predict', 'keep')
@@ -40,7 +41,8 @@ class ParameterRow:
         owner: Class of the module that holds it.
         aliases: Its other names, when it is tied.
         role: 'weight', 'bias', 'norm weight', 'norm bias', 'position', 'head weight', 'head bias', or 'kept'.
-        node: Index of the graph node that predicts it, None when it is kept.
+        node: Index of the graph node that predicts it, counted through the graph and its supplement; None when it is
+            kept.
         request: What the GHN decodes for it.
         fit: How that is tiled and scaled to the parameter.
         reason: Why it keeps its own initialisation, None when it is predicted.
@@ -106,7 +108,9 @@ class ParameterPlan:
         twice = [name for name, count in Counter(names).items() if count > 1]
         missing = {info.name for info in self.graph.parameters} - set(names)
         if twice or missing:
-            raise UnsupportedModelError(f'expected each parameter once in the plan (got twice: {twice}, never: {missing})')
+            raise UnsupportedModelError(
+                f'expected each parameter once in the plan (got twice: {twice}, never: {missing})'
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,6 +138,7 @@ class ParameterPlan:
         return {
             'nodes': len(self.graph),
             'edges': len(self.graph.edges_E2),
+            'supplement_nodes': sum(len(part) for part in self.graph.parts[1:]),
             'rules': self.graph.rules,
             'tensors': len(self.rows),
             'elements': sum(row.numel for row in self.rows),
@@ -157,6 +162,7 @@ class ParameterPlan:
         table.append(
             f'{totals["predicted_tensors"]} of {totals["tensors"]} tensors and {totals["predicted_elements"]:,} of '
             f'{totals["elements"]:,} elements are predicted, from a graph of {totals["nodes"]} nodes'
+            + (f' and another one of {totals["supplement_nodes"]}' if totals['supplement_nodes'] else '')
         )
         return '\n'.join(table)
 
@@ -181,8 +187,8 @@ def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> P
         reason = f'head for {graph.num_classes} classes, the GHN was trained with {config.num_classes}'
     classifier = frozenset(graph.classifier) if keep_head else frozenset()
     rows = tuple(
-        _kept(info, reason if info.name in classifier else graph.kept.get(info.name))
-        if info.name in classifier or info.name not in graph.node_of
+        _kept(info, reason if info.name in classifier else graph.kept[info.name])
+        if info.name in classifier or info.name in graph.kept
         else _predicted(info, graph, config)
         for info in graph.parameters
     )
@@ -198,11 +204,13 @@ def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig) -> Paramete
         return _kept(info, f'{info.dtype} is not a floating-point type')
     if info.numel == 0:
         return _kept(info, 'has no elements')
-    index = graph.node_of[info.name]
-    kind, role = _kind(info, graph, index)
+    part = graph if info.name in graph.node_of else graph.parts[-1]
+    index = part.node_of[info.name]
+    kind, role = _kind(info, part, index)
+    row = index if part is graph else len(graph) + index
     size, fit = fit_of(kind, info.shape, config, position=role == 'position')
-    request = DecodeRequest(kind, index, size)
-    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, index, request, fit)
+    request = DecodeRequest(kind, row, size)
+    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, row, request, fit)
 
 
 def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, str]:
@@ -218,6 +226,10 @@ def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, st
         return DecodeKind.BIAS_1D, _ROLES[DecodeKind.BIAS_1D]
     if node.primitive in (Primitive.BN, Primitive.LN) or len(info.shape) < 2:
         return DecodeKind.WEIGHT_1D, _ROLES[DecodeKind.WEIGHT_1D]
-    if node.primitive is Primitive.POS_ENC and random_tokens(info.shape) is not None:
+    if (
+        node.primitive is Primitive.POS_ENC
+        and positional_size(info.shape)
+        and node.shape == encoded_position(info.shape)
+    ):
         return DecodeKind.TENSOR, 'position'
     return DecodeKind.TENSOR, _ROLES[DecodeKind.TENSOR]

@@ -1,0 +1,287 @@
+"""Loading by name: from the Hub, from its cache, or, for the default only, from inside the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_hub import COMMIT, FakeHub
+from official import official_state, write_joblib
+
+from timm_ghn.errors import CheckpointError, ConfigError, GHNFallbackWarning, GHNNotFoundError, UnsafeCheckpointError
+from timm_ghn.hub import fetch, known_ghns, load, load_ghn, set_default_ghn
+from timm_ghn.hub.default import EMBEDDED, PUBLISHED
+from timm_ghn.hub.load import shared_ghn
+from timm_ghn.nn import GHN, GHNConfig
+from timm_ghn.nn.storage import save_ghn
+
+UNTRAINED = r'ghn_tiny_untrained, serves in its place\. It is small and untrained.*set_default_ghn.*TIMM_GHN_DEFAULT'
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch, small: GHNConfig) -> str:
+    """The catalogue's default, made small enough for a test."""
+    known = known_ghns()
+    known[PUBLISHED] = dataclasses.replace(known[PUBLISHED], config=dataclasses.replace(small, name=PUBLISHED))
+    for module in ('load', 'locate'):
+        monkeypatch.setattr(f'timm_ghn.hub.{module}.known_ghns', lambda: known)
+    return f'{known[PUBLISHED].repo_id}/{known[PUBLISHED].filename}'
+
+
+@pytest.fixture
+def official(tmp_path: Path, small_ghn: GHN) -> bytes:
+    return write_joblib(official_state(small_ghn), tmp_path / 'official.pt').read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, small_ghn: GHN) -> Path:
+    save_ghn(small_ghn, tmp_path / 'ours')
+    return tmp_path / 'ours'
+
+
+def expect_same(found: GHN, expected: GHN) -> None:
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+# From the Hub
+
+
+def test_the_default_comes_from_the_hub_and_then_from_the_cache(fake_hub: FakeHub, published, official, small_ghn):
+    fake_hub.files[published] = official
+    ghn = load_ghn('ghn')
+    expect_same(ghn, small_ghn)
+    assert ghn.origin is not None
+    assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.revision) == (
+        PUBLISHED,
+        published.rpartition('/')[0],
+        COMMIT,
+    )
+    assert ghn.origin.sha256 == hashlib.sha256(official).hexdigest()
+    assert not ghn.origin.embedded
+    fake_hub.requests.clear()
+    expect_same(load_ghn('ghn'), small_ghn)
+    assert not fake_hub.requests
+
+
+def test_a_cached_default_needs_no_network(fake_hub: FakeHub, use_endpoint, published, official, small_ghn):
+    fake_hub.files[published] = official
+    load_ghn('ghn')
+    use_endpoint('http://127.0.0.1:9')
+    expect_same(load_ghn('ghn'), small_ghn)
+    expect_same(load_ghn('ghn', local_files_only=True), small_ghn)
+    expect_same(load_ghn(PUBLISHED), small_ghn)
+
+
+def test_a_repository_in_our_form(fake_hub: FakeHub, use_endpoint, folder, small_ghn):
+    fake_hub.put('user/repo', folder)
+    ghn = load_ghn('user/repo')
+    expect_same(ghn, small_ghn)
+    assert ghn.origin is not None
+    assert (ghn.origin.repo_id, ghn.origin.revision, ghn.origin.name) == ('user/repo', COMMIT, 'small')
+    use_endpoint('http://127.0.0.1:9')
+    expect_same(load_ghn('user/repo'), small_ghn)
+
+
+def test_the_revision_and_the_cache_folder_are_honoured(fake_hub: FakeHub, folder, tmp_path):
+    fake_hub.put('user/repo', folder)
+    load_ghn('user/repo', revision='v1', cache_dir=tmp_path / 'mine')
+    assert any('/resolve/v1/config.json' in request for request in fake_hub.requests)
+    assert (tmp_path / 'mine/models--user--repo').is_dir()
+    with pytest.raises(GHNNotFoundError, match='not in the cache'):
+        load_ghn('user/repo', local_files_only=True)
+
+
+def test_a_repository_without_our_files_says_what_to_name(fake_hub: FakeHub):
+    with pytest.raises(GHNNotFoundError, match=r'by name: ghn2, ghn3_lm8, ghn3_sm8, ghn3_tm8, ghn3_xlm16'):
+        load_ghn('SamsungSAILMontreal/ghn3')
+
+
+def test_a_file_that_is_not_the_one_of_the_catalogue_is_refused(fake_hub: FakeHub, official):
+    fake_hub.files['SamsungSAILMontreal/ghn3/ghn3tm8.pt'] = official
+    with pytest.raises(CheckpointError, match='not the GHN that the catalogue describes'):
+        load_ghn('ghn3_tm8')
+
+
+# The default and its stand-in
+
+
+def test_without_a_network_the_default_is_the_ghn_inside_the_package():
+    with pytest.warns(GHNFallbackWarning, match=UNTRAINED) as caught:
+        ghn = load_ghn('ghn')
+    assert [os.path.basename(warning.filename) for warning in caught] == ['test_load.py']
+    assert ghn.config.name == EMBEDDED
+    assert ghn.origin is not None
+    assert ghn.origin.embedded
+    assert issubclass(GHNFallbackWarning, UserWarning)
+
+
+def test_the_warning_says_why(fake_hub: FakeHub):
+    with pytest.warns(GHNFallbackWarning, match=r'EntryNotFoundError: '):
+        load_ghn()
+
+
+def test_a_hub_that_could_not_be_reached_is_not_asked_again_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fetch, '_ask_within', lambda *_: asked.append(1) or (_ for _ in ()).throw(OSError('no route')))
+    for _ in range(3):
+        with pytest.warns(GHNFallbackWarning, match='OSError: no route'):
+            load_ghn('ghn')
+    assert len(asked) == 1
+    with pytest.raises(GHNNotFoundError):
+        load_ghn('ghn3_xlm16')
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ('damage', 'error'),
+    [
+        (lambda data: data[: len(data) // 2], CheckpointError),
+        (lambda data: b'cos\nsystem\n(S"true"\ntR.', UnsafeCheckpointError),
+        (lambda data: b'', CheckpointError),
+    ],
+    ids=['truncated', 'payload', 'empty'],
+)
+def test_a_damaged_default_is_an_error_not_a_reason_to_take_another(fake_hub, published, official, damage, error):
+    fake_hub.files[published] = damage(official)
+    with pytest.raises(error):
+        load_ghn('ghn')
+
+
+@pytest.mark.parametrize('name', ['ghn3_tm8', 'ghn3_xlm16', 'ghn2', 'user/repo', '/no/such/file.pt', 'ghn3tm8'])
+@pytest.mark.parametrize('how', ['argument', 'environment', 'set_default_ghn'])
+def test_a_ghn_that_is_named_never_falls_back(monkeypatch, name, how):
+    def ask() -> None:
+        if how == 'environment':
+            monkeypatch.setenv('TIMM_GHN_DEFAULT', name)
+        elif how == 'set_default_ghn':
+            set_default_ghn(name)
+        load_ghn(name if how == 'argument' else 'ghn')
+
+    with pytest.raises(GHNNotFoundError, match=re.escape(name)):  # and no warning: warnings are errors
+        ask()
+
+
+def test_what_was_asked_why_it_failed_and_the_way_out_are_told():
+    with pytest.raises(
+        GHNNotFoundError, match=r"'ghn3_tm8'.*ghn3tm8\.pt of .*ghn3 at main.*refused.*HF_ENDPOINT.*path"
+    ) as e:
+        load_ghn('ghn3_tm8')
+    assert e.value.__cause__ is not None
+
+
+def test_local_files_only_is_told_apart_from_a_missing_network():
+    with pytest.raises(GHNNotFoundError, match='local_files_only'):
+        load_ghn('ghn3_tm8', local_files_only=True)
+    with pytest.warns(GHNFallbackWarning, match='local_files_only'):
+        load_ghn('ghn', local_files_only=True)
+
+
+def test_the_chosen_default_is_loaded(folder, small_ghn, monkeypatch):
+    monkeypatch.setenv('TIMM_GHN_DEFAULT', str(folder))
+    expect_same(load_ghn('ghn'), small_ghn)
+    set_default_ghn(EMBEDDED)
+    ghn = load_ghn('ghn')
+    assert ghn.config.name == EMBEDDED
+
+
+def in_a_new_process(endpoint: str, cache: Path) -> tuple[float, list[str]]:
+    """Load the default where HF_ENDPOINT names a server; the seconds that it took, and the warnings."""
+    code = (
+        'import time, warnings, json, timm_ghn.hub as hub\n'
+        'with warnings.catch_warnings(record=True) as caught:\n'
+        '    warnings.simplefilter("always"); began = time.monotonic(); ghn = hub.load_ghn("ghn")\n'
+        '    print(json.dumps([time.monotonic() - began, [str(w.message) for w in caught], ghn.config.name]))'
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(('HF_', 'TIMM_GHN'))}
+    environment |= {'HF_ENDPOINT': endpoint, 'HF_HOME': str(cache), 'NO_PROXY': '127.0.0.1'}
+    run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    seconds, warned, name = json.loads(run.stdout)
+    assert name == EMBEDDED
+    return seconds, warned
+
+
+def test_nobody_listens(tmp_path):
+    seconds, warned = in_a_new_process('http://127.0.0.1:9', tmp_path)
+    assert seconds < 5
+    assert len(warned) == 1
+    assert 'refused' in warned[0]
+
+
+def test_nobody_answers(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(('127.0.0.1', 0))
+        silent.listen()
+        seconds, warned = in_a_new_process(f'http://127.0.0.1:{silent.getsockname()[1]}', tmp_path)
+    assert seconds < 9
+    assert len(warned) == 1
+
+
+def test_an_endless_answer_does_not_hold_the_default_up(monkeypatch):
+    monkeypatch.setattr(fetch, 'SHORT_PATIENCE', 0.1)
+    monkeypatch.setattr(fetch, '_GRACE', 0.1)
+    monkeypatch.setattr(fetch, 'get_hf_file_metadata', lambda *_, **__: time.sleep(2))
+    began = time.monotonic()
+    with pytest.warns(GHNFallbackWarning, match='TimeoutError: no answer'):
+        load_ghn('ghn')
+    assert time.monotonic() - began < 1.5
+
+
+# Files
+
+
+def test_a_folder_its_weights_and_an_official_file_load_alike(folder, small_ghn, tmp_path):
+    path = write_joblib(official_state(small_ghn), tmp_path / 'small.pt')
+    for name in (folder, str(folder), folder / 'model.safetensors', path, str(path)):
+        ghn = load_ghn(name)
+        expect_same(ghn, small_ghn)
+        assert ghn.config == small_ghn.config
+        assert not ghn.training
+
+
+def test_a_folder_that_holds_no_ghn_is_named(tmp_path):
+    with pytest.raises(GHNNotFoundError, match=r'has no file config\.json'):
+        load_ghn(tmp_path)
+
+
+def test_a_newer_configuration_is_an_error(folder):
+    path = folder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'format_version': 99}))
+    with pytest.raises(ConfigError, match='upgrade'):
+        load_ghn(folder)
+
+
+def test_each_call_gives_a_ghn_of_its_own(folder):
+    first, second = load_ghn(folder), load_ghn(folder)
+    with torch.no_grad():
+        first.embed.weight.add_(1)
+    assert not torch.equal(first.embed.weight, second.embed.weight)
+
+
+def test_a_shared_ghn_is_read_once_for_the_same_file(folder, small_ghn, monkeypatch):
+    first = shared_ghn(folder)
+    monkeypatch.setattr(load, '_read', lambda *_, **__: pytest.fail('read again'))
+    assert shared_ghn(folder) is first
+    assert shared_ghn(str(folder), dtype=torch.float32, device='cpu') is first
+    monkeypatch.undo()
+
+
+def test_a_shared_ghn_is_read_again_when_its_file_changes(folder, small_ghn):
+    first = shared_ghn(folder)
+    assert shared_ghn(folder, dtype=torch.bfloat16).ln.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        small_ghn.ln.weight.add_(1)
+    save_ghn(small_ghn, folder)
+    second = shared_ghn(folder)
+    assert second is not first
+    expect_same(second, small_ghn)

@@ -1,0 +1,245 @@
+"""Our own form on disk: what is saved is loaded exactly, and what cannot be right is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from variants import GHN3
+
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.nn import GHN, GHNConfig, storage as storage_module
+from timm_ghn.nn.storage import read_ghn, save_ghn
+
+
+@pytest.fixture
+def ghn() -> GHN:
+    torch.manual_seed(0)
+    return GHN(GHN3)
+
+
+@pytest.fixture
+def folder(ghn: GHN, tmp_path: Path) -> Path:
+    save_ghn(ghn, tmp_path / 'ghn')
+    return tmp_path / 'ghn'
+
+
+def expect_same(found: GHN, expected: GHN) -> None:
+    assert found.config == expected.config
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert found.state_dict()[key].dtype == value.dtype
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / 'model.safetensors'
+    state = {key: value.clone() for key, value in load_file(path).items()} | {
+        key.replace('__', '.'): value for key, value in changes.items()
+    }
+    save_file({key: value for key, value in state.items() if value is not None}, path)
+
+
+def test_saving_and_loading_is_exact(config, tmp_path):
+    ghn = GHN(config)
+    save_ghn(ghn, tmp_path)
+    found = read_ghn(tmp_path)
+    expect_same(found, ghn)
+    assert not found.training
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in found.parameters())
+
+
+def test_the_mixin_saves_and_loads_the_same_form(ghn, tmp_path):
+    ghn.save_pretrained(tmp_path / 'ghn')
+    assert {'config.json', 'model.safetensors'} <= {path.name for path in (tmp_path / 'ghn').iterdir()}
+    expect_same(GHN.from_pretrained(tmp_path / 'ghn'), ghn)
+    expect_same(read_ghn(tmp_path / 'ghn'), ghn)
+    assert json.loads((tmp_path / 'ghn/config.json').read_text())['format_version'] == 1
+
+
+def test_float64_is_kept_on_disk_and_read_on_request(ghn, tmp_path):
+    ghn = ghn.double()
+    save_ghn(ghn, tmp_path)
+    expect_same(read_ghn(tmp_path, dtype=torch.float64), ghn)
+    expect_same(read_ghn(tmp_path), ghn.float())
+
+
+def test_bfloat16_halves_the_file_and_is_read_as_float32(ghn, folder, tmp_path):
+    save_ghn(ghn, tmp_path / 'small', dtype=torch.bfloat16)
+    sizes = [(path / 'model.safetensors').stat().st_size for path in (tmp_path / 'small', folder)]
+    assert sizes[0] < 0.55 * sizes[1]
+    for key, value in read_ghn(tmp_path / 'small').state_dict().items():
+        assert torch.equal(value, ghn.state_dict()[key].bfloat16().float())
+
+
+def test_loading_draws_no_random_numbers(folder):
+    before = torch.random.get_rng_state()
+    read_ghn(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_origin_names_the_file_and_its_digest(folder):
+    import hashlib
+
+    origin = read_ghn(folder).origin
+    assert origin is not None
+    assert origin.file == str(folder / 'model.safetensors')
+    assert origin.sha256 == hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+    assert not origin.embedded
+
+
+def test_the_weights_file_stands_for_its_folder(folder, ghn):
+    expect_same(read_ghn(folder / 'model.safetensors'), ghn)
+
+
+def test_a_ghn_can_be_saved_over_the_files_it_was_loaded_from(folder, ghn):
+    found = read_ghn(folder)
+    with torch.no_grad():
+        found.ln.weight.add_(1)
+    save_ghn(found, folder)
+    assert torch.equal(read_ghn(folder).ln.weight, ghn.ln.weight + 1)
+    assert torch.equal(found.ln.weight, ghn.ln.weight + 1)
+
+
+def test_a_save_that_fails_leaves_the_old_files_alone(folder, ghn, monkeypatch):
+    def fail(state: object, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b'half')
+        raise OSError('the disk is full')
+
+    monkeypatch.setattr(storage_module, 'save_file', fail)
+    with pytest.raises(OSError, match='full'):
+        save_ghn(GHN(GHN3), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
+    expect_same(read_ghn(folder), ghn)
+
+
+def test_weights_that_are_not_finite_are_not_saved(ghn, tmp_path):
+    with torch.no_grad():
+        ghn.embed.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r'1 of 240 in embed\.weight'):
+        save_ghn(ghn, tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='permissions as POSIX has them')
+def test_whoever_may_read_the_configuration_may_read_the_weights(folder):
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_configuration_of_a_newer_version_says_to_upgrade(folder):
+    edit(folder, format_version=2, a_key_of_the_future=1)
+    with pytest.raises(ConfigError, match=r'newer timm_ghn.*pip install -U'):
+        read_ghn(folder)
+
+
+def test_an_unknown_key_is_named(folder):
+    edit(folder, surprise=1)
+    with pytest.raises(ConfigError, match='surprise'):
+        read_ghn(folder)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[1]', '"x"', 'null', '[' * 100_000, '{"hid": 1e400}', '\x00'])
+def test_a_damaged_configuration_is_an_error(folder, text):
+    (folder / 'config.json').write_text(text)
+    with pytest.raises((CheckpointError, ConfigError), match='config'):
+        read_ghn(folder)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'layers': 10**9}, {'hid': 10**12}, {'max_shape': [10**12] * 4}, {'num_classes': 2**70}, {'heads': 10**9}],
+)
+def test_a_configuration_far_larger_than_the_file_costs_nothing(folder, change):
+    edit(folder, **change)
+    began = time.monotonic()
+    with pytest.raises((CheckpointError, ConfigError)):
+        read_ghn(folder)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize('change', [{'num_classes': 31}, {'layers': 1}, {'gnn': 'gated'}, {'layernorm': False}])
+def test_a_configuration_that_the_weights_contradict_is_refused(folder, change):
+    edit(folder, **change)
+    with pytest.raises(CheckpointError, match='does not match its configuration'):
+        read_ghn(folder)
+
+
+def test_wrong_weights_are_named(folder):
+    edit_weights(folder, ln__weight=torch.zeros(3), ln__bias=None, more=torch.zeros(1))
+    with pytest.raises(
+        CheckpointError, match=r'lacks ln\.bias; it has unexpected more; it has ln\.weight \(3,\) where'
+    ):
+        read_ghn(folder)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
+    weight = torch.zeros(GHN3.hid)
+    weight[5] = value
+    edit_weights(folder, ln__bias=weight)
+    with pytest.raises(CheckpointError, match=r'not finite: 1 of 16 in ln\.bias'):
+        read_ghn(folder)
+
+
+def test_integers_are_no_weights(folder):
+    edit_weights(folder, ln__bias=torch.zeros(GHN3.hid, dtype=torch.int64))
+    with pytest.raises(CheckpointError, match=r'ln\.bias as torch\.int64'):
+        read_ghn(folder)
+
+
+@pytest.mark.parametrize('keep', [0, 4, 8, 100, 0.5, 0.999])
+def test_truncated_weights_are_an_error(folder, keep):
+    path = folder / 'model.safetensors'
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(CheckpointError, match='truncated or damaged'):
+        read_ghn(folder)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(GHNNotFoundError, match=f'has no file {name}'):
+        read_ghn(folder)
+
+
+def test_a_file_of_another_configuration_than_expected_is_refused(folder):
+    with pytest.raises(CheckpointError, match='it has hid 16 where 32 is expected'):
+        read_ghn(folder, config=GHNConfig(hid=32, max_shape=(24, 20, 11, 11), num_classes=30, layers=2, heads=2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the peak of memory as Linux counts it')
+@pytest.mark.parametrize('form', ['ours', 'joblib'])
+def test_the_peak_of_memory_is_about_the_size_of_the_file(tmp_path, form):
+    config = GHNConfig(hid=128, max_shape=(128, 128, 16, 16), num_classes=1000, layers=24, heads=8)
+    path = tmp_path / 'ghn'
+    ghn = GHN(config)
+    size = 4 * sum(parameter.numel() for parameter in ghn.parameters())
+    if form == 'ours':
+        save_ghn(ghn, path)
+    else:
+        import joblib
+
+        joblib.dump(ghn.state_dict(), path)
+    code = (
+        'import resource, sys, timm_ghn.hub as hub, torch; peak = lambda: resource.getrusage(resource.RUSAGE_SELF)'
+        '.ru_maxrss * 1024; torch.ones(8).sum(); before = peak(); ghn = hub.load_ghn(sys.argv[1]); '
+        'print(peak() - before)'
+    )
+    run = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1.25 * size

@@ -1,0 +1,67 @@
+"""What is shipped: the metadata, the files in the wheel, and the words of the README."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import timm_ghn
+from timm_ghn.hub.catalogue import known_ghns
+from timm_ghn.hub.default import EMBEDDED
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```python\n(.*?)^```', README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_one_version():
+    assert importlib.metadata.version('timm-ghn') == timm_ghn.__version__
+    changelog = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    assert re.search(r'^## (\S+)', changelog, flags=re.MULTILINE).group(1) == timm_ghn.__version__
+
+
+def test_installed_packages_are_within_the_declared_ranges():
+    packaging = pytest.importorskip('packaging.requirements')
+    for text in importlib.metadata.requires('timm-ghn'):
+        requirement = packaging.Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True), text
+
+
+def test_the_command_is_declared():
+    (command,) = importlib.metadata.entry_points(group='console_scripts', name='timm-ghn')
+    assert command.value == 'timm_ghn.cli:main'
+
+
+def test_the_files_of_the_package_are_found():
+    entries = known_ghns()
+    assert {path.stem for path in (ROOT / 'hub_configs').glob('*.json')} == set(entries)
+    assert sorted(path.name for path in entries[EMBEDDED].folder.iterdir()) == ['config.json', 'model.safetensors']
+
+
+def test_the_readme_begins_with_a_short_example():
+    assert len(BLOCKS[0].splitlines()) < 15
+    assert README.count('\n', 0, README.index('```python')) < 12
+
+
+@pytest.mark.parametrize('code', BLOCKS, ids=range(len(BLOCKS)))
+def test_the_readme_runs(code, tmp_path):
+    # Its own process, where importing the package and choosing a default are new; nothing is downloaded.
+    environment = {**os.environ, 'TIMM_GHN_DEFAULT': EMBEDDED}
+    subprocess.run([sys.executable, '-W', 'error', '-c', code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_the_readme_names_what_exists():
+    named = re.findall(r'^\| `(\w+)\(', README, flags=re.MULTILINE)
+    assert named
+    assert not [name for name in named if not callable(getattr(timm_ghn, name, None))]
+    ghns = set(re.findall(r'\bghn\d\w*_\w+|\bghn_tiny\w*', README)) - {'ghn3_results'}
+    assert ghns
+    assert ghns <= set(known_ghns())

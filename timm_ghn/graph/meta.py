@@ -1,0 +1,196 @@
+"""Borrow a network for a forward pass on the meta device, where tensors have shapes but no values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]:
+    """Replace all parameters and buffers by meta tensors, in training mode; yield the name of each stand-in by id.
+
+    Floating-point tensors become float32, so that a model with mixed dtypes can be traced; all of them require a
+    gradient, so that frozen parameters are seen too.
+    """
+    modules = list(model.modules())
+    saved = [dict(module.__dict__) for module in modules]
+    contents = [
+        {key: type(value)(value) for key, value in state.items() if type(value) in (dict, list, set)} for state in saved
+    ]
+    stand_in: dict[int, Tensor] = {}
+    try:
+        for module in modules:
+            state = module.__dict__
+            for key in ('_parameters', '_buffers'):
+                state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
+            state['training'] = True
+        found = dict(model.named_parameters())
+        yield {id(found[name]): name for name in wanted}
+    finally:
+        for module, state, mutable in zip(modules, saved, contents, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            for key, value in mutable.items():
+                _refill(state[key], value)
+
+
+def _refill(container: Any, value: Any) -> None:
+    """Give a dict, list or set back the contents it had, keeping the object."""
+    if container != value if isinstance(container, set) else not _same_items(container, value):
+        container.clear()
+        container.extend(value) if isinstance(container, list) else container.update(value)
+
+
+def _same_items(left: Any, right: Any) -> bool:
+    """Whether two dicts or lists hold the identical objects; tensors are never compared by value."""
+    if len(left) != len(right):
+        return False
+    if isinstance(left, dict):
+        return all(a is b and left[a] is right[b] for a, b in zip(left, right, strict=True))
+    return all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | None:
+    """A meta tensor of the same shape; the same one for the same (tied) tensor."""
+    if value is None:
+        return None
+    if id(value) not in stand_in:
+        dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
+        meta = torch.empty(value.shape, dtype=dtype, device='meta')
+        is_parameter = isinstance(value, nn.Parameter)
+        differentiable = dtype.is_floating_point or dtype.is_complex
+        stand_in[id(value)] = nn.Parameter(meta, requires_grad=differentiable) if is_parameter else meta
+    return stand_in[id(value)]
+
+
+class MetaMode(TorchFunctionMode):
+    """Keep everything on the meta device, and attention in its plain, visible form.
+
+    Networks create tensors in their forward pass (position grids, masks) and hold tensors outside of buffers; both
+    must meet the stand-ins on the meta device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            return _plain_attention(*args, **kwargs)
+        if func in _RECURRENT and not isinstance(args[3], (tuple, list)):
+            return _one_step(*args, gates=_RECURRENT[func])
+        if func in _CONSTRUCTORS:
+            if kwargs.get('device') is None or torch.device(kwargs['device']).type != 'meta':
+                kwargs = {**kwargs, 'device': 'meta'}
+            return func(*args, **kwargs)
+        if func is Tensor.to or func is Tensor.cpu or func is Tensor.cuda:
+            return _stay(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            moved = [to_meta(value) for value in args], {key: to_meta(value) for key, value in kwargs.items()}
+            if all(a is b for a, b in zip(args, moved[0], strict=True)) and all(
+                kwargs[key] is value for key, value in moved[1].items()
+            ):
+                raise error
+            return func(*moved[0], **moved[1])
+
+
+_CONSTRUCTORS = frozenset(torch.utils._device._device_constructors())
+
+
+def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``tensor.to(...)`` without a change of device."""
+    if func is not Tensor.to:
+        return args[0]
+    kwargs = {key: value for key, value in kwargs.items() if key != 'device'}
+    rest = tuple(value for value in args[1:] if not isinstance(value, (str, torch.device)))
+    rest = tuple(value.dtype if isinstance(value, Tensor) else value for value in rest)
+    if isinstance(kwargs.get('other'), Tensor):
+        kwargs['dtype'] = kwargs.pop('other').dtype
+    if not rest and not (kwargs.keys() - {'non_blocking', 'copy'}):
+        return args[0]
+    return func(args[0], *rest, **kwargs)
+
+
+def to_meta(value: Any) -> Any:
+    """The value with its tensors moved to the meta device; the identical object where there was nothing to move."""
+    if isinstance(value, Tensor):
+        return value if value.device.type == 'meta' else value.to('meta')
+    if type(value) in (tuple, list):
+        moved = [to_meta(item) for item in value]
+        return value if all(a is b for a, b in zip(value, moved, strict=True)) else type(value)(moved)
+    return value
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as softmax(q k^T) v: its fused kernels differ by device and version, and hide the softmax."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = query @ key.transpose(-2, -1)
+    if attn_mask is not None and attn_mask.dtype.is_floating_point:
+        logits = logits + to_meta(attn_mask)  # may hold a learned bias; a Boolean mask has nothing to learn
+    attention = logits.softmax(dim=-1)
+    if dropout_p > 0.0:
+        attention = nn.functional.dropout(attention, dropout_p)
+    return attention @ value
+
+
+#: Recurrent functions, and the gates whose weights are stacked in theirs.
+_RECURRENT: dict[Any, int] = {
+    torch._VF.lstm: 4,  # type: ignore[attr-defined]
+    torch._VF.gru: 3,  # type: ignore[attr-defined]
+    torch._VF.rnn_tanh: 1,  # type: ignore[attr-defined]
+    torch._VF.rnn_relu: 1,  # type: ignore[attr-defined]
+}
+
+
+def _one_step(
+    data: Tensor,
+    state: Any,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    *,
+    gates: int,
+) -> tuple[Tensor, ...]:
+    """A recurrent layer as if every step were the first: each weight is read once, on the way from input to output.
+
+    Unrolled over the steps, a graph would be as long as the sequence and read its weights in a circle.
+    """
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (num_layers * directions)
+    last_states = []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            w_ih, w_hh, *rest = weights[(layer * directions + direction) * each :][:each]
+            b_ih, b_hh = rest[:2] if has_biases else (None, None)
+            size = w_hh.shape[0] // gates
+            hidden = nn.functional.linear(data, w_ih, b_ih)[..., : w_hh.shape[1]]
+            hidden = nn.functional.linear(hidden, w_hh, b_hh)[..., :size].tanh()
+            if len(rest) in (1, 3):  # an LSTM with a projection
+                hidden = nn.functional.linear(hidden, rest[-1])
+            outputs.append(hidden)
+            last_states.append(hidden.select(1 if batch_first and data.dim() > 2 else 0, -1))
+        data = torch.cat(outputs, -1)
+    states = torch.stack(last_states)
+    return (data, states, states) if gates == 4 else (data, states)
