@@ -369,7 +369,7 @@ def _describe(model: nn.Module, cfg: PretrainedCfg, *, features: bool) -> None:
     """Write the pretrained cfg into a model where timm keeps it; what the model held there may not be true of it."""
     inner = [module for module in model.modules() if 'state_dict' in (getattr(module, 'pretrained_cfg', None) or ())]
     for module in (*inner, model):
-        described = cfg.to_dict()  # type: ignore[no-untyped-call]
+        described = cfg.to_dict()
         if features and module is model:
             described = {key: value for key, value in described.items() if key not in _NOT_FOR_FEATURES}
         # timm models have both names for one dictionary.

@@ -75,6 +75,16 @@ def test_the_embedded_ghn_is_small_untrained_and_finite():
     assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.embedded) == (EMBEDDED, None, True)
 
 
+def test_the_script_makes_the_embedded_ghn_that_ships(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    import make_embedded
+
+    make_embedded.main(['--folder', str(tmp_path)])
+    shipped = load_ghn(EMBEDDED).state_dict()
+    for key, value in load_ghn(tmp_path).state_dict().items():
+        torch.testing.assert_close(shipped[key], value, rtol=1e-2, atol=1e-3)
+
+
 def test_the_catalogue_cannot_be_changed_by_who_reads_it():
     known_ghns().clear()
     assert known_ghns() == ENTRIES

@@ -114,6 +114,14 @@ def test_a_ghn_can_be_saved_over_the_files_it_was_loaded_from(folder, ghn):
     assert torch.equal(found.ln.weight, ghn.ln.weight + 1)
 
 
+def test_training_a_loaded_ghn_leaves_its_file_alone(folder, ghn):
+    found = read_ghn(folder)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.add_(1)
+    expect_same(read_ghn(folder), ghn)
+
+
 def test_a_save_that_fails_leaves_the_old_files_alone(folder, ghn, monkeypatch):
     def fail(state: object, path: Path, **_: object) -> None:
         Path(path).write_bytes(b'half')

@@ -78,8 +78,9 @@ class MetaMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            return _plain_attention(*args, **kwargs)
+        replacement = _REPLACED.get(func)
+        if replacement is not None:
+            return replacement(*args, **kwargs)
         if func in _RECURRENT and not isinstance(args[3], (tuple, list)):
             return _one_step(*args, gates=_RECURRENT[func])
         if func in _CONSTRUCTORS:
@@ -150,12 +151,78 @@ def _plain_attention(
     return attention @ value
 
 
+class _StandIn(torch.autograd.Function):
+    """Stands for a function whose output has the shape of its data: same name and inputs in the autograd graph.
+
+    PyTorch has no meta kernels of its own for some frequent functions but decomposes them in Python; for batch
+    normalisation this takes longer than all the rest of a ResNet's forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, *parameters: Tensor | None) -> Tensor:
+        return torch.empty_like(data)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError('a traced network is not differentiated')
+
+
+class NativeBatchNorm(_StandIn):
+    """Batch normalisation."""
+
+
+class NativeLayerNorm(_StandIn):
+    """Layer normalisation."""
+
+
+class Gelu(_StandIn):
+    """GELU."""
+
+
+def _gelu(input: Tensor, approximate: str = 'none') -> Tensor:  # as in torch.nn.functional
+    output: Tensor = Gelu.apply(to_meta(input))
+    return output
+
+
+def _layer_norm(
+    input: Tensor,  # the names of torch.nn.functional.layer_norm
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalisation without its arithmetic; the shapes are checked as PyTorch does."""
+    shape = tuple(normalized_shape)
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f'expected input whose last sizes are {shape} (got {tuple(input.shape)})')
+    output: Tensor = NativeLayerNorm.apply(to_meta(input), weight, bias)
+    return output
+
+
+def _batch_norm(
+    input: Tensor,  # the names of torch.nn.functional.batch_norm
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation without its arithmetic; the number of channels is checked as PyTorch does."""
+    for name, tensor in (('running_mean', running_mean), ('weight', weight), ('bias', bias)):
+        if tensor is not None and tensor.numel() != input.shape[1]:
+            raise RuntimeError(f'expected {name} of {input.shape[1]} channels (got {tensor.numel()})')
+    output: Tensor = NativeBatchNorm.apply(to_meta(input), weight, bias)
+    return output
+
+
 #: Recurrent functions, and the gates whose weights are stacked in theirs.
 _RECURRENT: dict[Any, int] = {
-    torch._VF.lstm: 4,  # type: ignore[attr-defined]
-    torch._VF.gru: 3,  # type: ignore[attr-defined]
-    torch._VF.rnn_tanh: 1,  # type: ignore[attr-defined]
-    torch._VF.rnn_relu: 1,  # type: ignore[attr-defined]
+    torch._VF.lstm: 4,
+    torch._VF.gru: 3,
+    torch._VF.rnn_tanh: 1,
+    torch._VF.rnn_relu: 1,
 }
 
 
@@ -194,3 +261,11 @@ def _one_step(
         data = torch.cat(outputs, -1)
     states = torch.stack(last_states)
     return (data, states, states) if gates == 4 else (data, states)
+
+
+_REPLACED: dict[Any, Any] = {
+    nn.functional.batch_norm: _batch_norm,
+    nn.functional.layer_norm: _layer_norm,
+    nn.functional.gelu: _gelu,
+    nn.functional.scaled_dot_product_attention: _plain_attention,
+}

@@ -106,13 +106,18 @@ class Draft:
 
 
 def listing(recording: Recording) -> Draft:
-    """The raw graph: each op is represented by the parameters that it reads, or else by itself (section 2.1)."""
-    wanted = _above_parameters(recording.ops)
+    """The raw graph: each op is represented by the parameters that it reads, or else by itself (section 2.1).
+
+    Dropout and stochastic depth are left out, so that the rates of a network do not change its graph: some rules
+    count positions in the list.
+    """
+    ops = recording.ops
+    wanted = {index for index in _above_parameters(ops) if not ops[index].masks}
     draft = Draft([])
     of_parameter: dict[str, int] = {}
     of_op: dict[int, tuple[int, int]] = {}
     shapes = {info.name: info.shape for info in recording.parameters}
-    for index, op in enumerate(recording.ops):
+    for index, op in enumerate(ops):
         if index not in wanted:
             continue
         for name in op.parameters:
@@ -126,8 +131,10 @@ def listing(recording: Recording) -> Draft:
             x = draft.append(Label(op.name, None, pool_shape(op), operator_primitive(op.kind)))
             of_op[index] = x, x
     for index, (entry, _) in of_op.items():
-        for child in recording.ops[index].inputs:
+        for child in ops[index].inputs:
             if isinstance(child, int):
+                while ops[child].masks:
+                    (child,) = (below for below in ops[child].inputs if isinstance(below, int))
                 if child in of_op:
                     draft.connect(of_op[child][1], entry)
             elif 'bias' in child:

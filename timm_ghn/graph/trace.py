@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ class Op:
         kernel_size: Saved kernel size of a pooling operator, if any.
         dims: Dimensions that a reduction reduces, if it saved them.
         rank: Number of dimensions of what a reduction reduces, if it saved them.
+        masks: Whether it multiplies by a tensor without a gradient, as dropout and stochastic depth do.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Op:
     kernel_size: tuple[int, ...] | None = None
     dims: tuple[int, ...] | None = None
     rank: int | None = None
+    masks: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -99,11 +103,11 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
         if side is None:
             side = known[1:] if known else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
         return (channels, *side)
+    size: tuple[int, ...] = ()
     if isinstance(input_size, int):
-        size: tuple[int, ...] = (channels, input_size, input_size)
-    else:
-        size = tuple(int(n) for n in input_size)
-        size = (channels, *size) if len(size) == 2 else size
+        size = (channels, input_size, input_size)
+    elif isinstance(input_size, Sequence) and all(isinstance(n, int) for n in input_size):
+        size = (channels, *input_size) if len(input_size) == 2 else tuple(input_size)
     if len(size) != 3 or min(size) < 1:
         raise UnsupportedModelError(
             f'expected input_size to be a side, (height, width) or (channels, height, width) (got {input_size!r})'
@@ -159,6 +163,7 @@ def record(model: nn.Module, *, input_size: int | Sequence[int] | None = None, e
     Raises:
         UnsupportedModelError: if the forward pass fails on the meta device, or if no parameter is reached.
     """
+    _refuse_compiled(model)
     parameters, owners = list_parameters(model)
     if not parameters:
         raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
@@ -175,6 +180,31 @@ def record(model: nn.Module, *, input_size: int | Sequence[int] | None = None, e
         raise
 
 
+def _refuse_compiled(model: nn.Module) -> None:
+    """A compiled or scripted module does not run Python code that could be followed."""
+    for name, module in model.named_modules():
+        where = f"module '{name}'" if name else 'the model'
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f'{where} is a TorchScript module; predict for the model before scripting it')
+        if type(module).__name__ == 'OptimizedModule':
+            raise UnsupportedModelError(
+                f'{where} is compiled; predict for the model before torch.compile, or for its _orig_mod: '
+                'both share their parameters'
+            )
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Give the random generators of Python, NumPy and torch (on the CPU) back as they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
 def _record(
     model: nn.Module,
     size: tuple[int, int, int],
@@ -183,7 +213,7 @@ def _record(
     owners: Mapping[str, nn.Module],
 ) -> Recording:
     """Run the model once and list what it did."""
-    with on_meta(model, [info.name for info in parameters]) as names:
+    with _random_state_kept(), on_meta(model, [info.name for info in parameters]) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         tracker = _ModuleTracker()
         try:
@@ -344,4 +374,12 @@ def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
         # Negative dimensions are saved as unsigned 64-bit numbers.
         dims = None if saved is None else tuple((int(d) + 2**63) % 2**64 - 2**63 for d in saved)
         dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
-    return Op(name, inputs, reads_image, kernel_size, dims, rank)
+    return Op(name, inputs, reads_image, kernel_size, dims, rank, _masks(function, name, inputs))
+
+
+def _masks(function: Any, name: str, inputs: tuple[int | str, ...]) -> bool:
+    """Whether a product's other factor is a tensor (not a number) without a gradient."""
+    if not name.startswith('Mul') or len(inputs) != 1 or isinstance(inputs[0], str):
+        return False
+    factors = (getattr(function, '_saved_self', None), getattr(function, '_saved_other', None))
+    return any(isinstance(factor, Tensor) and factor.dim() > 0 and not factor.requires_grad for factor in factors)
