@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import PredictionError, UnsupportedModelError
 from timm_ghn.graph.build import trace
 from timm_ghn.graph.structure import Graph
+from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.params.fit import write
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
@@ -57,7 +58,7 @@ def predict(
         head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
             always, 'keep' never.
         seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
-        device: Where to predict; by default where the GHN is.
+        device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
 
     Returns:
         The prediction; the same call gives the same one.
@@ -103,7 +104,7 @@ def ghn_init(
         head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
             always, 'keep' never.
         seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
-        device: Where to predict; by default where the GHN is.
+        device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
 
     Returns:
         The same model.
@@ -140,13 +141,9 @@ def _prepare(
 ) -> tuple[GHN, Graph, ParameterPlan]:
     """Load the GHN, trace the model and plan."""
     if isinstance(ghn, GHN):
-        chosen = ghn
+        chosen = ghn if device is None else ghn.to(device)
     else:
-        from timm_ghn.hub.load import load_ghn
-
-        chosen = load_ghn(ghn)
-    if device is not None:
-        chosen = chosen.to(device)
+        chosen = shared_ghn(ghn, device=device)
     graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=chosen.config.rules)
     plan = plan_parameters(graph, chosen.config, head=head)
     if not plan.predicted:

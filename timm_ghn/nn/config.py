@@ -137,7 +137,7 @@ class Origin:
         revision: Commit of the repository.
         file: Name or path of the file.
         sha256: Digest of the file.
-        embedded: Whether the file carried its configuration; if not, it was taken from the catalogue or inferred.
+        embedded: Whether it is the GHN inside the package.
     """
 
     name: str | None = None
