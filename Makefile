@@ -28,7 +28,7 @@ setup: $(stamp)
 
 $(stamp): pyproject.toml
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
-	$(pip) install --progress-bar off --editable '.[dev]'
+	$(pip) install --quiet --progress-bar off --editable '.[dev]'
 	touch $@
 
 clean:

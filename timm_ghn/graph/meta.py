@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 
 @contextlib.contextmanager
@@ -76,7 +76,19 @@ class MetaMode(TorchFunctionMode):
     must meet the stand-ins on the meta device.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = None
+
+    @property
+    def operator(self) -> str:
+        """Name of the function that was called last, e.g. ``'torch.Tensor.item'``; empty before the first call."""
+        if self.last is None:
+            return ''
+        return str(resolve_name(self.last) or getattr(self.last, '__name__', self.last))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.last = func
         kwargs = kwargs or {}
         replacement = _REPLACED.get(func)
         if replacement is not None:

@@ -172,31 +172,28 @@ def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
 def filter_operators(draft: Draft) -> None:
     """Contract what is not in the vocabulary, and gates, means and sums that are not meant as such (section 2.3)."""
     fan_in = {x: len(draft.predecessors[x]) for x in draft.order}
-    names = {x: draft.name(x).lower() for x in draft.order}
-    gated = any('sigmoid' in name or 'swish' in name for name in names.values())
-    removed = (
-        {
-            x
-            for index, x in enumerate(draft.order)
-            if 'Mul' in draft.name(x) and not _is_gate([names[y] for y in draft.order], index, gated)
-        }
-        if gated
-        else {x for x in draft.order if 'Mul' in draft.name(x)}
-    )
-    unknown = [draft.name(x) for x in draft.order if draft.labels[x].primitive is None]
-    removed |= _containing(draft, unknown)
-    rest = [x for x in draft.order if x not in removed]
-    rest_names = [names[x] for x in rest]
-    removed |= {
-        x for index, x in enumerate(rest) if 'Mean' in draft.name(x) and gated and not _before_head(rest_names, index)
+    names = [draft.name(x).lower() for x in draft.order]
+    gated = any('sigmoid' in name or 'swish' in name for name in names)
+    removed = {
+        x for index, x in enumerate(draft.order) if 'Mul' in draft.name(x) and not (gated and _is_gate(names, index))
     }
-    removed |= {x for x in rest if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and fan_in[x] <= 1}
+    removed |= _containing(draft, [draft.name(x) for x in draft.order if draft.labels[x].primitive is None])
+    rest = [x for x in draft.order if x not in removed]
+    if gated:
+        names = [draft.name(x).lower() for x in rest]
+        removed |= {x for index, x in enumerate(rest) if 'Mean' in draft.name(x) and not _before_head(names, index)}
+    removed |= {x for x in rest if _joins(draft, x) and fan_in[x] <= 1}
     draft.contract(removed)
 
 
-def _is_gate(names: list[str], index: int, gated: bool) -> bool:
+def _joins(draft: Draft, x: int) -> bool:
+    """Whether a position is a sum or a concatenation, by its name as the reference does."""
+    return 'Add' in draft.name(x) or 'Cat' in draft.name(x)
+
+
+def _is_gate(names: list[str], index: int) -> bool:
     """Whether a multiplication is a channel gate (squeeze and excite), judged by its neighbours in the list."""
-    if not gated or _before_head(names, index):
+    if _before_head(names, index):
         return False
     # Negative offsets wrap around, as they do in the reference.
     return (
@@ -214,22 +211,19 @@ def _before_head(names: list[str], index: int) -> bool:
 
 
 def _containing(draft: Draft, unknown: list[str]) -> set[int]:
-    """Positions whose name contains one of the given names: the published filter matches substrings."""
+    """Positions of unknown names, and of names that contain one: the published filter matches substrings.
+
+    Only dotted names do, though: a model's own parameter 'w' would take every layer's weight out of the graph.
+    """
     everything = '\n'.join(draft.name(x) for x in draft.order)
     exact = set(unknown)
-    partial = [name for name in exact if everything.count(name) > unknown.count(name)]
+    partial = [name for name in exact if '.' in name and everything.count(name) > unknown.count(name)]
     return {x for x in draft.order if draft.name(x) in exact or any(name in draft.name(x) for name in partial)}
 
 
 def filter_joins(draft: Draft) -> None:
     """Contract sums and concatenations that have one input left (section 2.3, second call)."""
-    draft.contract(
-        {
-            x
-            for x in draft.order
-            if ('Add' in draft.name(x) or 'Cat' in draft.name(x)) and len(draft.predecessors[x]) <= 1
-        }
-    )
+    draft.contract({x for x in draft.order if _joins(draft, x) and len(draft.predecessors[x]) <= 1})
 
 
 def insert_weights(draft: Draft) -> None:
@@ -372,6 +366,8 @@ def published_draft(recording: Recording) -> tuple[Draft, list[int], bool]:
         UnsupportedModelError: if a parameter that is used again behind itself makes the raw graph cyclic.
     """
     draft = listing(recording)
+    if draft.sort() is None:
+        raise UnsupportedModelError('the graph has a cycle: a layer is used again behind itself')
     for rule in RULES:
         rule(draft)
     connect_swin_stages(draft, recording.model)

@@ -215,12 +215,12 @@ def _record(
     """Run the model once and list what it did."""
     with _random_state_kept(), on_meta(model, [info.name for info in parameters]) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
-        tracker = _ModuleTracker()
+        tracker, mode = _ModuleTracker(), MetaMode()
         try:
-            with torch.enable_grad(), MetaMode(), tracker.watch(model):
+            with torch.enable_grad(), mode, tracker.watch(model):
                 output = model(*args, **kwargs)
         except Exception as error:
-            raise UnsupportedModelError(_failure(model, tracker, size, error)) from error
+            raise UnsupportedModelError(_failure(model, tracker.path, mode.operator, size, error)) from error
         ops, outputs = _walk(list(_tensors(output)), names)
     if not any(op.parameters for op in ops):
         raise UnsupportedModelError(
@@ -287,15 +287,16 @@ class _ModuleTracker:
             after.remove()
 
 
-def _failure(model: nn.Module, tracker: _ModuleTracker, size: tuple[int, int, int], error: Exception) -> str:
-    where = f"module '{tracker.path}'" if tracker.path else 'the model itself'
-    kind = type(model.get_submodule(tracker.path)).__name__
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _failure(model: nn.Module, path: str, operator: str, size: tuple[int, int, int], error: Exception) -> str:
+    """What happened where, and the ways out."""
+    where = f"module '{path}' ({type(model.get_submodule(path)).__name__})" if path else 'the model itself'
+    after = f', at {operator},' if operator else ''
+    text = (str(error).strip().splitlines() or [''])[0]
     return (
-        f'{type(model).__name__} cannot be traced with an image of {size[0]}x{size[1]}x{size[2]}: {where} ({kind}) '
-        f'failed with {type(error).__name__}: {text}. Pass input_size=... for another image size, or '
-        'example_inputs=... for a network that takes something else; control flow that depends on values '
-        'cannot be followed'
+        f'{type(model).__name__} cannot be traced with an image of {size[0]}x{size[1]}x{size[2]}: {where}{after} '
+        f'failed with {type(error).__name__}: {text}. Pass input_size=... for another image size or example_inputs=... '
+        'for a network that takes something else; where control flow depends on values, which a trace does not have, '
+        'the network keeps its own initialisation'
     )
 
 
