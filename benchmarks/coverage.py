@@ -4,7 +4,7 @@
 
 Each architecture is built on the meta device, in a worker process. Results are appended to <out>/coverage.jsonl one by
 one, so that an interrupted run goes on where it stopped; at the end <out>/coverage-<date>.csv has a row for each
-architecture and <out>/coverage-<date>.md a summary by family. What makes a graph wrong is listed at `flaws_of`.
+architecture and <out>/coverage-<date>.md a summary by family. What makes a graph wrong is listed in graph_checks.py, at `flaws_of`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,23 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from graph_checks import flaws_of
 from torch import nn
 from tqdm import tqdm
 
 import timm_ghn
-from timm_ghn import GHNConfig, Graph, ParameterPlan
-from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.trace import Op, Recording, record
+from timm_ghn import GHNConfig
 from timm_ghn.graph.vocabulary import ARCHITECTURAL
 
 RESULTS = Path(__file__).resolve().parent / 'results'
 CONFIG = GHNConfig(hid=64, max_shape=(64, 64, 16, 16), num_classes=1000, layers=3, heads=8, name='ghn3tm8')
-WEIGHTS = frozenset(
-    {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}
-)
-
 #: Least share of an architecture's elements to be predicted, or kept for what they are.
 LEAST_EXPLAINED = 0.99
 #: Least share of a family's elements to be predicted.
@@ -131,175 +126,6 @@ def examine(family: str, name: str) -> Result:
         *seconds,
         flaws=flaws_of(model, plan),
     )
-
-
-def flaws_of(model: nn.Module, plan: ParameterPlan) -> list[str]:
-    """What is wrong with a plan and its graphs, in words; empty if nothing is.
-
-    - Each parameter of the model is in the plan exactly once.
-    - Each graph is acyclic, has one input, and all leads from it (positional encodings apart) to an output.
-    - Each weight stands between its data input and its data output: of two weights, one comes behind the other in the
-      graph exactly if it does in the network, as autograd recorded it.
-    - The classifier is found.
-    """
-    flaws = []
-    listed = Counter(name for row in plan for name in (row.name, *row.aliases))
-    if listed != Counter(name for name, _ in model.named_parameters(remove_duplicate=False)):
-        flaws.append('the plan does not list each parameter once')
-    recording = record(model)
-    before = weights_before(recording)
-    for graph in plan.graph.parts:
-        where = '' if graph is plan.graph else 'supplement: '
-        found = shape_flaws(graph, len(recording.outputs))
-        if graph.is_acyclic:
-            found += order_flaws(graph, before)
-        flaws += [where + flaw for flaw in found]
-    return flaws + head_flaws(plan.graph)
-
-
-def shape_flaws(graph: Graph, outputs: int) -> list[str]:
-    """One connected directed acyclic graph from the input to the outputs."""
-    if not graph.is_acyclic:
-        return ['cyclic']
-    flaws = []
-    successors, predecessors = neighbours(graph)
-    inputs = [i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.INPUT]
-    if len(inputs) != 1:
-        flaws.append(f'{len(inputs)} inputs')
-    sources = {i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.POS_ENC}
-    cut_off = set(range(len(graph))) - reachable(successors, inputs) - sources
-    if cut_off:
-        flaws.append(f'not reached from the input: {labels(graph, cut_off)}')
-    ends = [i for i in range(len(graph)) if not successors[i]]
-    if len(ends) > outputs:
-        flaws.append(f'{len(ends)} ends for {outputs} outputs: {labels(graph, ends)}')
-    orphans = [i for i, node in enumerate(graph.nodes) if node.primitive in WEIGHTS and not predecessors[i]]
-    if orphans:
-        flaws.append(f'weights without an input: {labels(graph, orphans)}')
-    return flaws
-
-
-def head_flaws(graph: Graph) -> list[str]:
-    """The classifier's weights give as many numbers as there are classes."""
-    if graph.num_classes is None:
-        return []
-    shapes = {info.name: info.shape for info in graph.parameters}
-    if not graph.class_weights:
-        return [f'no classifier found for {graph.num_classes} classes']
-    return [
-        f'classifier {name} of shape {shapes[name]} for {graph.num_classes} classes'
-        for name in (*graph.class_weights, *graph.class_biases)
-        if shapes[name][0] != graph.num_classes
-    ]
-
-
-def order_flaws(graph: Graph, before: WeightsBefore) -> list[str]:
-    """Compare the order of the weights in the graph with that in the network."""
-    bit = before.bit
-    _, predecessors = neighbours(graph)
-    known, reach = 0, [0] * len(graph)
-    for node in graph.nodes:
-        known |= bit.get(node.parameter or '', 0)
-    for i in torch.argsort(graph.forward_levels_N, stable=True).tolist():
-        for p in predecessors[i]:
-            reach[i] |= reach[p] | bit.get(graph.nodes[p].parameter or '', 0)
-    lost, invented = Counter[str](), Counter[str]()
-    for i, node in enumerate(graph.nodes):
-        if node.parameter not in bit or node.primitive is Primitive.POS_ENC:
-            continue
-        right = before.masks[node.parameter] & known
-        lost[node.parameter] = (right & ~reach[i]).bit_count()
-        invented[node.parameter] = (reach[i] & ~right & ~before.beside[node.parameter]).bit_count()
-    flaws = []
-    for what, count in (('behind a weight but not so in the graph', lost), ('in the graph only behind', invented)):
-        if count.total():
-            name, most = count.most_common(1)[0]
-            flaws.append(f'{count.total()} pairs {what} (of {name}: {most})')
-    return flaws
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsBefore:
-    """Order of the parameters that a network uses once. Sets of them are bit masks; ``bit`` has that of each.
-
-    ``masks`` has all that the data has met before each parameter, ``beside`` what joins the data at the same place.
-    """
-
-    bit: dict[str, int]
-    masks: dict[str, int]
-    beside: dict[str, int]
-
-
-def weights_before(recording: Recording) -> WeightsBefore:
-    """Follow the image through the recorded ops; a parameter joins it at the first op that has image data."""
-    ops = recording.ops
-    order = inputs_first(ops)
-    image = [False] * len(ops)
-    carried: list[set[str]] = [set() for _ in ops]
-    sites: dict[str, list[int]] = defaultdict(list)
-    for i in order:
-        children = [child for child in ops[i].inputs if isinstance(child, int)]
-        image[i] = ops[i].reads_image or any(image[child] for child in children)
-        joining = set(ops[i].parameters).union(*(carried[child] for child in children if not image[child]))
-        if not image[i]:
-            carried[i] = joining
-            continue
-        for name in joining:
-            sites[name].append(i)
-    bit = {name: 1 << k for k, name in enumerate(name for name, where in sites.items() if len(where) == 1)}
-    here = [0] * len(ops)
-    for name, own in bit.items():
-        here[sites[name][0]] |= own
-    met = [0] * len(ops)
-    for i in order:
-        for child in ops[i].inputs:
-            if isinstance(child, int):
-                met[i] |= met[child] | here[child]
-    return WeightsBefore(bit, {n: met[sites[n][0]] for n in bit}, {n: here[sites[n][0]] for n in bit})
-
-
-def inputs_first(ops: Sequence[Op]) -> list[int]:
-    """Order in which every op comes behind its inputs."""
-    children = [{child for child in op.inputs if isinstance(child, int)} for op in ops]
-    readers: list[list[int]] = [[] for _ in ops]
-    for i, below in enumerate(children):
-        for child in below:
-            readers[child].append(i)
-    waiting = [len(below) for below in children]
-    order = [i for i, count in enumerate(waiting) if not count]
-    for i in order:
-        for reader in readers[i]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                order.append(reader)
-    return order
-
-
-def neighbours(graph: Graph) -> tuple[list[list[int]], list[list[int]]]:
-    """Successors and predecessors of each node."""
-    successors: list[list[int]] = [[] for _ in graph.nodes]
-    predecessors: list[list[int]] = [[] for _ in graph.nodes]
-    for source, target in graph.edges_E2.tolist():
-        successors[source].append(target)
-        predecessors[target].append(source)
-    return successors, predecessors
-
-
-def reachable(successors: list[list[int]], start: Iterable[int]) -> set[int]:
-    """Nodes that edges lead to, the start included."""
-    stack = list(start)
-    found = set(stack)
-    while stack:
-        new = [s for s in successors[stack.pop()] if s not in found]
-        found.update(new)
-        stack += new
-    return found
-
-
-def labels(graph: Graph, nodes: Iterable[int]) -> str:
-    """A few of them by name."""
-    names = [graph.nodes[i].label for i in sorted(nodes)]
-    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
 
 
 # All of them, in worker processes.
@@ -394,3 +220,158 @@ def read_results(path: Path) -> dict[str, Result]:
         return {}
     results = [Result(**json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines()]
     return {result.architecture: result for result in results}
+
+
+# The tables.
+
+COLUMNS: dict[str, Callable[[Result], Any]] = {
+    'family': lambda result: result.family,
+    'architecture': lambda result: result.architecture,
+    'rules': lambda result: result.rules,
+    'nodes': lambda result: result.nodes,
+    'edges': lambda result: result.edges,
+    'supplement nodes': lambda result: result.supplement_nodes,
+    'tensors': lambda result: result.tensors,
+    'parameters': lambda result: result.elements,
+    '% of tensors predicted': lambda result: percent(result.tensors_predicted),
+    '% of elements predicted': lambda result: percent(result.elements_predicted),
+    '% predicted or kept for what they are': lambda result: percent(result.elements_explained),
+    'kept': lambda result: in_words(result.kept),
+    's to build': lambda result: result.seconds_to_build,
+    's to trace': lambda result: result.seconds_to_trace,
+    's to plan': lambda result: result.seconds_to_plan,
+    'built on': lambda result: result.device,
+    'flaws': lambda result: '; '.join(result.flaws),
+    'error': lambda result: result.error,
+}
+
+
+def percent(share: float) -> str:
+    """In per cent, rounded down: 100 means all."""
+    return f'{int(share * 10_000) / 100:.2f}'
+
+
+def in_words(kept: dict[str, tuple[int, int]]) -> str:
+    ordered = sorted(kept.items(), key=lambda item: -item[1][1])
+    return '; '.join(f'{reason}: {elements:,} in {tensors}' for reason, (tensors, elements) in ordered)
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    with path.open('w', newline='', encoding='utf-8') as file:
+        table = csv.writer(file, lineterminator='\n')
+        table.writerow(COLUMNS)
+        table.writerows([column(result) for column in COLUMNS.values()] for result in results)
+
+
+def write_summary(results: Sequence[Result], path: Path, *, date: str, command: str) -> None:
+    good = [result for result in results if not result.error]
+    by_family: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_family[result.family].append(result)
+    predicted = sum(r.predicted_elements for r in good) / max(sum(r.elements for r in good), 1)
+    short = [r for r in good if r.elements_explained < LEAST_EXPLAINED]
+    lines = [
+        f'# Coverage of timm, {date}',
+        '',
+        f'`{command}` with timm_ghn {timm_ghn.__version__}, timm {timm.__version__}, torch {torch.__version__}, '
+        f'Python {sys.version.split()[0]}. Seconds are those of one thread on a shared machine.',
+        '',
+        f'- {len(results)} architectures in {len(by_family)} families, {len(results) - len(good)} with an error, '
+        f'{sum(bool(r.flaws) for r in good)} with a flaw in the graph.',
+        f'- {percent(predicted)} % of all elements are predicted.',
+        f'- {len(short)} architectures have less than {LEAST_EXPLAINED:.0%} of their elements predicted or kept for what '
+        'they are.',
+        f'- Tracing takes {median([r.seconds_to_trace for r in good]):.2f} s (median), '
+        f'{max((r.seconds_to_trace for r in good), default=0):.2f} s at most.',
+        '',
+        '`%` is the share of elements predicted in the family and in its worst architecture; `explained` adds what is '
+        'kept for what it is, in the worst architecture.',
+        '',
+        '| family | architectures | nodes | % | worst % | explained | s to trace | flaws | errors | most kept |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|---:|---|',
+        *(family_row(family, by_family[family]) for family in sorted(by_family)),
+        '',
+        *listing('Errors', [(r.architecture, r.error) for r in results if r.error]),
+        *listing('Flaws', [(r.architecture, '; '.join(r.flaws)) for r in good if r.flaws]),
+        *listing(
+            f'Less than {LEAST_EXPLAINED:.0%} explained',
+            [(r.architecture, f'{percent(r.elements_explained)} %: {shapes_in_words(r.unexplained)}') for r in short],
+        ),
+        *listing(
+            f'Less than {LEAST_PREDICTED:.0%} predicted',
+            [
+                (r.architecture, f'{percent(r.elements_predicted)} %: {in_words(r.kept)}')
+                for r in good
+                if r.elements_predicted < LEAST_PREDICTED
+            ],
+        ),
+    ]
+    path.write_text('\n'.join(lines).rstrip() + '\n', encoding='utf-8')
+
+
+def family_row(family: str, results: Sequence[Result]) -> str:
+    good = [result for result in results if not result.error]
+    elements = sum(r.elements for r in good)
+    kept = Counter[str]()
+    for result in good:
+        kept.update({reason: count for reason, (_, count) in result.kept.items()})
+    cells = [
+        family,
+        len(results),
+        f'{min((r.nodes for r in good), default=0)}-{max((r.nodes for r in good), default=0)}',
+        percent(sum(r.predicted_elements for r in good) / max(elements, 1)),
+        percent(min((r.elements_predicted for r in good), default=0)),
+        percent(min((r.elements_explained for r in good), default=0)),
+        f'{max((r.seconds_to_trace for r in good), default=0):.2f}',
+        sum(bool(r.flaws) for r in good),
+        len(results) - len(good),
+        '; '.join(f'{reason} ({percent(count / elements)} %)' for reason, count in kept.most_common(1)),
+    ]
+    return '| ' + ' | '.join(map(str, cells)) + ' |'
+
+
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def shapes_in_words(tensors: Sequence[tuple[str, list[int]]]) -> str:
+    found = [f'{name} {"x".join(map(str, shape))}' for name, shape in tensors[:3]]
+    return ', '.join(found) + (f' and {len(tensors) - 3} more' if len(tensors) > 3 else '')
+
+
+def listing(title: str, items: Sequence[tuple[str, str]]) -> list[str]:
+    return [f'## {title}', '', *(f'- {name}: {text}' for name, text in items), ''] if items else []
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--workers', type=int, default=2, help='processes (default: 2)')
+    parser.add_argument('--filter', default='', help="architectures by name, with wildcards, e.g. 'resnet*'")
+    parser.add_argument('--limit', type=int, help='the first so many only')
+    parser.add_argument('--timeout', type=float, default=300.0, help='seconds for one architecture (default: 300)')
+    parser.add_argument('--out', type=Path, default=RESULTS, help=f'folder for the results (default: {RESULTS})')
+    parser.add_argument('--fresh', action='store_true', help='forget earlier results instead of going on from them')
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / 'coverage.jsonl'
+    if args.fresh:
+        log.unlink(missing_ok=True)
+    family = dict(list(families(args.filter).items())[: args.limit])
+    done = {name: result for name, result in read_results(log).items() if name in family}
+    tasks = [(module, name) for name, module in family.items() if name not in done]
+    new = examine_all(tasks, workers=args.workers, timeout=args.timeout)
+    with log.open('a', encoding='utf-8') as file:
+        for result in tqdm(new, total=len(family), initial=len(done), unit='model'):
+            file.write(json.dumps(dataclasses.asdict(result)) + '\n')
+            file.flush()
+            done[result.architecture] = result
+    results = [done[name] for name in family]
+    date = datetime.date.today().isoformat()
+    write_csv(results, args.out / f'coverage-{date}.csv')
+    command = ' '.join(['python', 'benchmarks/coverage.py', *(sys.argv[1:] if argv is None else argv)])
+    write_summary(results, args.out / f'coverage-{date}.md', date=date, command=command)
+    print(f'{len(results)} architectures, {sum(bool(r.error) for r in results)} errors: {args.out}')
+
+
+if __name__ == '__main__':
+    main()

@@ -116,7 +116,9 @@ def test_a_disagreement_is_noticed(load):
     """The comparison itself can fail: one value, one norm, one missing tensor."""
     file = GOLDEN / 'ghn3tm8' / 'timm--resnet10t.json'
     record = json.loads(file.read_text())
-    prediction = predict(build('timm', 'resnet10t'), load('ghn3tm8.pt'), input_size=record['input_size'], head='predict')
+    prediction = predict(
+        build('timm', 'resnet10t'), load('ghn3tm8.pt'), input_size=record['input_size'], head='predict'
+    )
     names = list(prediction.state_dict)[:3]
     prediction.state_dict[names[0]].view(-1)[0] += 0.01
     prediction.state_dict[names[1]].mul_(1.0001)

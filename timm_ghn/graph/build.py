@@ -90,7 +90,7 @@ def _operator_graph(recording: Recording, reached: set[str]) -> Graph:
 
 
 def _published_graph(recording: Recording, draft: Draft, order: list[int], reached: set[str]) -> Graph:
-    """The classifier of a published graph is what stands at its last two positions (GHN_SPEC section 2.9)."""
+    """The classifier of a published graph is what stands at its last two positions."""
     weights, biases = ((), ()) if _class_count(recording.model) == 0 else _last_layer(draft, order)
     return _assemble(recording, draft, order, reached, weights, biases, 'published')
 

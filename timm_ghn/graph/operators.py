@@ -329,6 +329,6 @@ def operator_draft(recording: Recording) -> tuple[Draft, list[int]]:
 
 
 def needs_operator_rules(recording: Recording, reached: set[str]) -> bool:
-    """Whether the reference fails on a network: one with a subclass of a layer that it knows (GHN_SPEC section 12)."""
+    """Whether the reference fails on a network: one with a subclass of a layer that it knows."""
     owners: dict[int, nn.Module] = {id(recording.owners[name]): recording.owners[name] for name in reached}
     return any(published_kind(owner) and not is_published_exactly(owner) for owner in owners.values())

@@ -1,4 +1,4 @@
-"""The published graph rules, one function each (GHN_SPEC sections 2.1 to 2.7).
+"""The published graph rules, one function each, as the code of GHN-3 (SamsungSAILMontreal/ghn3) applies them.
 
 They turn the autograd listing of a network into the graph that the published GHNs were trained on. Some of them look
 at names and at positions in a list, as the reference does: for the networks that it knows these accidents *define* the
@@ -88,7 +88,7 @@ class Draft:
         """Positions in topological order, generation by generation; None if there is a cycle.
 
         The first generation are the positions without predecessors, ascending; a position joins the next one when
-        the last of its predecessors is scanned, successors being scanned in ascending order (GHN_SPEC section 2.7).
+        the last of its predecessors is scanned, successors being scanned in ascending order.
         """
         waiting = {x: len(self.predecessors[x]) for x in self.order}
         generation = [x for x in self.order if not waiting[x]]
@@ -106,7 +106,7 @@ class Draft:
 
 
 def listing(recording: Recording) -> Draft:
-    """The raw graph: each op is represented by the parameters that it reads, or else by itself (section 2.1).
+    """The raw graph: each op is represented by the parameters that it reads, or else by itself.
 
     Dropout and stochastic depth are left out, so that the rates of a network do not change its graph: some rules
     count positions in the list.
@@ -146,7 +146,7 @@ def listing(recording: Recording) -> Draft:
 
 
 def pool_shape(op: Op) -> tuple[int, ...] | None:
-    """Shape of a pooling node: its kernel size, 3x3 where autograd did not save it (section 2.9)."""
+    """Shape of a pooling node: its kernel size, 3x3 where autograd did not save it."""
     if operator_primitive(op.kind) not in (Primitive.MAX_POOL, Primitive.AVG_POOL):
         return None
     return (1, 1, *(op.kernel_size or (3, 3)))
@@ -170,7 +170,7 @@ def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
 
 
 def filter_operators(draft: Draft) -> None:
-    """Contract what is not in the vocabulary, and gates, means and sums that are not meant as such (section 2.3)."""
+    """Contract what is not in the vocabulary, and gates, means and sums that are not meant as such."""
     fan_in = {x: len(draft.predecessors[x]) for x in draft.order}
     names = [draft.name(x).lower() for x in draft.order]
     gated = any('sigmoid' in name or 'swish' in name for name in names)
@@ -222,12 +222,12 @@ def _containing(draft: Draft, unknown: list[str]) -> set[int]:
 
 
 def filter_joins(draft: Draft) -> None:
-    """Contract sums and concatenations that have one input left (section 2.3, second call)."""
+    """Contract sums and concatenations that have one input left."""
     draft.contract({x for x in draft.order if _joins(draft, x) and len(draft.predecessors[x]) <= 1})
 
 
 def insert_weights(draft: Draft) -> None:
-    """Put each weight without an input between its layer's input and its bias (section 2.4)."""
+    """Put each weight without an input between its layer's input and its bias."""
     for i in draft.order:
         if draft.predecessors[i] or 'weight' not in draft.name(i):
             continue
@@ -249,7 +249,7 @@ def insert_weights(draft: Draft) -> None:
 
 
 def route_values_through_softmax(draft: Draft) -> None:
-    """Remove the edges by which values bypass the softmax of an attention (section 2.5)."""
+    """Remove the edges by which values bypass the softmax of an attention."""
     if not any('softmax' in draft.name(x).lower() for x in draft.order):
         return
     several = _PathCounter(draft)
@@ -288,7 +288,7 @@ class _PathCounter:
 
 
 def connect_swin_stages(draft: Draft, model: nn.Module) -> None:
-    """torchvision's Swin: the patch merging's reduction stands between the stages (section 2.7)."""
+    """torchvision's Swin: the patch merging's reduction stands between the stages."""
     if class_path(model) != 'torchvision.models.swin_transformer.SwinTransformer':
         return
 
@@ -313,7 +313,7 @@ def connect_swin_stages(draft: Draft, model: nn.Module) -> None:
 
 
 def add_input(draft: Draft) -> None:
-    """The image feeds every weight that has no input (section 2.7)."""
+    """The image feeds every weight that has no input."""
     orphans = [x for x in draft.order if not draft.predecessors[x] and 'weight' in draft.name(x)]
     image = draft.append(Label('input', primitive=Primitive.INPUT))
     for x in orphans:
@@ -321,7 +321,7 @@ def add_input(draft: Draft) -> None:
 
 
 def add_positional_sum(draft: Draft, order: list[int]) -> list[int]:
-    """A positional encoding is added to the data, in a sum of its own (section 2.7)."""
+    """A positional encoding is added to the data, in a sum of its own."""
     result: list[int] = []
     for x in order:
         result.append(x)
@@ -341,7 +341,7 @@ def add_positional_sum(draft: Draft, order: list[int]) -> list[int]:
 
 
 def rotate_squeezenet_head(draft: Draft, order: list[int], model: nn.Module) -> None:
-    """torchvision's SqueezeNet classifies before it pools; the published graphs pool first (section 2.7)."""
+    """torchvision's SqueezeNet classifies before it pools; the published graphs pool first."""
     if class_path(model) != 'torchvision.models.squeezenet.SqueezeNet' or len(order) < 3:
         return
     weight, bias, mean = order[-3:]

@@ -119,7 +119,7 @@ class Graph:
 
     @functools.cached_property
     def is_acyclic(self) -> bool:
-        """Whether the graph has no cycle, as all have but a few published ones (GHN_SPEC section 2.7, last step)."""
+        """Whether the graph has no cycle, as all have but a few published ones."""
         try:
             topological_levels(len(self), self.edges_E2)
         except UnsupportedModelError:

@@ -66,7 +66,7 @@ class Recording:
 
     Attributes:
         ops: In depth-first pre-order from the outputs, inputs in the order in which autograd lists them; some
-            published rules depend on this order (GHN_SPEC section 2.1).
+            published rules depend on this order.
         outputs: Indices of the ops that made the outputs.
         parameters: Every parameter of the model once, reached or not.
         owners: Module that holds each of them.

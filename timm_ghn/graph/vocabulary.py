@@ -8,7 +8,7 @@ from torch import nn
 
 from timm_ghn.graph.primitives import Primitive
 
-#: Autograd operators that are nodes of their own (GHN_SPEC section 1.2). Recent torch versions name an attention's
+#: Autograd operators that are nodes of their own. Recent torch versions name an attention's
 #: softmax differently; it is one op to the GHN.
 OPERATORS = {
     'Mean': Primitive.GLOB_AVG,
@@ -72,7 +72,7 @@ def is_norm_bias(name: str, module: nn.Module) -> bool:
 
 
 def published_primitive(name: str, module: nn.Module) -> Primitive | None:
-    """Primitive of a parameter (GHN_SPEC section 1.1), None for one that the published GHNs do not know."""
+    """Primitive of a parameter, None for one that the published GHNs do not know."""
     kind = published_kind(module)
     if kind is None or is_norm_bias(name, module):
         return None
@@ -86,7 +86,7 @@ def published_primitive(name: str, module: nn.Module) -> Primitive | None:
 
 
 def encoded_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Shape of a parameter as the shape encoder sees it (GHN_SPEC section 3).
+    """Shape of a parameter as the shape encoder sees it.
 
     A positional embedding (1, T, C) becomes (1, C, s, s) with s = floor(sqrt(T)).
     """

@@ -1,7 +1,7 @@
 """From what a GHN decodes to a parameter: repeated to its shape and scaled to its fan-in.
 
 A GHN decodes at most ``max_shape`` channels at once; larger parameters repeat them cyclically, W[o, i] = s[o mod s0,
-i mod s1] (GHN_SPEC section 6.5). The scale follows arXiv 2110.13100, section 4.2.
+i mod s1]. The scale follows arXiv 2110.13100, section 4.2.
 """
 
 from __future__ import annotations

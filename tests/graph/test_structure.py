@@ -1,0 +1,152 @@
+"""The records: what they refuse, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from timm_ghn import Graph, UnsupportedModelError, plan_parameters, trace
+from timm_ghn.graph import GraphBatch, Node, ParameterInfo, Primitive
+
+
+def graph_of(size: int, edges: list[tuple[int, int]], **changes: object) -> Graph:
+    """A graph of nameless nodes."""
+    fields = {
+        'nodes': tuple(Node(Primitive.SUM, f'node{index}') for index in range(size)),
+        'edges_E2': torch.tensor(edges, dtype=torch.int64).view(-1, 2),
+        'start': 0,
+        'class_weights': (),
+        'class_biases': (),
+        'classifier': (),
+        'parameters': (),
+        'kept': {},
+        'input_size': (3, 8, 8),
+        'num_classes': None,
+        'rules': 'operators',
+    }
+    return Graph(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'edges_E2': torch.zeros(2, 2)}, r'expected int64 edges of shape \(E, 2\) \(got torch.float32 \(2, 2\)\)'),
+        ({'edges_E2': torch.zeros(2, 2, dtype=torch.int32)}, 'int64'),
+        ({'edges_E2': torch.zeros(4, dtype=torch.int64)}, r'shape \(E, 2\)'),
+        ({'edges_E2': torch.zeros(2, 3, dtype=torch.int64)}, r'shape \(E, 2\)'),
+        ({'edges_E2': torch.tensor([[0, 3]])}, r'outside 0\.\.2'),
+        ({'edges_E2': torch.tensor([[-1, 0]])}, r'outside 0\.\.2'),
+        ({'start': 3}, r'start node 3 is outside 0\.\.2'),
+        ({'start': -1}, r'start node -1'),
+        ({'nodes': (), 'edges_E2': torch.zeros(0, 2, dtype=torch.int64)}, 'start node'),
+    ],
+)
+def test_a_graph_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        graph_of(3, [(0, 1)], **changes)
+
+
+def test_a_cutoff_keeps_the_distances_up_to_it():
+    chain = graph_of(5, [(0, 1), (1, 2), (2, 3), (3, 4)])
+    assert chain.distances_NN(50)[0].tolist() == [0, 1, 2, 3, 4]
+    assert chain.distances_NN(3)[0].tolist() == [0, 1, 2, 3, 0]
+    assert chain.distances_NN(1).nonzero().tolist() == chain.edges_E2.tolist()
+
+
+def test_distances_are_not_changed_by_who_reads_them():
+    chain = graph_of(3, [(0, 1), (1, 2)])
+    chain.distances_NN(50).zero_()
+    assert chain.distances_NN(50)[0].tolist() == [0, 1, 2]
+
+
+def test_backward_levels_are_the_forward_levels_of_the_reversed_graph():
+    edges = [(0, 1), (0, 2), (1, 3), (2, 4), (4, 3), (3, 5)]
+    graph, reverse = graph_of(6, edges), graph_of(6, [(v, u) for u, v in edges])
+    assert graph.forward_levels_N.tolist() == [0, 1, 1, 3, 2, 4]
+    assert graph.backward_levels_N.tolist() == reverse.forward_levels_N.tolist() == [4, 2, 3, 1, 2, 0]
+
+
+def test_nodes_on_a_cycle_are_visited_in_the_order_of_the_list():
+    graph = graph_of(4, [(0, 1), (1, 2), (2, 1), (2, 3)])
+    assert not graph.is_acyclic
+    assert graph.forward_levels_N.tolist() == [0, 1, 2, 3]
+    assert graph.backward_levels_N.tolist() == [3, 2, 1, 0]
+
+
+def test_a_node_without_a_shape_says_so():
+    nodes = (Node(Primitive.INPUT, 'input'), Node(Primitive.CONV, 'a', 'a', (8, 3, 1, 1)))
+    graph = graph_of(2, [(0, 1)], nodes=nodes)
+    assert graph.shapes_N4.tolist() == [[-1, -1, -1, -1], [8, 3, 1, 1]]
+    assert graph.primitives_N.tolist() == [9, 4]
+
+
+def test_a_parameter_is_found_at_the_node_that_predicts_it():
+    nodes = (Node(Primitive.INPUT, 'input'), Node(Primitive.BN, 'a.weight', 'a.weight', (8, 1, 1, 1), 'a.bias'))
+    assert graph_of(2, [(0, 1)], nodes=nodes).node_of == {'a.weight': 1, 'a.bias': 1}
+
+
+@pytest.mark.parametrize('order', [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3]])
+def test_only_a_permutation_permutes(order):
+    with pytest.raises(ValueError, match=r'permutation of 0\.\.2'):
+        graph_of(3, [(0, 1)]).permute(order)
+
+
+def test_a_permutation_moves_nodes_with_their_edges():
+    graph = graph_of(4, [(0, 1), (1, 2), (1, 3)])
+    order = [2, 0, 3, 1]
+    permuted = graph.permute(order)
+    assert [node.label for node in permuted.nodes] == ['node2', 'node0', 'node3', 'node1']
+    assert permuted.nodes[permuted.start].label == 'node0'
+    name = [node.label for node in permuted.nodes]
+    assert {(name[u], name[v]) for u, v in permuted.edges_E2.tolist()} == {
+        (f'node{u}', f'node{v}') for u, v in graph.edges_E2.tolist()
+    }
+    assert torch.equal(permuted.distances_NN(50), graph.distances_NN(50)[order][:, order])
+
+
+def test_a_permutation_and_its_inverse_are_the_identity():
+    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)), input_size=16)
+    order = torch.randperm(len(graph), generator=torch.Generator().manual_seed(0))
+    back = graph.permute(order.tolist()).permute(order.argsort().tolist())
+    assert back.nodes == graph.nodes
+    assert back.start == graph.start
+    assert torch.equal(back.edges_E2, graph.edges_E2)
+
+
+def test_the_nodes_of_a_batch_are_numbered_through():
+    graphs = [graph_of(size, []) for size in (3, 1, 4)]
+    batch = GraphBatch.of(graphs)
+    assert batch.sizes == (3, 1, 4)
+    assert batch.offsets == (0, 3, 4)
+    assert GraphBatch.of(batch) is batch
+    assert GraphBatch.of(graphs[0]).graphs == (graphs[0],)
+    assert GraphBatch.of(iter(graphs)).sizes == batch.sizes
+
+
+def test_a_batch_has_a_graph():
+    with pytest.raises(ValueError, match='at least one graph'):
+        GraphBatch(())
+
+
+def test_records_are_frozen():
+    graph = graph_of(1, [])
+    for record, field in ((graph, 'start'), (graph.nodes[0], 'label'), (GraphBatch.of(graph), 'graphs')):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field, None)
+
+
+@pytest.mark.parametrize(('shape', 'numel'), [((), 1), ((0, 3), 0), ((4, 3, 2, 2), 48)])
+def test_the_number_of_elements_of_a_parameter(shape, numel):
+    assert ParameterInfo('p', shape, torch.float32, 'torch.nn.Module').numel == numel
+
+
+def test_a_plan_that_misses_a_parameter_is_refused(ghn):
+    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3)), input_size=16)
+    plan = plan_parameters(graph, ghn.config)
+    with pytest.raises(UnsupportedModelError, match="never: {'0.bias'}"):
+        dataclasses.replace(plan, rows=plan.rows[:1])
+    with pytest.raises(UnsupportedModelError, match=r"twice: \['0.weight'\]"):
+        dataclasses.replace(plan, rows=(*plan.rows, plan.rows[0]))

@@ -1,0 +1,138 @@
+"""A network is the same to a GHN whichever package built it: graph and predictions do not depend on names and code."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+import timm
+import torch
+import torchvision
+from isomorphism import colours, same_graph
+from torch import Tensor, nn
+
+from timm_ghn import Graph, Prediction, predict, trace
+from timm_ghn.graph import Primitive
+
+#: timm's and torchvision's name of one architecture.
+PAIRS = {
+    'resnet18': 'resnet18',
+    'resnet50': 'resnet50',
+    'resnext50_32x4d': 'resnext50_32x4d',
+    'wide_resnet50_2': 'wide_resnet50_2',
+    'densenet121': 'densenet121',
+    'convnext_tiny': 'convnext_tiny',
+    'regnetx_004_tv': 'regnet_x_400mf',
+    'regnety_004': 'regnet_y_400mf',
+    **{f'efficientnet_b{size}': f'efficientnet_b{size}' for size in range(8)},
+    'efficientnetv2_s': 'efficientnet_v2_s',
+    'mnasnet_100': 'mnasnet1_0',
+    'mobilenetv2_100': 'mobilenet_v2',
+    'mobilenetv3_large_100': 'mobilenet_v3_large',
+    'mobilenetv3_small_100': 'mobilenet_v3_small',
+    'inception_v3': 'inception_v3',
+    'vit_base_patch16_224': 'vit_b_16',
+}
+#: Those whose predictions are compared too.
+PREDICTED = (
+    'resnet50',
+    'densenet121',
+    'convnext_tiny',
+    'regnety_004',
+    'efficientnet_b0',
+    'mobilenetv3_large_100',
+    'inception_v3',
+    'vit_base_patch16_224',
+)
+SIZES = {'inception_v3': 299, 'swinv2_tiny_window8_256': 256}
+
+
+def build(name: str, other: str, **options: object) -> tuple[nn.Module, nn.Module]:
+    """timm's version and torchvision's."""
+    options = options or ({'aux_logits': False, 'init_weights': False} if other == 'inception_v3' else {})
+    # RegNet computes its widths with tensors, which must hold values.
+    with torch.device('cpu' if name.startswith('regnet') else 'meta'):
+        return timm.create_model(name), torchvision.models.get_model(other, weights=None, **options)
+
+
+def graphs(name: str, other: str, rules: str = 'published', **options: object) -> tuple[Graph, Graph]:
+    ours, theirs = build(name, other, **options)
+    size = SIZES.get(name, 224)
+    return trace(ours, input_size=size, rules=rules), trace(theirs, input_size=size, rules=rules)
+
+
+def by_colour(prediction: Prediction, colour_N: list[int]) -> dict[object, list[Tensor]]:
+    """Predicted tensors as vectors, by the node that predicts them and their role there."""
+    found = defaultdict(list)
+    for row in prediction.plan.predicted:
+        found[colour_N[row.node], row.role].append(prediction.state_dict[row.name].flatten())
+    return found
+
+
+@pytest.mark.parametrize('name', PAIRS)
+def test_versions_and_rules_agree_on_the_graph_of_a_published_network(name):
+    """The operator rules extend the published ones: where those were made for a network, both make one graph."""
+    ours, theirs = build(name, PAIRS[name])
+    size = SIZES.get(name, 224)
+    published = trace(theirs, input_size=size)
+    for graph in (trace(ours, input_size=size), trace(theirs, input_size=size, rules='operators')):
+        assert len(graph) == len(published)
+        assert same_graph(graph, published)
+        assert graph.supplement is None
+    assert published.rules == 'published'
+    assert graph.rules == 'operators'
+    assert graph.kept == published.kept
+
+
+@pytest.mark.parametrize('name', PREDICTED)
+def test_two_versions_of_a_network_get_the_same_parameters(name, ghn):
+    ours, theirs = (
+        predict(model, ghn, input_size=SIZES.get(name, 224), head='predict') for model in build(name, PAIRS[name])
+    )
+    left, right = (
+        by_colour(prediction, colour)
+        for prediction, colour in zip((ours, theirs), colours((ours.plan.graph, theirs.plan.graph)), strict=True)
+    )
+    assert {key: len(tensors) for key, tensors in left.items()} == {key: len(tensors) for key, tensors in right.items()}
+    for key, tensors in left.items():
+        for tensor in (*tensors, *right[key]):
+            torch.testing.assert_close(tensor, tensors[0], rtol=1e-4, atol=1e-6)
+    assert sum(map(len, left.values())) > 50
+
+
+def shapes(graph: Graph) -> Counter:
+    return Counter((node.primitive, node.shape) for node in graph.nodes)
+
+
+def test_vgg_differs_because_timm_classifies_with_convolutions():
+    """timm's first hidden layer is a 7x7 convolution, torchvision's a linear layer on the flattened map."""
+    ours, theirs = graphs('vgg11', 'vgg11')
+    assert shapes(ours) - shapes(theirs) == {(Primitive.CONV, (4096, 512, 7, 7)): 1}
+    assert shapes(theirs) - shapes(ours) == {(Primitive.CONV, (4096, 25088, 1, 1)): 1}
+
+
+def test_swin_differs_because_the_reference_rewires_the_class_of_torchvision_only():
+    name, other = 'swin_tiny_patch4_window7_224', 'swin_t'
+    ours, theirs = graphs(name, other)
+    assert shapes(ours) == shapes(theirs)
+    assert not same_graph(ours, theirs)
+    ours, by_operators = graphs(name, other, rules='operators')
+    assert same_graph(ours, by_operators)
+    assert same_graph(theirs, by_operators)
+
+
+def test_swin_v2_differs_because_timm_has_no_bias_for_keys():
+    """Its query and value biases are parameters of their own, where torchvision's are one with a part set to zero."""
+    ours, theirs = graphs('swinv2_tiny_window8_256', 'swin_v2_t', rules='operators')
+    only_ours, only_theirs = shapes(ours) - shapes(theirs), shapes(theirs) - shapes(ours)
+    assert {primitive for primitive, _ in (*only_ours, *only_theirs)} == {Primitive.BIAS}
+    assert only_ours == {(Primitive.BIAS, (96 * 2**stage, 1, 1, 1)): n for stage, n in enumerate((4, 4, 12, 4))}
+    assert only_theirs == {(Primitive.BIAS, (288 * 2**stage, 1, 1, 1)): n for stage, n in enumerate((2, 2, 6, 2))}
+
+
+def test_inception_differs_by_the_auxiliary_head_unless_torchvision_leaves_it_out():
+    """A network is traced in training mode, in which torchvision's returns the auxiliary logits too."""
+    ours, theirs = graphs('inception_v3', 'inception_v3', aux_logits=True, init_weights=False)
+    assert any(name.startswith('AuxLogits.') for name in theirs.node_of)
+    assert len(theirs) > len(ours)
+    assert not shapes(ours) - shapes(theirs)
