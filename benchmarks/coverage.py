@@ -4,7 +4,8 @@
 
 Each architecture is built on the meta device, in a worker process. Results are appended to <out>/coverage.jsonl one by
 one, so that an interrupted run goes on where it stopped; at the end <out>/coverage-<date>.csv has a row for each
-architecture and <out>/coverage-<date>.md a summary by family. What makes a graph wrong is listed in graph_checks.py, at `flaws_of`.
+architecture and <out>/coverage-<date>.md a summary by family. `flaws_of` in graph_checks.py lists what makes a graph
+wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import itertools
 import json
 import multiprocessing
 import sys
@@ -105,7 +107,7 @@ def examine(family: str, name: str) -> Result:
     times.append(time.perf_counter())
     plan = timm_ghn.plan_parameters(graph, CONFIG, head='predict')
     times.append(time.perf_counter())
-    seconds = [round(b - a, 4) for a, b in zip(times, times[1:], strict=False)]
+    seconds = [round(b - a, 4) for a, b in itertools.pairwise(times)]
     total = plan.summary()
     explained = [row for row in plan if row.predicted or row.reason in ARCHITECTURAL]
     return Result(
@@ -279,8 +281,8 @@ def write_summary(results: Sequence[Result], path: Path, *, date: str, command: 
         f'- {len(results)} architectures in {len(by_family)} families, {len(results) - len(good)} with an error, '
         f'{sum(bool(r.flaws) for r in good)} with a flaw in the graph.',
         f'- {percent(predicted)} % of all elements are predicted.',
-        f'- {len(short)} architectures have less than {LEAST_EXPLAINED:.0%} of their elements predicted or kept for what '
-        'they are.',
+        f'- {len(short)} architectures have less than {LEAST_EXPLAINED:.0%} of their elements predicted or kept for '
+        'what they are.',
         f'- Tracing takes {median([r.seconds_to_trace for r in good]):.2f} s (median), '
         f'{max((r.seconds_to_trace for r in good), default=0):.2f} s at most.',
         '',

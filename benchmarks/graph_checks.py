@@ -16,6 +16,10 @@ WEIGHTS = frozenset(
     {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}
 )
 
+#: Ops that multiply. What only constants have met by then is a network of its own: its weights have no place in the
+#: order along the image, but they come before all that their result meets.
+MULTIPLIES = ('Mm', 'Addmm', 'Bmm', 'Baddbmm', 'Convolution')
+
 
 def flaws_of(model: nn.Module, plan: ParameterPlan) -> list[str]:
     """What is wrong with a plan and its graphs, in words; empty if nothing is.
@@ -89,7 +93,7 @@ def order_flaws(graph: Graph, before: WeightsBefore) -> list[str]:
             reach[i] |= reach[p] | bit.get(graph.nodes[p].parameter or '', 0)
     lost, invented = Counter[str](), Counter[str]()
     for i, node in enumerate(graph.nodes):
-        if node.parameter not in bit or node.primitive is Primitive.POS_ENC:
+        if node.parameter not in bit or node.parameter in before.aside or node.primitive is Primitive.POS_ENC:
             continue
         right = before.masks[node.parameter] & known
         lost[node.parameter] = (right & ~reach[i]).bit_count()
@@ -107,11 +111,13 @@ class WeightsBefore:
     """Order of the parameters that a network uses once. Sets of them are bit masks; ``bit`` has that of each.
 
     ``masks`` has all that the data has met before each parameter, ``beside`` what joins the data at the same place.
+    ``aside`` are the parameters of a network that computes from constants only, such as one of positions.
     """
 
     bit: dict[str, int]
     masks: dict[str, int]
     beside: dict[str, int]
+    aside: frozenset[str]
 
 
 def weights_before(recording: Recording) -> WeightsBefore:
@@ -121,12 +127,14 @@ def weights_before(recording: Recording) -> WeightsBefore:
     image = [False] * len(ops)
     carried: list[set[str]] = [set() for _ in ops]
     sites: dict[str, list[int]] = defaultdict(list)
+    aside: set[str] = set()
     for i in order:
         children = [child for child in ops[i].inputs if isinstance(child, int)]
         image[i] = ops[i].reads_image or any(image[child] for child in children)
         joining = set(ops[i].parameters).union(*(carried[child] for child in children if not image[child]))
         if not image[i]:
             carried[i] = joining
+            aside |= joining if ops[i].kind in MULTIPLIES else set()
             continue
         for name in joining:
             sites[name].append(i)
@@ -139,7 +147,7 @@ def weights_before(recording: Recording) -> WeightsBefore:
         for child in ops[i].inputs:
             if isinstance(child, int):
                 met[i] |= met[child] | here[child]
-    return WeightsBefore(bit, {n: met[sites[n][0]] for n in bit}, {n: here[sites[n][0]] for n in bit})
+    return WeightsBefore(bit, {n: met[sites[n][0]] for n in bit}, {n: here[sites[n][0]] for n in bit}, frozenset(aside))
 
 
 def inputs_first(ops: Sequence[Op]) -> list[int]:

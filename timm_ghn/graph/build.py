@@ -56,12 +56,19 @@ def trace(
     reached = {name for op in recording.ops for name in op.parameters}
     if rules == 'published' and not needs_operator_rules(recording, reached):
         try:
-            draft, order, _ = published_draft(recording)
+            draft, order, is_sorted = published_draft(recording)
         except UnsupportedModelError:
             pass  # a layer is used again behind itself: the published rules have no graph for it
         else:
-            return _supplemented(_published_graph(recording, draft, order, reached), recording, reached)
+            if is_sorted or not _uses_a_parameter_twice(recording):
+                return _supplemented(_published_graph(recording, draft, order, reached), recording, reached)
     return _operator_graph(recording, reached)
+
+
+def _uses_a_parameter_twice(recording: Recording) -> bool:
+    """Whether a layer is used several times: a cycle then is no accident of the published rules, as Swin's is."""
+    read = [name for op in recording.ops for name in set(op.parameters)]
+    return len(read) > len(set(read))
 
 
 def _supplemented(graph: Graph, recording: Recording, reached: set[str]) -> Graph:
@@ -131,7 +138,7 @@ def _assemble(
     of_head = {names[id(p)] for layer in layers for p in layer.parameters()} | {*weights, *biases}
     return Graph(
         nodes=nodes,
-        edges_E2=torch.tensor(edges, dtype=torch.int64).view(-1, 2),
+        edges_E2=torch.tensor(edges, dtype=torch.int64, device='cpu').view(-1, 2),
         start=0,
         class_weights=weights,
         class_biases=biases,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]
     """
     modules = list(model.modules())
     saved = [dict(module.__dict__) for module in modules]
-    contents = [
-        {key: type(value)(value) for key, value in state.items() if type(value) in (dict, list, set)} for state in saved
-    ]
+    contents: dict[int, tuple[Any, Any]] = {}
+    for state in saved:
+        _collect(list(state.values()), contents)
     stand_in: dict[int, Tensor] = {}
     try:
         for module in modules:
@@ -30,30 +31,44 @@ def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]
             for key in ('_parameters', '_buffers'):
                 state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
             state['training'] = True
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+                state['momentum'] = 0.0  # a cumulative average would read the value of num_batches_tracked
         found = dict(model.named_parameters())
         yield {id(found[name]): name for name in wanted}
     finally:
-        for module, state, mutable in zip(modules, saved, contents, strict=True):
+        for module, state in zip(modules, saved, strict=True):
             module.__dict__.clear()
             module.__dict__.update(state)
-            for key, value in mutable.items():
-                _refill(state[key], value)
+        for container, value in contents.values():
+            _refill(container, value)
 
 
-def _refill(container: Any, value: Any) -> None:
-    """Give a dict, list or set back the contents it had, keeping the object."""
-    if container != value if isinstance(container, set) else not _same_items(container, value):
-        container.clear()
-        container.extend(value) if isinstance(container, list) else container.update(value)
+def _collect(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
+    """Note what is in containers, and in containers within them: a forward pass may store tensors there."""
+    for value in values:
+        if isinstance(value, (dict, list, set, collections.deque)) and id(value) not in found:
+            found[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
+            if not isinstance(value, set):
+                _collect(value.values() if isinstance(value, dict) else value, found)
+        elif type(value) is tuple:
+            _collect(value, found)
 
 
-def _same_items(left: Any, right: Any) -> bool:
-    """Whether two dicts or lists hold the identical objects; tensors are never compared by value."""
-    if len(left) != len(right):
+def _refill(container: Any, contents: Any) -> None:
+    """Give a container back what it held, keeping the object."""
+    if _holds(container, contents):
+        return
+    container.clear()
+    container.update(contents) if isinstance(container, (dict, set)) else container.extend(contents)
+
+
+def _holds(container: Any, contents: Any) -> bool:
+    """Whether a container still holds the identical objects; tensors are never compared by value."""
+    if len(container) != len(contents):
         return False
-    if isinstance(left, dict):
-        return all(a is b and left[a] is right[b] for a, b in zip(left, right, strict=True))
-    return all(a is b for a, b in zip(left, right, strict=True))
+    if isinstance(container, dict):
+        return all(a is b and container[a] is contents[b] for a, b in zip(container, contents, strict=True))
+    return all(a is b for a, b in zip(container, contents, strict=True))
 
 
 def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | None:

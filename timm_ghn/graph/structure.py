@@ -110,12 +110,13 @@ class Graph:
     @functools.cached_property
     def primitives_N(self) -> Tensor:
         """int64 (N,): :class:`Primitive` of each node."""
-        return torch.tensor([int(node.primitive) for node in self.nodes], dtype=torch.int64)
+        return torch.tensor([int(node.primitive) for node in self.nodes], dtype=torch.int64, device='cpu')
 
     @functools.cached_property
     def shapes_N4(self) -> Tensor:
         """int64 (N, 4): shape of each node, :data:`NO_SHAPE` where it has none."""
-        return torch.tensor([node.shape or NO_SHAPE for node in self.nodes], dtype=torch.int64).view(-1, 4)
+        shapes = [node.shape or NO_SHAPE for node in self.nodes]
+        return torch.tensor(shapes, dtype=torch.int64, device='cpu').view(-1, 4)
 
     @functools.cached_property
     def is_acyclic(self) -> bool:
@@ -133,14 +134,16 @@ class Graph:
         The level is the length of the longest path from a node without predecessors. In a graph with a cycle there is
         no such order: nodes are visited one by one, as they are listed.
         """
-        return topological_levels(len(self), self.edges_E2) if self.is_acyclic else torch.arange(len(self))
+        return topological_levels(len(self), self.edges_E2) if self.is_acyclic else self._listed_N
 
     @functools.cached_property
     def backward_levels_N(self) -> Tensor:
         """int64 (N,): the same for a backward traversal, from the nodes without successors."""
-        return (
-            topological_levels(len(self), self.edges_E2.flip(1)) if self.is_acyclic else torch.arange(len(self)).flip(0)
-        )
+        return topological_levels(len(self), self.edges_E2.flip(1)) if self.is_acyclic else self._listed_N.flip(0)
+
+    @property
+    def _listed_N(self) -> Tensor:
+        return torch.arange(len(self), device='cpu')
 
     def distances_NN(self, cutoff: int) -> Tensor:
         """Shortest directed path lengths: virtual edges (arXiv 2110.13100, section 4.1).
@@ -182,8 +185,7 @@ class Graph:
         """
         if sorted(order) != list(range(len(self))):
             raise ValueError(f'expected a permutation of 0..{len(self) - 1} (got {list(order)[:8]}...)')
-        position = torch.empty(len(self), dtype=torch.int64)
-        position[torch.tensor(list(order))] = torch.arange(len(self))
+        position = torch.tensor(list(order), device='cpu').argsort()
         return dataclasses.replace(
             self,
             nodes=tuple(self.nodes[i] for i in order),

@@ -194,12 +194,19 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Give the random generators of Python, NumPy and torch (on the CPU) back as they were."""
+def _undisturbed() -> Iterator[None]:
+    """Record gradients in float32 whatever the caller has switched off or on, and leave no mark on what is global.
+
+    The random generators of Python, NumPy and torch (on the CPU) are given back as they were.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    dtype = torch.get_default_dtype()
     try:
-        yield
+        torch.set_default_dtype(torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
+        torch.set_default_dtype(dtype)
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
@@ -213,11 +220,11 @@ def _record(
     owners: Mapping[str, nn.Module],
 ) -> Recording:
     """Run the model once and list what it did."""
-    with _random_state_kept(), on_meta(model, [info.name for info in parameters]) as names:
+    with _undisturbed(), on_meta(model, [info.name for info in parameters]) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         tracker, mode = _ModuleTracker(), MetaMode()
         try:
-            with torch.enable_grad(), mode, tracker.watch(model):
+            with mode, tracker.watch(model):
                 output = model(*args, **kwargs)
         except Exception as error:
             raise UnsupportedModelError(_failure(model, tracker.path, mode.operator, size, error)) from error
@@ -231,15 +238,18 @@ def _record(
 
 
 def list_parameters(model: nn.Module) -> tuple[tuple[ParameterInfo, ...], dict[str, nn.Module]]:
-    """Every parameter of a model once, with its owner and its aliases (tied weights)."""
+    """Every parameter of a model once, with its owner and its aliases (tied weights, shared modules)."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, nn.Parameter] = {}
     owner_of: dict[int, nn.Module] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            names.setdefault(id(parameter), []).append(f'{prefix}.{key}' if prefix else key)
+            name = f'{prefix}.{key}' if prefix else key
+            if nn.parameter.is_lazy(parameter):
+                raise UnsupportedModelError(f"'{name}' has no shape yet; run the model once to initialise lazy layers")
+            names.setdefault(id(parameter), []).append(name)
             tensors[id(parameter)] = parameter
             owner_of[id(parameter)] = module
     infos = []
@@ -314,8 +324,8 @@ def _meta_inputs(example_inputs: Any, size: tuple[int, int, int]) -> tuple[tuple
 def _data(value: Any) -> Any:
     """A floating-point input that takes part in the autograd graph, so that data can be followed through it."""
     if isinstance(value, Tensor) and value.dtype.is_floating_point:
-        # Not a leaf: a network may work on its input in place.
-        return value.detach().requires_grad_().clone()
+        # In float32, as the stand-ins of the parameters; not a leaf, for a network may work on its input in place.
+        return value.detach().float().requires_grad_().clone()
     return value
 
 

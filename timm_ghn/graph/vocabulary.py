@@ -102,6 +102,9 @@ _OTHER_NORMS: tuple[tuple[type[nn.Module], Primitive], ...] = (
     (nn.GroupNorm, Primitive.LN),
 )
 
+#: A parameter (1, n, C) of at most so many rows holds tokens of their own, not positions.
+_MOST_TOKENS = 8
+
 #: Ops that add a bias.
 _ADDS = frozenset({'Add', 'Addmm', 'Baddbmm', 'Convolution'})
 
@@ -118,7 +121,8 @@ def norm_primitive(module: nn.Module) -> Primitive | None:
         if isinstance(module, base):
             return primitive
     name = type(module).__name__.lower()
-    if 'norm' in name:
+    weight = module._parameters.get('weight')
+    if 'norm' in name and weight is not None and weight.dim() == 1:
         return Primitive.BN if 'batch' in name else Primitive.LN
     return None
 
@@ -145,8 +149,8 @@ def parameter_primitive(
     published = published_primitive(name, module)
     if published is not None and published is not Primitive.POS_ENC:
         return published
-    if len(shape) > 1 and kind in _MULTIPLIES and logits:
-        return None  # a table of relative positions, multiplied with the queries
+    if len(shape) > 1 and kind in _MULTIPLIES and (logits or is_token(shape)):
+        return None  # a table of relative positions, multiplied with the queries; a token from which a query is made
     if len(shape) > 1 and kind in _MULTIPLIES:
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
             return Primitive.DIL_CONV if min(module.dilation) > 1 else Primitive.SEP_CONV
@@ -158,6 +162,11 @@ def parameter_primitive(
     return None
 
 
+def is_token(shape: tuple[int, ...]) -> bool:
+    """Whether a parameter has the shape of tokens of their own: (1, n, C) with few of them."""
+    return len(shape) == 3 and shape[0] == 1 and shape[1] <= _MOST_TOKENS
+
+
 def positional_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Tokens T and features C of a positional embedding; None for a shape that is none.
 
@@ -167,7 +176,7 @@ def positional_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
         return shape[0], shape[1]
     if len(shape) == 3 and shape[0] == 1 and min(shape[1:]) > 1:
         return shape[1], shape[2]
-    if len(shape) == 4 and shape[0] == 1 and min(shape[1:]) > 1:
+    if len(shape) == 4 and shape[0] == 1 and min(shape[2:]) > 1:
         if has_features_first(shape):
             return shape[2] * shape[3], shape[1]
         return shape[1] * shape[2], shape[3]
@@ -176,7 +185,7 @@ def positional_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 def has_features_first(shape: tuple[int, ...]) -> bool:
     """Whether a positional embedding is a map (1, C, H, W)."""
-    return len(shape) == 4 and shape[2] == shape[3] != shape[1]
+    return len(shape) == 4 and shape[2] == shape[3] != shape[1] > 1
 
 
 def encoded_position(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -198,22 +207,29 @@ ARCHITECTURAL = (
     'class or register token',
     'layer scale or gain',
     'relative position table',
+    'rotary or axis-wise position table',
 )
+
+#: Names of parameters that scale features, for those whose shape does not tell.
+_GAINS = ('alpha', 'beta', 'gamma', 'gain', 'scale', 'tau', 'temperature', 'v')
 
 
 def kept_reason(name: str, module: nn.Module, shape: tuple[int, ...], reached: bool) -> str:
     """Why no node of the graph predicts a parameter, in words for the plan."""
-    unused, token, gain, relative = ARCHITECTURAL
+    unused, token, gain, relative, table = ARCHITECTURAL
     if not reached:
         return unused
     leaf = name.rpartition('.')[2].lower()
-    if norm_primitive(module) is None and (len(shape) == 0 or sum(n > 1 for n in shape) <= 1):
-        if len(shape) == 3 and shape[:2] == (1, 1):
-            return token
-        if 'bias' not in leaf:
-            return gain
+    if 'token' in leaf or (is_token(shape) and 'pos' not in leaf):
+        return token
     if 'relative' in leaf or 'rel_' in leaf or 'attention_bias' in leaf:
         return relative
+    if norm_primitive(module) is None and sum(n > 1 for n in shape) <= 1 and 'bias' not in leaf:
+        return gain
+    if leaf.split('_')[-1] in _GAINS:
+        return gain
+    if leaf == 'freqs' or ('pos' in leaf and positional_size(shape) is None):
+        return table
     if 'pos' in leaf:
         return 'positional parameter that the rules of this graph do not know'
     return f'{type(module).__name__}.{leaf} is not in the vocabulary of the rules of this graph'

@@ -159,7 +159,9 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
     if not count:
         return positions
     # Drawn in float32 on the CPU, so that the tokens are the same on every device.
-    random = torch.randn(1, count, positions.shape[2], generator=generator) * TOKEN_STD
+    random = (
+        torch.randn(1, count, positions.shape[2], generator=generator, dtype=torch.float32, device='cpu') * TOKEN_STD
+    )
     return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
 
 

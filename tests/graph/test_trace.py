@@ -1,0 +1,302 @@
+"""A trace reads a network without computing anything and without leaving anything behind."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from networks import NETWORKS, SIZE, Case, plain
+from torch import Tensor, nn
+
+from timm_ghn import Graph, UnsupportedModelError, trace
+from timm_ghn.graph.trace import record, resolve_input_size
+
+CASES = pytest.mark.parametrize('name', NETWORKS)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that can be seen of a model: values, identities, flags and attributes, down to nested containers."""
+    return {name: _frozen(module.__dict__) for name, module in model.named_modules()}
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return id(value)
+    if isinstance(value, Tensor):
+        numbers = None if value.is_meta else value.detach().reshape(-1).contiguous().view(torch.uint8).tolist()
+        return id(value), value.dtype, value.shape, value.device, value.requires_grad, value._version, numbers
+    if isinstance(value, dict):
+        return id(value), [(key, _frozen(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return id(value), [_frozen(item) for item in value]
+    return id(value), repr(value) if isinstance(value, (int, float, str, bool)) else None
+
+
+def random_states() -> tuple[Any, ...]:
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+
+def same(first: Graph, second: Graph) -> bool:
+    """Whether two graphs are equal in everything but the identity of their tensors."""
+    return all(
+        torch.equal(left, right) if isinstance(left, Tensor) else left == right
+        for left, right in ((getattr(first, field), getattr(second, field)) for field in first.__dataclass_fields__)
+        if not isinstance(left, Graph)
+    ) and (first.supplement is None or same(first.supplement, second.supplement))
+
+
+@CASES
+@pytest.mark.parametrize('rules', ['published', 'operators'])
+def test_a_trace_leaves_nothing_behind_and_can_be_repeated(name, rules):
+    case = NETWORKS[name]()
+    before = state_of(case.model), random_states()
+    first = trace(case.model, rules=rules, **case.options)
+    assert (state_of(case.model), random_states()) == before
+    assert same(first, trace(case.model, rules=rules, **case.options))
+
+
+@CASES
+@pytest.mark.parametrize('rules', ['published', 'operators'])
+def test_every_graph_is_sound(name, rules):
+    case = NETWORKS[name]()
+    check_graph(trace(case.model, rules=rules, **case.options), case.model)
+
+
+def check_graph(graph: Graph, model: nn.Module) -> None:
+    """Laws that hold for the graph of any network that is not one of the few cyclic published ones."""
+    source, target = graph.edges_E2.T
+    assert graph.is_acyclic
+    assert bool((source < target).all()), 'listed in a topological order'
+    assert len(set(map(tuple, graph.edges_E2.tolist()))) == len(graph.edges_E2), 'no edge twice'
+    assert graph.nodes[graph.start].label == 'input'
+    assert [info.name for info in graph.parameters] == [name for name, _ in model.named_parameters()]
+    for info, parameter in zip(graph.parameters, model.parameters(), strict=True):
+        assert (info.shape, info.dtype) == (tuple(parameter.shape), parameter.dtype)
+        in_graph = info.name in graph.node_of or info.name in graph.parts[-1].node_of
+        assert in_graph != (info.name in graph.kept), 'predicted or kept, for a reason'
+    assert all(graph.kept.values())
+    heads = {*graph.class_weights, *graph.class_biases}
+    assert heads <= set(graph.classifier)
+    assert heads <= set(graph.node_of)
+
+
+def failing_in_the_middle() -> Case:
+    case = NETWORKS['remembering']()
+
+    def fail(_module: nn.Module, _args: Any) -> None:
+        raise KeyError('no')
+
+    case.model.head.register_forward_pre_hook(fail)
+    return case
+
+
+def test_a_failing_forward_pass_leaves_nothing_behind_either():
+    case = failing_in_the_middle()
+    before = state_of(case.model), random_states()
+    with pytest.raises(UnsupportedModelError, match=r"module 'head' \(Linear\).*KeyError"):
+        trace(case.model, **case.options)
+    assert (state_of(case.model), random_states()) == before
+
+
+def test_the_comparison_of_states_sees_changes():
+    model = NETWORKS['remembering']().model
+    before = state_of(model)
+    assert state_of(copy.deepcopy(model)) != before
+    for change in (
+        lambda: model.norm.running_mean.add_(1),
+        lambda: model.norm.eval(),
+        lambda: model.conv.weight.requires_grad_(False),
+        lambda: setattr(model, 'count', 1),
+        lambda: model.nested['seen']['widths'].append(1),
+        lambda: model.head.register_forward_hook(lambda *_: None),
+    ):
+        change()
+        assert state_of(model) != before
+        before = state_of(model)
+
+
+@CASES
+def test_a_graph_depends_neither_on_the_device_nor_on_the_mode_of_a_model(name):
+    case = NETWORKS[name]()
+    graph = trace(case.model, **case.options)
+    for mode in (True, False):
+        case.model.train(mode)
+        assert same(trace(case.model, **case.options), graph)
+    with torch.device('meta'):
+        on_meta = NETWORKS[name]()
+    assert same(trace(on_meta.model, **on_meta.options), graph)
+
+
+@pytest.mark.parametrize('name', ['frozen', 'partly in eval mode', 'mixed dtypes', 'double', 'hooked'])
+def test_a_graph_depends_on_the_network_only(name):
+    """Not on requires_grad, mode, dtype and hooks."""
+    ours, expected = trace(NETWORKS[name]().model, input_size=SIZE), trace(plain(), input_size=SIZE)
+    assert ours.nodes == expected.nodes
+    assert torch.equal(ours.edges_E2, expected.edges_E2)
+
+
+@pytest.mark.parametrize(
+    'context',
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast('cpu', dtype=torch.bfloat16),
+        lambda: torch.device('meta'),
+        lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ],
+    ids=['no_grad', 'inference_mode', 'autocast', 'device', 'sdpa_kernel'],
+)
+def test_a_graph_does_not_depend_on_the_context(context):
+    model = timm.create_model('test_vit')
+    expected = trace(model)
+    with context():
+        found = trace(model)
+    assert same(found, expected)
+
+
+def test_a_graph_does_not_depend_on_the_default_dtype():
+    model = timm.create_model('test_vit')
+    expected = trace(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(trace(model), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_outputs_in_containers_are_followed():
+    logits = trace(NETWORKS['tuple']().model, input_size=SIZE)
+    for name in ('dictionary', 'dataclass'):
+        assert same(trace(NETWORKS[name]().model, input_size=SIZE), logits)
+
+
+def test_inputs_may_be_named():
+    by_position, by_name = NETWORKS['two inputs'](), NETWORKS['named inputs']()
+    assert same(trace(by_position.model, **by_position.options), trace(by_name.model, **by_name.options))
+
+
+def test_example_inputs_are_only_read():
+    case = NETWORKS['two inputs']()
+    inputs = case.options['example_inputs']
+    before = [(tensor.clone(), tensor._version, tensor.requires_grad) for tensor in inputs]
+    trace(case.model, **case.options)
+    for tensor, (values, version, requires_grad) in zip(inputs, before, strict=True):
+        assert torch.equal(tensor, values)
+        assert (tensor._version, tensor.requires_grad, tensor.grad_fn) == (version, requires_grad, None)
+
+
+def test_a_tied_parameter_is_one_parameter_with_aliases():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    infos = {info.name: info for info in record(model, example_inputs=torch.ones(2, 4)).parameters}
+    assert list(infos) == ['0.weight', '0.bias', '2.bias']
+    assert infos['0.weight'].aliases == ('2.weight',)
+    assert not infos['0.bias'].aliases
+
+
+def test_a_module_at_two_places_is_one_module():
+    shared = nn.Linear(4, 4)
+    recording = record(nn.Sequential(shared, nn.ReLU(), shared), example_inputs=torch.ones(2, 4))
+    assert [(info.name, info.aliases) for info in recording.parameters] == [
+        ('0.weight', ('2.weight',)),
+        ('0.bias', ('2.bias',)),
+    ]
+    assert recording.owners['0.weight'] is shared
+
+
+def test_nothing_is_computed():
+    """A batch for this network would not fit into memory."""
+    model = nn.Sequential(nn.Conv2d(3, 4096, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4096, 10))
+    assert trace(model, input_size=100_000).input_size == (3, 100_000, 100_000)
+
+
+@pytest.mark.parametrize(
+    ('model', 'expected'),
+    [
+        (lambda: plain(), (3, 224, 224)),
+        (lambda: nn.Sequential(nn.Conv2d(1, 4, 3)), (1, 224, 224)),
+        (lambda: timm.create_model('test_resnet'), (3, 160, 160)),
+        (lambda: timm.create_model('test_resnet', in_chans=5), (5, 160, 160)),
+        (lambda: timm.create_model('test_vit', img_size=96), (3, 96, 96)),
+        (lambda: timm.create_model('test_vit', img_size=(96, 64), in_chans=1), (1, 96, 64)),
+        (lambda: timm.create_model('inception_v3'), (3, 299, 299)),
+        (lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 8, 16), (3, 32, 32)),
+    ],
+    ids=['unknown', 'one channel', 'timm', 'timm in_chans', 'timm img_size', 'timm both', 'timm 299', 'torchvision'],
+)
+def test_the_input_size_is_what_the_model_says(model, expected):
+    with torch.device('meta'):
+        model = model()
+    assert resolve_input_size(model) == expected
+    assert trace(model).input_size == expected
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'), [(32, (3, 32, 32)), ((32, 48), (3, 32, 48)), ([1, 32, 48], (1, 32, 48))]
+)
+def test_a_given_input_size_wins(given, expected):
+    assert resolve_input_size(timm.create_model('test_resnet'), given) == expected
+
+
+@pytest.mark.parametrize('given', [0, -1, (3,), (3, 2, 1, 0), (3, 0, 8), 'big', (3, 8.5, 8), 8.5, {}])
+def test_an_input_size_that_is_none_is_refused(given):
+    with pytest.raises(UnsupportedModelError, match='expected input_size to be a side'):
+        trace(plain(), input_size=given)
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).detach()
+
+
+class DependsOnValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ('model', 'options', 'message'),
+    [
+        (lambda: nn.Sequential(nn.ReLU()), {}, 'Sequential has no parameters'),
+        (lambda: Detached(), {'example_inputs': torch.ones(2, 3)}, 'no parameter of Detached is connected'),
+        (lambda: plain(), {'input_size': 1}, r"module 'body\.0' \(Conv2d\).*input_size=\.\.\."),
+        (lambda: plain(), {'input_size': (4, 16, 16)}, r"module 'body\.0' \(Conv2d\).*channel"),
+        (lambda: plain(), {'example_inputs': torch.ones(2, 3)}, r'example_inputs=\.\.\.'),
+        (lambda: plain(), {'example_inputs': (torch.ones(2, 3, 16, 16), 1)}, 'the model itself.*TypeError'),
+        (lambda: DependsOnValues(), {}, r'the model itself.*values'),
+        (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), {}, 'lazy|uninitialized|initialise'),
+    ],
+    ids=['no parameters', 'detached', 'small', 'channels', 'rank', 'arguments', 'values', 'lazy'],
+)
+def test_a_network_that_cannot_be_traced_says_where_and_what_to_do(model, options, message):
+    model = model()
+    before = list(map(id, model.parameters()))
+    with pytest.raises(UnsupportedModelError, match=message):
+        trace(model, **options)
+    assert list(map(id, model.parameters())) == before
+
+
+@pytest.mark.parametrize('name', timm.list_models('test_*'))
+def test_timms_test_networks_can_be_traced(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    graph = trace(model)
+    check_graph(graph, model)
+    assert graph.num_classes == model.num_classes
+    assert len(graph.kept) < 0.5 * len(graph.parameters)

@@ -1,0 +1,96 @@
+"""The benchmark that traces every architecture, on three small ones and in its own processes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_ghn import GHNConfig, plan_parameters, trace
+
+FOLDER = Path(__file__).resolve().parent.parent / 'benchmarks'
+CONFIG = GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, layers=2, heads=4)
+
+
+def run(out: Path, *options: str) -> list[dict[str, str]]:
+    command = [sys.executable, FOLDER / 'coverage.py', '--filter', 'test_convnext*', '--limit', '3', '--out', out]
+    subprocess.run([*command, '--workers', '1', *options], check=True, capture_output=True, text=True)
+    (table,) = out.glob('coverage-*.csv')
+    with table.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_architecture_has_a_row_and_is_examined_once(tmp_path):
+    first = timm.list_models('test_convnext*')[:3]
+    rows = run(tmp_path)
+    assert [row['architecture'] for row in rows] == first
+    for row in rows:
+        assert row['family'] == 'convnext'
+        assert row['error'] == row['flaws'] == ''
+        assert int(row['nodes']) <= int(row['edges'])
+        assert row['% predicted or kept for what they are'] == '100.00'
+    # A second run goes on from what is there: nothing is left to do, and the table is the same.
+    log = tmp_path / 'coverage.jsonl'
+    before = log.read_text(encoding='utf-8')
+    assert sorted(json.loads(line)['architecture'] for line in before.splitlines()) == first
+    assert run(tmp_path) == rows
+    assert log.read_text(encoding='utf-8') == before
+    (summary,) = tmp_path.glob('coverage-*.md')
+    assert f'{len(rows)} architectures in 1 families, 0 with an error' in summary.read_text(encoding='utf-8')
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module('graph_checks')
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet'])
+def test_a_right_graph_has_no_flaw(checks, name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert checks.flaws_of(model, plan_parameters(trace(model), CONFIG, head='predict')) == []
+
+
+def test_wrong_edges_are_found(checks):
+    with torch.device('meta'):
+        model = timm.create_model('test_vit')
+    graph = trace(model, rules='operators')
+    plan = plan_parameters(graph, CONFIG, head='predict')
+
+    def flaws(edges):
+        return ' '.join(
+            checks.flaws_of(model, dataclasses.replace(plan, graph=dataclasses.replace(graph, edges_E2=edges)))
+        )
+
+    edges = graph.edges_E2
+    assert flaws(edges) == ''
+    into_head = edges[:, 1] == graph.node_of['head.weight']
+    assert 'ends for 1 outputs' in flaws(edges[~into_head])
+    assert 'not reached from the input: head.weight' in flaws(edges[~into_head])
+    assert 'weights without an input: head.weight' in flaws(edges[~into_head])
+    qkv, norm = graph.node_of['blocks.0.attn.qkv.weight'], graph.node_of['blocks.1.norm1.weight']
+    assert 'cyclic' in flaws(torch.cat([edges, torch.tensor([[norm, qkv]])]))
+    # The attention's weights beside each other instead of behind each other.
+    swapped = edges.clone()
+    proj = graph.node_of['blocks.0.attn.proj.weight']
+    swapped[edges == proj] = norm
+    swapped[edges == norm] = proj
+    assert 'in the graph only' in flaws(swapped)
+    # A short cut around a layer that has no short cut leaves the order as it is; dropping the layer's input does not.
+    qkv_in = edges[:, 1] == qkv
+    from_input = torch.tensor([[0, qkv]])
+    assert 'behind a weight but not so in the graph' in flaws(torch.cat([edges[~qkv_in], from_input]))
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path):
+    rows = run(tmp_path, '--timeout', '0')
+    assert [row['error'] for row in rows] == ['not done after 0 s'] * 3
