@@ -134,7 +134,7 @@ def weights_before(recording: Recording) -> WeightsBefore:
         joining = set(ops[i].parameters).union(*(carried[child] for child in children if not image[child]))
         if not image[i]:
             carried[i] = joining
-            aside |= joining if ops[i].kind in MULTIPLIES else set()
+            aside |= joining if ops[i].kind in MULTIPLIES or joining & aside else set()
             continue
         for name in joining:
             sites[name].append(i)

@@ -11,7 +11,9 @@ from timm_ghn import GHN, GHNConfig
 
 TINY = {
     'graphormer': GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, layers=2, heads=4, name='tiny-ghn3'),
-    'gated': GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, gnn='gated', window='corner', name='tiny-ghn2'),
+    'gated': GHNConfig(
+        hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, gnn='gated', window='corner', name='tiny-ghn2'
+    ),
 }
 
 

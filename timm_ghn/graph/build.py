@@ -83,17 +83,28 @@ def _supplemented(graph: Graph, recording: Recording, reached: set[str]) -> Grap
 
 
 def _operator_graph(recording: Recording, reached: set[str]) -> Graph:
-    """The classifier is what timm's metadata names, else what stands at the end."""
-    model = recording.model
+    """The classifier is what timm's metadata names, else the layer that makes the output."""
     draft, order = operator_draft(recording)
-    classifier = metadata_classifier(model)
-    names = _first_names(model)
-    chosen = [names[id(p)] for layer in classifier for p in layer.parameters(recurse=False)]
-    weights = tuple(name for name in chosen if name.endswith('weight'))
-    biases = tuple(name for name in chosen if name.endswith('bias'))
-    if not classifier and _class_count(model) != 0:
-        weights, biases = _last_layer(draft, order)
+    names = _first_names(recording.model)
+    layers = metadata_classifier(recording.model) or _output_layer(recording)
+    of_head = {names[id(p)] for layer in layers for p in _own_parameters(layer).values()}
+    found = {draft.name(x): draft.labels[x] for x in order if draft.name(x) in of_head}
+    weights = tuple(
+        name
+        for name, label in found.items()
+        if label.primitive is Primitive.CONV and label.shape is not None and set(label.shape[2:]) <= {1}
+    )
+    biases = tuple(name for name, label in found.items() if label.primitive is Primitive.BIAS)
     return _assemble(recording, draft, order, reached, weights, biases, 'operators')
+
+
+#: Where :mod:`torch.nn.utils.parametrizations` keeps what it computes a weight from.
+_REPARAMETRISED = tuple(f'parametrizations.weight.original{index}' for index in ('', 0, 1))
+
+
+def _own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a layer itself, those that its weight is computed from included."""
+    return {name: p for name, p in layer.named_parameters() if '.' not in name or name in _REPARAMETRISED}
 
 
 def _published_graph(recording: Recording, draft: Draft, order: list[int], reached: set[str]) -> Graph:
@@ -206,8 +217,12 @@ def _output_layer(recording: Recording) -> tuple[nn.Module, ...]:
         names = op.parameters or tuple(name for child in below for name in recording.ops[child].parameters)
         if names and (op.parameters or op.kind == 'Mm'):
             layer = recording.owners[names[0]]
-            weight = layer._parameters.get('weight')
-            return () if weight is None or weight.dim() < 2 else (layer,)
+            path = names[0].split('.')
+            if 'parametrizations' in path:
+                layer = recording.model.get_submodule('.'.join(path[: path.index('parametrizations')]))
+            own = _own_parameters(layer)
+            weights = [p for name, p in own.items() if name in ('weight', *_REPARAMETRISED) and p.dim() > 1]
+            return (layer,) if weights else ()
         index = below[0] if below else None
     return ()
 

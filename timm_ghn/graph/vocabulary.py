@@ -146,6 +146,8 @@ def parameter_primitive(
     norm = norm_primitive(module)
     if norm is not None and len(shape) == 1:
         return norm if leaf == 'weight' else None
+    if 'weight' not in leaf and 'bias' not in leaf and sum(n > 1 for n in shape) <= 1:
+        return None  # a gain, such as that of a weight-standardised convolution
     published = published_primitive(name, module)
     if published is not None and published is not Primitive.POS_ENC:
         return published
