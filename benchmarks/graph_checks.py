@@ -91,9 +91,13 @@ def order_flaws(graph: Graph, before: WeightsBefore) -> list[str]:
     for i in argsort(graph.forward_levels_N, stable=True).tolist():
         for p in predecessors[i]:
             reach[i] |= reach[p] | bit.get(graph.nodes[p].parameter or '', 0)
+    constant = sum(bit.get(name, 0) for name in before.aside)
     lost, invented = Counter[str](), Counter[str]()
     for i, node in enumerate(graph.nodes):
-        if node.parameter not in bit or node.parameter in before.aside or node.primitive is Primitive.POS_ENC:
+        if node.parameter not in bit or node.primitive is Primitive.POS_ENC:
+            continue
+        if node.parameter in before.aside:  # the image must not lead through it
+            invented[node.parameter] = (reach[i] & ~constant).bit_count()
             continue
         right = before.masks[node.parameter] & known
         lost[node.parameter] = (right & ~reach[i]).bit_count()

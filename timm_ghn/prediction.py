@@ -15,7 +15,7 @@ from timm_ghn.graph.build import trace
 from timm_ghn.graph.structure import Graph
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.params.fit import write
+from timm_ghn.params.fit import scaled, write
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.version import __version__
 
@@ -124,8 +124,11 @@ def ghn_init(
     chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        # Everything is decoded and checked before the first parameter is written.
-        ready = list(_decoded(chosen, graph, plan))
+        # Everything is decoded and checked, in the dtype of the model, before the first parameter is written.
+        ready = []
+        for row, decoded in _decoded(chosen, graph, plan):
+            _check_finite(row, scaled(decoded, _fit(row)).to(row.dtype))
+            ready.append((row, decoded))
         for row, decoded in ready:
             write(parameters[row.name], decoded, _fit(row), generator)
     return model

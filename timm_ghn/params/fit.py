@@ -175,10 +175,10 @@ def write(target: Tensor, decoded: Tensor, fit: Fit, generator: torch.Generator 
         generator: On the CPU; draws the tokens without a position.
     """
     shape = tuple(target.shape)
-    if not fit.columns:
-        _spread(target.view(-1) if target.is_contiguous() else target, scaled(decoded, fit), 0)
+    if not fit.columns and (target.dim() == 1 or target.is_contiguous()):
+        _spread(target.view(-1), scaled(decoded, fit), 0)
         return
-    if fit.tokens is not None:
+    if not fit.columns or fit.tokens is not None:
         target.copy_(fitted(decoded, fit, shape, generator))
         return
     values = scaled(decoded, fit)

@@ -1,0 +1,188 @@
+"""The plan has each parameter of a model once, and says for each what becomes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+from conftest import TINY
+from networks import NETWORKS, SIZE, Case, plain
+from torch import nn
+
+from timm_ghn import ConfigError, ParameterPlan, plan_parameters, trace
+from timm_ghn.nn.requests import DecodeKind
+
+CONFIG = TINY['graphormer']
+HEADS = ('auto', 'predict', 'keep')
+TIMM = [
+    *timm.list_models('test_*'),
+    'resnet18',
+    'mobilenetv3_small_050',
+    'efficientnet_lite0',
+    'vit_tiny_patch16_224',
+    'deit_tiny_distilled_patch16_224',
+    'swin_tiny_patch4_window7_224',
+    'convnext_atto',
+    'mixer_s32_224',
+    'poolformer_s12',
+    'levit_128s',
+    'gmixer_12_224',
+]
+
+
+def case(name: str) -> Case:
+    if name in NETWORKS:
+        return NETWORKS[name]()
+    with torch.device('meta'):
+        return Case(timm.create_model(name), {})
+
+
+def plan_of(name: str, head: str = 'auto') -> tuple[ParameterPlan, nn.Module]:
+    found = case(name)
+    return plan_parameters(trace(found.model, **found.options), CONFIG, head=head), found.model
+
+
+@pytest.mark.parametrize('name', [*NETWORKS, *TIMM])
+def test_each_parameter_is_in_the_plan_once(name):
+    graph_case = case(name)
+    graph = trace(graph_case.model, **graph_case.options)
+    names = [info for info, _ in graph_case.model.named_parameters()]
+    for head in HEADS:
+        plan = plan_parameters(graph, CONFIG, head=head)
+        assert [row.name for row in plan] == names
+        assert {*plan.predicted, *plan.kept} == set(plan.rows)
+        assert len(plan) == len(plan.predicted) + len(plan.kept)
+        every = [name for row in plan for name in (row.name, *row.aliases)]
+        assert sorted(every) == sorted(name for name, _ in graph_case.model.named_parameters(remove_duplicate=False))
+        for row in plan:
+            check_row(row, sum(map(len, graph.parts)))
+        check_words(plan)
+
+
+def check_row(row, nodes: int) -> None:
+    assert row.predicted == (row.reason is None) == (row.fit is not None) == (row.node is not None)
+    assert row.predicted == (row.role != 'kept')
+    if not row.predicted:
+        assert row.reason.strip()
+        assert row.how == f'kept: {row.reason}'
+        return
+    assert row.dtype.is_floating_point
+    assert 0 <= row.node < nodes
+    assert row.request.node == row.node
+    count = 1
+    for size in row.request.size:
+        count *= size
+    assert count <= row.numel or row.role == 'position'
+    assert row.fit.scale is None or row.fit.scale > 0
+
+
+def check_words(plan: ParameterPlan) -> None:
+    """The plan can be read by people and by programs."""
+    lines = str(plan).splitlines()
+    assert len(lines) == len(plan) + 2
+    assert all(line.startswith(row.name) and row.how in line for row, line in zip(plan, lines[1:], strict=False))
+    read = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
+    assert [row['name'] for row in read['rows']] == [row.name for row in plan]
+    assert [row['reason'] for row in read['rows']] == [row.reason for row in plan]
+    totals = read['summary']
+    assert totals['tensors'] == totals['predicted_tensors'] + sum(kept['tensors'] for kept in totals['kept'].values())
+    assert totals['elements'] == totals['predicted_elements'] + sum(
+        kept['elements'] for kept in totals['kept'].values()
+    )
+
+
+@pytest.mark.parametrize('name', TIMM)
+def test_nearly_all_of_a_real_network_is_predicted(name):
+    plan, model = plan_of(name)
+    assert model.num_classes == CONFIG.num_classes
+    totals = plan.summary()
+    assert totals['predicted_elements'] > 0.95 * totals['elements']
+
+
+@pytest.mark.parametrize('head', ['', 'Auto', None, True])
+def test_an_unknown_wish_for_the_head_is_refused(head):
+    with pytest.raises(ConfigError, match='expected head to be one of auto, predict, keep'):
+        plan_parameters(trace(plain(), input_size=SIZE), CONFIG, head=head)
+
+
+@pytest.mark.parametrize(
+    ('classes', 'head', 'predicted', 'reason'),
+    [
+        (1000, 'auto', True, None),
+        (1000, 'predict', True, None),
+        (1000, 'keep', False, 'head kept on request'),
+        (10, 'auto', False, 'head for 10 classes, the GHN was trained with 1000'),
+        (10, 'predict', True, None),
+        (10, 'keep', False, 'head kept on request'),
+        (2000, 'auto', False, 'head for 2000 classes, the GHN was trained with 1000'),
+        (2000, 'predict', True, None),
+    ],
+)
+def test_the_head_is_predicted_where_its_classes_are_those_of_the_ghn(classes, head, predicted, reason):
+    rows = {row.name: row for row in plan_parameters(trace(plain(classes), input_size=SIZE), CONFIG, head=head)}
+    for name, kind in (('head.weight', DecodeKind.HEAD_WEIGHT), ('head.bias', DecodeKind.HEAD_BIAS)):
+        assert rows[name].predicted is predicted
+        assert rows[name].reason == reason
+        assert not predicted or rows[name].request.kind is kind
+    assert all(row.predicted for name, row in rows.items() if not name.startswith('head'))
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_a_network_without_classes_has_no_head_to_keep(head):
+    with torch.device('meta'):
+        graph = trace(timm.create_model('resnet18', num_classes=0))
+    plan = plan_parameters(graph, CONFIG, head=head)
+    assert not plan.kept
+    assert not {DecodeKind.HEAD_WEIGHT, DecodeKind.HEAD_BIAS} & {row.request.kind for row in plan}
+
+
+def test_roles_are_what_parameters_are_for():
+    with torch.device('meta'):
+        graph = trace(timm.create_model('test_vit'))
+    roles = {row.name: row.role for row in plan_parameters(graph, CONFIG)}
+    assert roles['cls_token'] == 'kept'
+    assert roles['pos_embed'] == 'position'
+    assert roles['patch_embed.proj.weight'] == roles['blocks.0.attn.qkv.weight'] == 'weight'
+    assert roles['patch_embed.proj.bias'] == 'bias'
+    assert roles['blocks.0.norm1.weight'] == 'norm weight'
+    assert roles['blocks.0.norm1.bias'] == 'norm bias'
+    assert roles['head.weight'] == 'head weight'
+    assert roles['head.bias'] == 'head bias'
+
+
+def test_the_bias_of_a_norm_comes_from_the_node_of_its_weight():
+    rows = {row.name: row for row in plan_parameters(trace(plain(), input_size=SIZE), CONFIG)}
+    weight, bias = rows['body.1.weight'], rows['body.1.bias']
+    assert weight.node == bias.node
+    assert (weight.request.kind, bias.request.kind) == (DecodeKind.WEIGHT_1D, DecodeKind.BIAS_1D)
+
+
+def test_rows_of_a_second_graph_are_numbered_behind_the_first():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 10, 1))
+    graph = trace(model, input_size=SIZE)
+    rows = {row.name: row for row in plan_parameters(graph, CONFIG)}
+    assert rows['0.weight'].node == graph.node_of['0.weight'] < len(graph)
+    assert rows['1.weight'].node == len(graph) + graph.supplement.node_of['1.weight']
+    assert 'and another one of' in str(plan_parameters(graph, CONFIG))
+
+
+def test_what_cannot_be_predicted_is_kept_and_says_why():
+    found = NETWORKS['direct']()
+    rows = {row.name: row for row in plan_parameters(trace(found.model, **found.options), CONFIG)}
+    assert {name for name, row in rows.items() if not row.predicted} == {
+        'scale',
+        'cls_token',
+        'empty',
+        'unused',
+        'counts',
+    }
+
+
+def test_a_frozen_record_cannot_be_changed():
+    plan, _ = plan_of('plain')
+    for record, field in ((plan, 'rows'), (plan.rows[0], 'name'), (plan.rows[0].fit, 'scale')):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field, None)
