@@ -4,17 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from tiny import TINY, make_ghn
 
-from timm_ghn import GHN, GHNConfig
-
-TINY = {
-    'graphormer': GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, layers=2, heads=4, name='tiny-ghn3'),
-    'gated': GHNConfig(
-        hid=16, max_shape=(16, 16, 7, 7), num_classes=1000, gnn='gated', window='corner', name='tiny-ghn2'
-    ),
-}
+from timm_ghn import GHN
 
 
 @pytest.fixture(scope='session')
@@ -30,15 +22,3 @@ def golden() -> Path:
 def ghn(request: pytest.FixtureRequest) -> GHN:
     """A small GHN of each kind with random weights."""
     return make_ghn(TINY[request.param])
-
-
-def make_ghn(config: GHNConfig) -> GHN:
-    """A GHN with random weights that leaves the global generator alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return GHN(config).eval()
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters and buffers, those that are not saved included."""
-    return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, make_ghn, snapshot
 from networks import NETWORKS, SIZE, plain
+from tiny import TINY, make_ghn, snapshot
 from torch import Tensor, nn
 
 import timm_ghn

@@ -32,6 +32,7 @@ PAIRS = {
     'mobilenetv3_small_100': 'mobilenet_v3_small',
     'inception_v3': 'inception_v3',
     'vit_base_patch16_224': 'vit_b_16',
+    'vit_tiny_patch16_224': 'vit_ti_16',  # in torchvision only by its class
 }
 #: Those whose predictions are compared too.
 PREDICTED = (
@@ -42,7 +43,7 @@ PREDICTED = (
     'efficientnet_b0',
     'mobilenetv3_large_100',
     'inception_v3',
-    'vit_base_patch16_224',
+    'vit_tiny_patch16_224',
 )
 SIZES = {'inception_v3': 299, 'swinv2_tiny_window8_256': 256}
 
@@ -52,6 +53,8 @@ def build(name: str, other: str, **options: object) -> tuple[nn.Module, nn.Modul
     options = options or ({'aux_logits': False, 'init_weights': False} if other == 'inception_v3' else {})
     # RegNet computes its widths with tensors, which must hold values.
     with torch.device('cpu' if name.startswith('regnet') else 'meta'):
+        if other == 'vit_ti_16':
+            return timm.create_model(name), torchvision.models.VisionTransformer(224, 16, 12, 3, 192, 768)
         return timm.create_model(name), torchvision.models.get_model(other, weights=None, **options)
 
 

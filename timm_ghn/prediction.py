@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,8 @@ from timm_ghn.graph.build import trace
 from timm_ghn.graph.structure import Graph
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.params.fit import scaled, write
+from timm_ghn.nn.requests import Block, DecodeRequest
+from timm_ghn.params.fit import Fit, scaled, write
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.version import __version__
 
@@ -69,14 +70,13 @@ def predict(
         GHNError: if the GHN cannot be loaded.
     """
     chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
     with torch.no_grad():
-        for row, decoded in _decoded(chosen, graph, plan):
-            tensor = torch.empty(row.shape, dtype=row.dtype, device=chosen.device)
-            write(tensor, decoded, _fit(row), generator)
-            _check_finite(row, tensor)
-            found[row.name] = tensor
+        embeddings_Nd = _embed(chosen, graph)
+        found = {row.name: torch.empty(row.shape, dtype=row.dtype, device=chosen.device) for row in plan.predicted}
+        _write_all(chosen, embeddings_Nd, plan, found, seed)
+        if not _cannot_overflow(chosen, embeddings_Nd, plan):
+            for row in plan.predicted:
+                _check_finite(row, found[row.name])
     state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
 
@@ -116,21 +116,17 @@ def ghn_init(
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"'{name}' is on the meta device and has no storage to write to; call model.to_empty(device=...) "
-                'first, or load predict(model).state_dict with assign=True'
-            )
+        _check_storage(name, parameter)
     chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
-    generator = torch.Generator().manual_seed(seed)
+    for row in plan.predicted:
+        _check_writable(row.name, parameters[row.name])
     with torch.no_grad():
-        # Everything is decoded and checked, in the dtype of the model, before the first parameter is written.
-        ready = []
-        for row, decoded in _decoded(chosen, graph, plan):
-            _check_finite(row, scaled(decoded, _fit(row)).to(row.dtype))
-            ready.append((row, decoded))
-        for row, decoded in ready:
-            write(parameters[row.name], decoded, _fit(row), generator)
+        embeddings_Nd = _embed(chosen, graph)
+        # All or nothing: writing begins when it is certain that no value can be refused.
+        if not _cannot_overflow(chosen, embeddings_Nd, plan):
+            for row, block in _blocks(chosen, embeddings_Nd, plan):
+                _check_finite(row, scaled(block.values, _fit(row)).to(row.dtype))
+        _write_all(chosen, embeddings_Nd, plan, parameters, seed)
     return model
 
 
@@ -156,38 +152,73 @@ def _prepare(
     return chosen, graph, plan
 
 
-def _decoded(ghn: GHN, graph: Graph, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Tensor]]:
-    """Decoded tensors, checked; positional embeddings come in the order of the plan, for the sake of the seed."""
+def _embed(ghn: GHN, graph: Graph) -> Tensor:
+    """Node embeddings, which are finite."""
     embeddings_Nd = ghn.encode(graph.parts)
-    _check_embeddings(embeddings_Nd, ghn)
+    if not bool(torch.isfinite(embeddings_Nd).all()):
+        raise PredictionError(
+            f"the GHN '{ghn.config.name or 'without a name'}' gave node embeddings that are not finite; "
+            'the model was left as it was'
+        )
+    return embeddings_Nd
+
+
+def _cannot_overflow(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan) -> bool:
+    """Whether no decoded value can leave the range of the parameters' dtypes, whatever it is."""
+    dtypes = {row.dtype for row in plan.predicted} | {embeddings_Nd.dtype}
+    # Parameters are scaled by at most sqrt(2), see fan_in_scale.
+    return 2 * ghn.decoded_bound(embeddings_Nd) < min(torch.finfo(dtype).max for dtype in dtypes)
+
+
+def _blocks(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Block]]:
+    """All that is decoded, in small parts; positional embeddings come as a whole, in the order of the plan."""
     rows = [row for row in plan.predicted if row.role != 'position']
     positions = [row for row in plan.predicted if row.role == 'position']
-    for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
-        _check_finite(rows[index], decoded)
-        yield rows[index], decoded
+    for block in ghn.decode_blocks(embeddings_Nd, [_request(row) for row in rows]):
+        yield rows[block.index], block
     found = dict(ghn.decode(embeddings_Nd, [_request(row) for row in positions]))
     for index, row in enumerate(positions):
-        _check_finite(row, found[index])
-        yield row, found[index]
+        yield row, Block(index, found[index])
 
 
-def _request(row: ParameterRow) -> Any:
+def _write_all(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan, targets: Mapping[str, Tensor], seed: int) -> None:
+    """Decode and write all predicted parameters. Little more than a chunk of them exists beside the targets."""
+    generator = torch.Generator().manual_seed(seed)  # draws in the order of the positional embeddings
+    for row, block in _blocks(ghn, embeddings_Nd, plan):
+        write(targets[row.name], block.values, _fit(row), generator, at=(block.output, block.input))
+
+
+def _request(row: ParameterRow) -> DecodeRequest:
     if row.request is None:
         raise ValueError(f"'{row.name}' is not predicted")
     return row.request
 
 
-def _fit(row: ParameterRow) -> Any:
+def _fit(row: ParameterRow) -> Fit:
     if row.fit is None:
         raise ValueError(f"'{row.name}' is not predicted")
     return row.fit
 
 
-def _check_embeddings(embeddings_Nd: Tensor, ghn: GHN) -> None:
-    if not bool(torch.isfinite(embeddings_Nd).all()):
-        raise PredictionError(
-            f"the GHN '{ghn.config.name or 'without a name'}' gave node embeddings that are not finite; "
-            'the model was left as it was'
+def _check_storage(name: str, parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise UnsupportedModelError(
+            f"'{name}' is on the meta device and has no storage to write to; call model.to_empty(device=...) "
+            'first, or load predict(model).state_dict with assign=True'
+        )
+
+
+def _check_writable(name: str, parameter: Tensor) -> None:
+    """Refuse what cannot be written in place, before anything is."""
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        raise UnsupportedModelError(
+            f"'{name}' was made in inference mode and can be written only there; "
+            'call ghn_init in torch.inference_mode() as well, or build the model outside of it'
+        )
+    shared = any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    if shared:
+        raise UnsupportedModelError(
+            f"several elements of '{name}' share their memory (an expanded tensor); give the model its own copy"
         )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from conftest import TINY
 from hypothesis import given, settings, strategies as st
 from isomorphism import same_graph
 from timm.layers import LayerNorm2d, ScaledStdConv2d, StdConv2d, set_fused_attn
+from tiny import TINY
 from torch import Tensor, nn
 
 from timm_ghn import Graph, plan_parameters, trace

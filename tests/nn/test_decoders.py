@@ -96,24 +96,24 @@ def test_the_centred_window_is_the_published_one(size, kernel, rows):
 def test_only_the_needed_rows_are_multiplied(monkeypatch, make_ghn):
     """A 1x1 kernel of 5 x 3 channels uses one pixel of the first layer and 15 rows of the last."""
     seen = {}
-    first_rows, tensors = ConvDecoder.first_rows, ConvDecoder.tensors
+    first_rows, channels = ConvDecoder.first_rows, ConvDecoder.channels
 
     def spy_on_rows(self, windows):
         rows = first_rows(self, windows)
         seen['rows'] = [weight.shape for weight, _ in rows]
         return rows
 
-    def spy_on_tensors(self, hidden, window, rows):
-        seen['decoded'] = (hidden.shape, rows[0].shape)
-        return tensors(self, hidden, window, rows)
+    def spy_on_channels(self, pixels, rows):
+        seen.setdefault('decoded', (pixels.shape, rows[0].shape))
+        return channels(self, pixels, rows)
 
     monkeypatch.setattr(ConvDecoder, 'first_rows', spy_on_rows)
-    monkeypatch.setattr(ConvDecoder, 'tensors', spy_on_tensors)
+    monkeypatch.setattr(ConvDecoder, 'channels', spy_on_channels)
     ghn = make_ghn(GHN3)
     requests = [DecodeRequest(DecodeKind.TENSOR, node, (5, 3, 1, 1)) for node in range(4)]
     list(ghn.decode(torch.randn(4, GHN3.hid), requests))
     hid = GHN3.hid
-    assert seen == {'rows': [(4 * hid, 1, 1, hid)], 'decoded': ((4, 1, 8 * hid), (5, 3, 8 * hid))}
+    assert seen == {'rows': [(4 * hid, 1, 1, hid)], 'decoded': ((4, 8 * hid), (5, 3, 8 * hid))}
 
 
 def test_a_request_that_makes_no_sense_is_refused(make_ghn):

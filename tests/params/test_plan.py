@@ -8,8 +8,8 @@ import json
 import pytest
 import timm
 import torch
-from conftest import TINY
 from networks import NETWORKS, SIZE, Case, plain
+from tiny import TINY
 from torch import nn
 
 from timm_ghn import ConfigError, ParameterPlan, plan_parameters, trace

@@ -2,23 +2,36 @@
 
 The published decoders compute the largest tensor for every node and crop it. These slice the weights first: of the
 first layer only the rows of the pixels that a kernel needs, of the last only the rows of its channels. Each element
-is the same sum of the same products.
+is the same sum of the same products. All tensors that need the same rows of the last layer share a matrix product.
 """
 
 from __future__ import annotations
 
 import abc
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from operator import itemgetter
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_ghn.nn.bounds import largest_output
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, full_precision, linear, linear_of
-from timm_ghn.nn.requests import CHUNK_ELEMENTS, Cut, DecodeKind, DecodeRequest, Window, chunks, group_requests
+from timm_ghn.nn.requests import (
+    CHUNK_ELEMENTS,
+    Block,
+    Cell,
+    DecodeKind,
+    DecodeRequest,
+    Job,
+    Window,
+    by_window,
+    cells_of,
+    chunks,
+    job_of,
+    joined,
+)
 from timm_ghn.ops.slices import take_slices
 
 __all__ = [
@@ -35,8 +48,8 @@ __all__ = [
 Request = tuple[int, DecodeRequest]
 #: Weight and bias of some outputs of a layer; the axes before the weight's last are those of the bias.
 Rows = tuple[Tensor, Tensor]
-#: Below this many input channels, copying the sliced rows is faster than a batched product without a copy.
-_FEW_INPUTS = 16
+#: Up to so many channels, copying the sliced rows is faster than products without a copy.
+_FEW_CHANNELS = 512
 
 
 class TensorDecoder(nn.Module, abc.ABC):
@@ -51,24 +64,12 @@ class TensorDecoder(nn.Module, abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def first_rows(self, windows: Sequence[Window]) -> list[Rows]:
-        """Rows of the first layer that each window needs."""
+    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
+        """Decode tensors, some blocks of each."""
 
     @abc.abstractmethod
-    def last_rows(self, blocks: Sequence[tuple[Window, int, int]]) -> list[Rows]:
-        """Rows of the last layer that the first o x i channels of a window need, for each (window, o, i)."""
-
-    @abc.abstractmethod
-    def hidden(self, z_Bd: Tensor, rows: Rows) -> Tensor:
-        """Last hidden layer (B, ...) of B nodes; ``rows`` are of the first layer."""
-
-    @abc.abstractmethod
-    def tensors(self, hidden: Tensor, window: Window, rows: Rows) -> Tensor:
-        """Decoded (B, o, i, height, width); ``rows`` are of the last layer."""
-
-    @abc.abstractmethod
-    def classes(self, hidden: Tensor, window: Window, rows: Rows, classes: int) -> Tensor:
-        """Weight of the classifier (B, classes, i) from a window of one pixel; ``rows`` are of the last layer."""
+    def bound(self, limit: float) -> float:
+        """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
 
     @property
     @abc.abstractmethod
@@ -80,60 +81,17 @@ class TensorDecoder(nn.Module, abc.ABC):
     def class_predictor(self) -> nn.Linear:
         """The layer that puts out rows of the classifier."""
 
-    @property
-    @abc.abstractmethod
-    def hidden_width(self) -> int:
-        """Elements of all hidden layers for one pixel."""
-
-    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[tuple[int, Tensor]]:
-        """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
-        groups = group_requests(requests, self.config)
-        blocks = list(dict.fromkeys(self._block(window, job[0]) for window, jobs in groups.items() for job in jobs))
-        last = dict(zip(blocks, self.last_rows(blocks), strict=True))
-        for (window, jobs), (weight, bias) in zip(groups.items(), self.first_rows(list(groups)), strict=True):
-            first = (weight.flatten(0, -2), bias.flatten())
-            costs = [self._cost(window, cut) for cut, _, _ in jobs]
-            for chunk in chunks(jobs, costs, chunk_elements):
-                yield from self._decode_chunk(z_Nd, window, chunk, first, last)
-
-    def _block(self, window: Window, cut: Cut) -> tuple[Window, int, int]:
-        return window, self.config.max_shape[0] if cut.head else cut.outputs, cut.inputs
-
-    def _cost(self, window: Window, cut: Cut) -> int:
-        """Elements of the temporary tensors that one request needs."""
-        if cut.head:
-            return self.hidden_width + (2 * self.config.max_shape[0] + cut.outputs) * cut.inputs
-        channels = cut.outputs * cut.inputs
-        return window.area * (self.hidden_width + 2 * channels) + cut.height * cut.width * channels
-
-    def _decode_chunk(
-        self,
-        z_Nd: Tensor,
-        window: Window,
-        chunk: Sequence[tuple[Cut, int, int]],
-        first: Rows,
-        last: Mapping[tuple[Window, int, int], Rows],
-    ) -> list[tuple[int, Tensor]]:
-        found: list[tuple[int, Tensor]] = []
-        with full_precision(z_Nd.device):
-            hidden = self.hidden(z_Nd[torch.tensor([node for _, _, node in chunk], device=z_Nd.device)], first)
-            for cut, jobs in itertools.groupby(chunk, key=itemgetter(0)):
-                indices = [index for _, index, _ in jobs]
-                part, rows = hidden[len(found) : len(found) + len(indices)], last[self._block(window, cut)]
-                if cut.head:
-                    decoded = self.classes(part, window, rows, cut.outputs)
-                else:
-                    decoded = _enlarge(self.tensors(part, window, rows), cut.height, cut.width)
-                found.extend(zip(indices, decoded.unbind(0), strict=True))
-        return found
+    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
+        """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`."""
+        jobs = [job_of(index, request, self.config) for index, request in requests]
+        return self.decode_jobs(z_Nd, jobs, chunk_elements=chunk_elements)
 
 
-def _enlarge(decoded_Boihw: Tensor, height: int, width: int) -> Tensor:
+def _enlarge(decoded_oihw: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate a map to a kernel that exceeds it, bilinearly; leave it as it is if it has the wanted size."""
-    if decoded_Boihw.shape[3:] == (height, width):
-        return decoded_Boihw
-    enlarged = F.interpolate(decoded_Boihw.flatten(1, 2), size=(height, width), mode='bilinear', align_corners=False)
-    return enlarged.view(*decoded_Boihw.shape[:3], height, width)
+    if decoded_oihw.shape[2:] == size:
+        return decoded_oihw
+    return F.interpolate(decoded_oihw, size=size, mode='bilinear', align_corners=False)
 
 
 def _cut_layer(layer: nn.Linear, grid: tuple[int, ...], cuts: Sequence[tuple[slice, ...]]) -> list[Rows]:
@@ -171,47 +129,110 @@ class ConvDecoder(TensorDecoder):
         """See the base class."""
         return linear_of(self.class_layer_predictor, 1)
 
-    @property
-    def hidden_width(self) -> int:
+    def bound(self, limit: float) -> float:
         """See the base class."""
-        return 16 * self.config.hid  # u twice, as it comes and pixel by pixel, and s
+        return largest_output((linear_of(self.fc, 0), linear_of(self.conv, 0), self.last, self.class_predictor), limit)
+
+    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
+        """See the base class."""
+        groups = by_window(jobs)
+        first = dict(zip(groups, self.first_rows(list(groups)), strict=True))
+        listed = [job for group in groups.values() for job in group]
+        costs = [job.window.area * self.last.in_features for job in listed]
+        for chunk in chunks(listed, costs, chunk_elements):
+            with full_precision(z_Nd.device):
+                pixels = [self.pixels(z_Nd, group, first[window]) for window, group in by_window(chunk).items()]
+                hidden_Pk = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+            yield from self._decode_pixels(hidden_Pk, chunk, chunk_elements)
 
     def first_rows(self, windows: Sequence[Window]) -> list[Rows]:
         """Rows of W_fc: (4d, height, width, d) for each window."""
         grid = (4 * self.config.hid, *self.config.max_shape[2:])
         return _cut_layer(linear_of(self.fc, 0), grid, [(slice(None), *window.slices) for window in windows])
 
-    def last_rows(self, blocks: Sequence[tuple[Window, int, int]]) -> list[Rows]:
-        """Rows of W_b: (o, i, 8d) for each block."""
-        channels = list(dict.fromkeys((outputs, inputs) for _, outputs, inputs in blocks))
-        cuts = [(slice(outputs), slice(inputs)) for outputs, inputs in channels]
-        rows = dict(zip(channels, _cut_layer(self.last, self.config.max_shape[:2], cuts), strict=True))
-        return [rows[block[1:]] for block in blocks]
+    def pixels(self, z_Nd: Tensor, jobs: Sequence[Job], rows: Rows) -> Tensor:
+        """The hidden states s (S B, 8d) of the S pixels of one window, for B jobs: one job after the other in each.
 
-    def hidden(self, z_Bd: Tensor, rows: Rows) -> Tensor:
-        """The hidden state s (B, S, 8d) of S pixels."""
-        u_BSc = linear(z_Bd, *rows).relu().view(len(z_Bd), 4 * self.config.hid, -1).transpose(1, 2)
-        return apply_linear(linear_of(self.conv, 0), u_BSc).relu()
+        A product for each row of pixels: the weights of one pixel are a matrix with gaps between its rows, which
+        need not be copied together.
+        """
+        weight_chwd, bias_chw = rows[0].to(z_Nd.dtype), rows[1].to(z_Nd.dtype)
+        z_Bd = z_Nd[torch.tensor([job.node for job in jobs], device=z_Nd.device)]
+        lines = [
+            torch.baddbmm(bias_cw.t()[:, None], z_Bd.expand(bias_cw.shape[1], -1, -1), weight_cwd.permute(1, 2, 0))
+            for weight_cwd, bias_cw in zip(weight_chwd.unbind(1), bias_chw.unbind(1), strict=True)
+        ]
+        u_Pc = torch.cat(lines).relu().flatten(0, 1)
+        return apply_linear(linear_of(self.conv, 0), u_Pc).relu()
 
-    def tensors(self, hidden: Tensor, window: Window, rows: Rows) -> Tensor:
-        """See the base class."""
-        weight_oik, bias_oi = rows[0], rows[1].to(hidden.dtype)
+    def _decode_pixels(self, hidden_Pk: Tensor, jobs: Sequence[Job], chunk_elements: int) -> Iterator[Block]:
+        """Decode tensors whose hidden states are known: listed by window, and in each as :meth:`pixels` gives them."""
+        places = _places(jobs)
+        cells = cells_of(jobs, work=self.last.in_features, elements=chunk_elements)
+        cuts = [(cell.outputs, cell.inputs) for cell in cells]
+        left = Counter(job.index for cell in cells for job in cell.jobs)
+        heads: dict[int, list[Block]] = {}
+        gathered: tuple[Job, ...] = ()
+        for cell, rows in zip(cells, _cut_layer(self.last, self.config.max_shape[:2], cuts), strict=True):
+            if cell.jobs != gathered:
+                gathered = cell.jobs
+                chosen = [place for job in gathered for place in places[job.index]]
+                pixels_Pk = hidden_Pk[torch.tensor(chosen, device=hidden_Pk.device)]
+            left.subtract(job.index for job in gathered)
+            for block, job in zip(self._decode_cell(pixels_Pk, cell, rows), gathered, strict=True):
+                last = not left[job.index]
+                if not job.classes:
+                    yield Block(job.index, _enlarge(block, job.size), cell.outputs.start, cell.inputs.start, last)
+                    continue
+                parts = heads.setdefault(job.index, [])
+                parts.append(Block(job.index, block.flatten(1), cell.outputs.start, cell.inputs.start))
+                if last:
+                    yield Block(job.index, self.classes(joined(heads.pop(job.index)), job.classes))
+
+    def _decode_cell(self, pixels_Pk: Tensor, cell: Cell, rows: Rows) -> list[Tensor]:
+        """Decoded (o, i, height, width) of each tensor of a cell, cut to its own channels."""
+        with full_precision(pixels_Pk.device):
+            decoded_oiP = self.channels(pixels_Pk, rows)
+        found = []
+        parts = decoded_oiP.split([job.window.area for job in cell.jobs], 2)
+        for job, part_oiS in zip(cell.jobs, parts, strict=True):
+            cut = part_oiS[: job.outputs - cell.outputs.start, : job.inputs - cell.inputs.start]
+            found.append(cut.unflatten(2, (job.window.height, job.window.width)))
+        return found
+
+    def channels(self, pixels_Pk: Tensor, rows: Rows) -> Tensor:
+        """Channels (o, i, P) of pixels; ``rows`` are (o, i, 8d) of W_b.
+
+        As many products as the shorter axis has channels: the weights of a row or column of channels are a matrix,
+        if not without gaps, and need not be copied. Few of them are, for a single product.
+        """
+        weight_oik, bias_oi = rows[0].to(pixels_Pk.dtype), rows[1].to(pixels_Pk.dtype)
         outputs, inputs = bias_oi.shape
-        size = (len(hidden), outputs, inputs, window.height, window.width)
-        if weight_oik.is_contiguous() or inputs < _FEW_INPUTS:
-            r_BSc = linear(hidden, weight_oik.flatten(0, 1), bias_oi.flatten())
-            return r_BSc.transpose(1, 2).reshape(size)
-        # Copying the rows would cost more than the product.
-        pixels_opk = hidden.flatten(0, 1).expand(outputs, -1, -1)
-        r_opi = torch.baddbmm(bias_oi[:, None], pixels_opk, weight_oik.to(hidden.dtype).transpose(1, 2))
-        return r_opi.view(outputs, *hidden.shape[:2], inputs).permute(1, 0, 3, 2).reshape(size)
+        if outputs * inputs <= _FEW_CHANNELS:
+            return linear(pixels_Pk, weight_oik.flatten(0, 1), bias_oi.flatten()).t().view(outputs, inputs, -1)
+        if outputs > inputs:
+            return self.channels(pixels_Pk, (weight_oik.transpose(0, 1), bias_oi.t())).transpose(0, 1)
+        decoded_oPi = torch.baddbmm(bias_oi[:, None], pixels_Pk.expand(outputs, -1, -1), weight_oik.transpose(1, 2))
+        return decoded_oPi.transpose(1, 2)
 
-    def classes(self, hidden: Tensor, window: Window, rows: Rows, classes: int) -> Tensor:
-        """See the base class."""
-        columns_BCi = self.tensors(hidden, window, rows).flatten(2).relu()
+    def classes(self, columns_Ci: Tensor, classes: int) -> Tensor:
+        """Weight of the classifier (classes, i) from the channels of one pixel."""
         predictor = self.class_predictor
-        bias_k1 = predictor.bias[:classes, None].to(hidden.dtype)
-        return predictor.weight[:classes].to(hidden.dtype) @ columns_BCi + bias_k1
+        weight_kC, bias_k = (weight[:classes].to(columns_Ci.dtype) for weight in (predictor.weight, predictor.bias))
+        with full_precision(columns_Ci.device):
+            decoded_ki: Tensor = torch.addmm(bias_k[:, None], weight_kC, columns_Ci.relu())
+        return decoded_ki
+
+
+def _places(jobs: Sequence[Job]) -> dict[int, range]:
+    """Rows of the pixels of each tensor by the index of its request, if they are listed by window."""
+    places: dict[int, range] = {}
+    start = 0
+    for window, group in by_window(jobs).items():
+        end = start + window.area * len(group)
+        places |= {job.index: range(start + b, end, len(group)) for b, job in enumerate(group)}
+        start = end
+    return places
 
 
 class MLPDecoder(TensorDecoder):
@@ -240,37 +261,33 @@ class MLPDecoder(TensorDecoder):
         """See the base class."""
         return linear_of(self.class_layer_predictor, 1)
 
-    @property
-    def hidden_width(self) -> int:
+    def bound(self, limit: float) -> float:
         """See the base class."""
-        return 4 * self.config.hid
-
-    def first_rows(self, windows: Sequence[Window]) -> list[Rows]:
-        """The whole first layer: it is the same for all pixels."""
         first = linear_of(self.mlp['fc'], 0)
-        return [(first.weight, first.bias)] * len(windows)
+        return largest_output((first, self.last), limit) + largest_output((first, self.class_predictor), limit)
 
-    def last_rows(self, blocks: Sequence[tuple[Window, int, int]]) -> list[Rows]:
-        """Rows of W_2: (o, i, height, width, 2d) for each block."""
-        cuts = [(slice(outputs), slice(inputs), *window.slices) for window, outputs, inputs in blocks]
-        return _cut_layer(self.last, self.config.max_shape, cuts)
-
-    def hidden(self, z_Bd: Tensor, rows: Rows) -> Tensor:
-        """The hidden state (B, 2d)."""
-        return linear(z_Bd, *rows).relu()
-
-    def tensors(self, hidden: Tensor, window: Window, rows: Rows) -> Tensor:
+    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
-        weight_oihwk, bias_oihw = rows
-        return linear(hidden, weight_oihwk.flatten(0, 3), bias_oihw.flatten()).view(-1, *bias_oihw.shape)
+        alike: dict[tuple[Window, int, int, int], list[Job]] = {}
+        for job in jobs:
+            alike.setdefault((job.window, job.outputs, job.inputs, job.classes), []).append(job)
+        for group in alike.values():
+            weight, bias = self._rows(group[0])
+            for chunk in chunks(group, [bias.numel()] * len(group), chunk_elements):
+                with full_precision(z_Nd.device):
+                    z_Bd = z_Nd[torch.tensor([job.node for job in chunk], device=z_Nd.device)]
+                    hidden_Bk = apply_linear(linear_of(self.mlp['fc'], 0), z_Bd).relu()
+                    decoded = linear(hidden_Bk, weight.flatten(0, -2), bias.flatten()).view(-1, *bias.shape)
+                for job, values in zip(chunk, decoded.unbind(), strict=True):
+                    yield Block(job.index, values if job.classes else _enlarge(values, job.size))
 
-    def classes(self, hidden: Tensor, window: Window, rows: Rows, classes: int) -> Tensor:
-        """See the base class."""
-        inputs = rows[1].shape[1]
-        grid = (self.config.num_classes, self.config.max_shape[1])
-        weight = self.class_predictor.weight.view(*grid, -1)[:classes, :inputs].flatten(0, 1)
-        bias = self.class_predictor.bias.view(grid)[:classes, :inputs].flatten()
-        return linear(hidden, weight, bias).view(-1, classes, inputs)
+    def _rows(self, job: Job) -> Rows:
+        """What a tensor needs of the last layer, or of the class predictor."""
+        if job.classes:
+            grid = (self.config.num_classes, self.config.max_shape[1])
+            return _cut_layer(self.class_predictor, grid, [(slice(job.classes), slice(job.inputs))])[0]
+        cut = (slice(job.outputs), slice(job.inputs), *job.window.slices)
+        return _cut_layer(self.last, self.config.max_shape, [cut])[0]
 
 
 class VectorDecoder(nn.Module):
@@ -295,10 +312,14 @@ class VectorDecoder(nn.Module):
         """The layer that puts out vectors."""
         return linear_of(self.fc, 2)
 
+    def bound(self, limit: float, class_predictor: nn.Linear) -> float:
+        """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
+        return largest_output((linear_of(self.fc, 0), self.last, class_predictor), limit)
+
     def decode(
         self, z_Nd: Tensor, requests: Sequence[Request], class_predictor: nn.Linear, *, chunk_elements: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode`.
+    ) -> Iterator[Block]:
+        """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`.
 
         A normalisation layer's weight and bias come from the same node, so nodes are computed once.
         """
@@ -315,20 +336,20 @@ class VectorDecoder(nn.Module):
 
     def _decode_chunk(
         self, z_Nd: Tensor, chunk: Sequence[list[Request]], class_predictor: nn.Linear, size: int
-    ) -> list[tuple[int, Tensor]]:
-        found: list[tuple[int, Tensor]] = []
+    ) -> list[Block]:
+        found: list[Block] = []
         with full_precision(z_Nd.device):
             nodes = torch.tensor([jobs[0][1].node for jobs in chunk], device=z_Nd.device)
             hidden = apply_linear(linear_of(self.fc, 0), z_Nd[nodes]).relu()
             weight = self.last.weight.view(2, self.max_size, -1)[:, :size].flatten(0, 1)
             bias = self.last.bias.view(2, self.max_size)[:, :size].flatten()
-            pairs = linear(hidden, weight, bias).view(-1, 2, size).unbind(0)
-            for pair, jobs in zip(pairs, chunk, strict=True):
+            weights, biases = linear(hidden, weight, bias).view(-1, 2, size).unbind(1)
+            for weight_n, bias_n, jobs in zip(weights.unbind(), biases.unbind(), chunk, strict=True):
                 for index, request in jobs:
-                    row = pair[0] if request.kind is DecodeKind.WEIGHT_1D else pair[1]
+                    row = weight_n if request.kind is DecodeKind.WEIGHT_1D else bias_n
                     if request.kind is DecodeKind.HEAD_BIAS:
                         row = apply_linear(class_predictor, row.relu())
-                    found.append((index, row[: request.size[0]]))
+                    found.append(Block(index, row[: request.size[0]]))
         return found
 
 

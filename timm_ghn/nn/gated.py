@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ghn.graph.structure import GraphBatch
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, linear_of
 from timm_ghn.nn.registry import register_gnn
-from timm_ghn.ops.aggregate import aggregate
 
 
 class MLP(nn.Module):
@@ -51,19 +52,18 @@ class NodeMLP(MLP):
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Nodes that are updated together, and the edges that end in them.
+    """Nodes that are updated together, and the messages that they receive.
 
     Attributes:
         size: Number n of the nodes.
-        source_E: int64 (E,): message that each edge carries; the N messages of phi first, then those of psi.
-        target_E: int64 (E,): 0..n-1.
-        weight_E: (E,): 1 for a message of phi, 1 / distance for one of psi.
+        sources: Range of the nodes, by rank, that the messages come from; others lie between them.
+        weight_nM: (n, F (sources.stop - sources.start)): weight of each message, of the F functions of a source by
+            turns; 1 for a message of phi, 1 / distance for one of psi, 0 where there is no edge.
     """
 
     size: int
-    source_E: Tensor
-    target_E: Tensor
-    weight_E: Tensor
+    sources: slice
+    weight_nM: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,31 +105,73 @@ def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tens
         sources.append((target if backward else source) + offset)
         targets.append((source if backward else target) + offset)
         levels.append(graph.backward_levels_N if backward else graph.forward_levels_N)
-    level_N, distance_E = torch.cat(levels), torch.cat(distances)
+    level_N = torch.cat(levels)
     order_N = level_N.argsort(stable=True)
     rank_N = torch.empty_like(order_N)
     rank_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     source_E, target_E = rank_N[torch.cat(sources)], rank_N[torch.cat(targets)]
-    weight_E = torch.ones_like(distance_E, dtype=like.dtype)
-    near_E = distance_E == 1
-    if cutoff > 1:  # real edges carry a message of phi and one of psi, virtual edges only one of psi
-        source_E = torch.cat((source_E[near_E], source_E + len(order_N)))
-        target_E = torch.cat((target_E[near_E], target_E))
-        weight_E = torch.cat((weight_E[near_E], weight_E / distance_E))
-    by_target = target_E.argsort(stable=True)
-    node_counts = level_N.bincount()
-    edge_counts = level_N[order_N][target_E].bincount(minlength=len(node_counts))
-    first = (node_counts.cumsum(0) - node_counts).repeat_interleave(edge_counts)
-    device, sizes = like.device, edge_counts.tolist()
-    per_level = zip(
-        node_counts.tolist(),
-        torch.split(source_E[by_target].to(device), sizes),
-        torch.split((target_E[by_target] - first).to(device), sizes),
-        torch.split(weight_E[by_target].to(device), sizes),
-        strict=True,
-    )
+    planned = _levels(level_N[order_N], source_E, target_E, torch.cat(distances), virtual=cutoff > 1, like=like)
     cyclic = not all(graph.is_acyclic for graph in batch.graphs)
-    return Traversal(order_N.to(device), rank_N.to(device), tuple(Level(*fields) for fields in per_level), cyclic)
+    return Traversal(order_N.to(like.device), rank_N.to(like.device), planned, cyclic)
+
+
+def _levels(
+    level_N: Tensor, source_E: Tensor, target_E: Tensor, distance_E: Tensor, *, virtual: bool, like: Tensor
+) -> tuple[Level, ...]:
+    """The levels, from nodes in their order and edges between ranks.
+
+    Weights are dense matrices that reach from the first source of a level to the last: for graphs like these, whose
+    nodes have an edge to most of those some dozens of steps ahead, they take little more memory than lists of edges.
+    """
+    functions = 2 if virtual else 1
+    size_L = level_N.bincount()
+    level_E = level_N[target_E]
+    stop_L = torch.zeros_like(size_L).scatter_reduce(0, level_E, source_E + 1, 'amax')
+    first_L = stop_L.scatter_reduce(0, level_E, source_E, 'amin')
+    width_L = functions * (stop_L - first_L)
+    begin_L = (size_L * width_L).cumsum(0) - size_L * width_L
+    row_E = target_E - (size_L.cumsum(0) - size_L)[level_E]
+    place_E = begin_L[level_E] + row_E * width_L[level_E] + functions * (source_E - first_L[level_E])
+    near_E = distance_E == 1
+    weights = source_E.new_zeros(int((size_L * width_L).sum()), dtype=like.dtype)
+    weights[place_E[near_E]] = 1
+    if virtual:  # real edges carry a message of phi and one of psi, virtual edges only one of psi
+        weights[place_E + 1] = 1 / distance_E.to(like.dtype)
+    sizes, firsts, stops = size_L.tolist(), first_L.tolist(), stop_L.tolist()
+    parts = weights.to(like.device).split((size_L * width_L).tolist())
+    return tuple(
+        Level(size, slice(first, stop), part.view(size, functions * (stop - first)))
+        for size, first, stop, part in zip(sizes, firsts, stops, parts, strict=True)
+    )
+
+
+class _Update:
+    """What a node does, with all weights put together once: h <- GRU(m, h), then its messages phi(h) and psi(h).
+
+    Args:
+        gru: The gates.
+        functions: phi, and psi if there are virtual edges: two layers each.
+        dtype: To compute in.
+    """
+
+    def __init__(self, gru: nn.GRUCell, functions: Sequence[MLP], dtype: torch.dtype) -> None:
+        weights = gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh
+        self.gru = tuple(weight.to(dtype) for weight in weights)
+        first, last = ([linear_of(function.fc, index) for function in functions] for index in (0, 2))
+        self.first = torch.cat([layer.weight for layer in first]).to(dtype), _biases(first).to(dtype)
+        self.last = torch.block_diag(*(layer.weight for layer in last)).to(dtype), _biases(last).to(dtype)
+
+    def state(self, message_nd: Tensor, h_nd: Tensor) -> Tensor:
+        """GRU(m, h)."""
+        return torch.gru_cell(message_nd, h_nd, *self.gru)
+
+    def messages(self, h_nd: Tensor) -> Tensor:
+        """Messages (n, F d) of all functions, side by side."""
+        return F.linear(F.linear(h_nd, *self.first).relu(), *self.last).relu()
+
+
+def _biases(layers: Sequence[nn.Linear]) -> Tensor:
+    return torch.cat([layer.bias for layer in layers])
 
 
 @register_gnn('gated')
@@ -167,26 +209,25 @@ class GatedGNN(nn.Module):
             x_Nd: Features of the nodes of all graphs, in the numbering of the batch.
             batch: The graphs.
         """
+        functions = (self.mlp,) if self.mlp_ve is None else (self.mlp, self.mlp_ve)
+        update = _Update(self.gru, functions, x_Nd.dtype)
         for backward in (False, True):
             plan = plan_traversal(batch, self.cutoff, backward=backward, like=x_Nd)
-            x_Nd = self._traverse(x_Nd[plan.order_N], plan)[plan.rank_N]
+            x_Nd = _traverse(x_Nd[plan.order_N], plan, update, len(functions))[plan.rank_N]
         return x_Nd
 
-    def _traverse(self, h_Nd: Tensor, plan: Traversal) -> Tensor:
-        gru = [weight.to(h_Nd.dtype) for weight in (self.gru.weight_ih, self.gru.weight_hh)]
-        gru += [bias.to(h_Nd.dtype) for bias in (self.gru.bias_ih, self.gru.bias_hh)]
-        functions = (self.mlp,) if self.mlp_ve is None else (self.mlp, self.mlp_ve)
-        # One buffer that takes up the messages of a level once it is updated.
-        if plan.cyclic:
-            messages = torch.stack([function(h_Nd) for function in functions])
-        else:  # rows of later levels are not read
-            messages = h_Nd.new_zeros(len(functions), *h_Nd.shape)
-        updated, start = [], 0
-        for level, old_nd in zip(plan.levels, torch.split(h_Nd, [level.size for level in plan.levels]), strict=True):
-            incoming_nd = aggregate(messages.flatten(0, 1), level.source_E, level.target_E, level.weight_E, level.size)
-            new_nd = torch.gru_cell(incoming_nd, old_nd, *gru)
-            rows = slice(start, start + level.size)
-            messages[:, rows] = torch.stack([function(new_nd) for function in functions])
-            updated.append(new_nd)
-            start += level.size
-        return torch.cat(updated)
+
+def _traverse(h_Nd: Tensor, plan: Traversal, update: _Update, functions: int) -> Tensor:
+    """Update the nodes level by level."""
+    nodes, width = h_Nd.shape
+    # One buffer that takes up the messages of a level once it is updated; rows of later levels are not read.
+    messages_Nm = update.messages(h_Nd) if plan.cyclic else h_Nd.new_zeros(nodes, functions * width)
+    sizes = [level.size for level in plan.levels]
+    updated, start = [], 0
+    for level, h_nd in zip(plan.levels, h_Nd.split(sizes), strict=True):
+        received_nd = level.weight_nM @ messages_Nm[level.sources].view(-1, width)
+        new_nd = update.state(received_nd, h_nd)
+        messages_Nm[start : start + level.size] = update.messages(new_nd)
+        updated.append(new_nd)
+        start += level.size
+    return torch.cat(updated)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.structure import Graph, GraphBatch
+from timm_ghn.nn.bounds import largest
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.decoders import CHUNK_ELEMENTS, DecodeKind, DecodeRequest, VectorDecoder, build_decoder
 from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, linear_of, look_up
 from timm_ghn.nn.registry import build_gnn
+from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
 
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
@@ -107,12 +109,35 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         Args:
             embeddings_Nd: What :meth:`encode` gave.
             requests: What to decode.
-            chunk_elements: Bound on the elements of temporary tensors; a request that needs more comes alone. The
-                sliced rows of the first layer come on top, once for each kernel size.
+            chunk_elements: See :meth:`decode_blocks`.
 
         Yields:
             Index of a request, and its tensor. Requests that share matrix products come together, so the order is
             another one than that of ``requests``. A tensor may be a view of a chunk's: copy what you keep.
+
+        Raises:
+            ValueError: if a request names a row that the embeddings do not have.
+        """
+        blocks: dict[int, list[Block]] = {}
+        for block in self.decode_blocks(embeddings_Nd, requests, chunk_elements=chunk_elements):
+            blocks.setdefault(block.index, []).append(block)
+            if block.last:
+                yield block.index, joined(blocks.pop(block.index))
+
+    def decode_blocks(
+        self, embeddings_Nd: Tensor, requests: Sequence[DecodeRequest], *, chunk_elements: int = CHUNK_ELEMENTS
+    ) -> Iterator[Block]:
+        """Decode raw tensors piece by piece, which takes little memory.
+
+        Args:
+            embeddings_Nd: What :meth:`encode` gave.
+            requests: What to decode.
+            chunk_elements: Bound on the elements of each temporary tensor; a request or a row of channels that
+                needs more comes alone.
+
+        Yields:
+            Blocks of the tensors that :meth:`decode` gives, those of several requests by turns. They may be views of
+            the same tensor: copy what you keep.
 
         Raises:
             ValueError: if a request names a row that the embeddings do not have.
@@ -128,6 +153,15 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         predictor = linear_of(self.bias_class, 1)
         yield from self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements)
         yield from self.decoder_1d.decode(z_Nd, vectors, predictor, chunk_elements=chunk_elements)
+
+    def decoded_bound(self, embeddings_Nd: Tensor) -> float:
+        """Bound on the absolute value of all that can be decoded from embeddings.
+
+        It is a rough one, from the largest weight of each layer, but it holds: where it is finite, no decoded value
+        overflows. It is NaN or infinite where an embedding or a weight is not finite.
+        """
+        limit = largest(embeddings_Nd)
+        return self.decoder.bound(limit) + self.decoder_1d.bound(limit, linear_of(self.bias_class, 1))
 
     def forward(self, graphs: Graph | GraphBatch | Iterable[Graph], requests: Sequence[DecodeRequest]) -> list[Tensor]:
         """Embed graphs and decode all requests, in their order; the form that data-parallel wrappers call."""

@@ -165,38 +165,48 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
     return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
 
 
-def write(target: Tensor, decoded: Tensor, fit: Fit, generator: torch.Generator | None = None) -> None:
-    """Write a parameter in place, without a temporary of its size.
+def write(
+    target: Tensor,
+    decoded: Tensor,
+    fit: Fit,
+    generator: torch.Generator | None = None,
+    *,
+    at: tuple[int, int] = (0, 0),
+) -> None:
+    """Write a parameter, or the part of it that a block decides, in place and without a temporary of its size.
 
     Args:
         target: The parameter, of any floating dtype and on any device.
-        decoded: What the GHN decoded for it.
+        decoded: What the GHN decoded for it, or a block of that.
         fit: From :func:`fit_of`.
         generator: On the CPU; draws the tokens without a position.
+        at: Row and column of the decoded channels at which the block begins.
     """
     shape = tuple(target.shape)
-    if not fit.columns and (target.dim() == 1 or target.is_contiguous()):
-        _spread(target.view(-1), scaled(decoded, fit), 0)
-        return
-    if not fit.columns or fit.tokens is not None:
+    flat = not fit.columns and (target.dim() == 1 or target.is_contiguous())
+    if fit.tokens is not None or not (flat or fit.columns):
         target.copy_(fitted(decoded, fit, shape, generator))
         return
-    values = scaled(decoded, fit)
+    values = scaled(decoded, fit).to(target)
+    if flat:
+        _copy_repeated(target.view(-1), values, (fit.rows,), (0,))
+        return
     values = _with_axes(values, len(shape))
-    if tuple(values.shape[2:]) != shape[2:]:
-        values = values.expand(*values.shape[:2], *shape[2:])
-    rows, columns = values.shape[:2]
-    whole = shape[1] // columns * columns
-    first = target[:rows]
-    first[:, :whole].unflatten(1, (-1, columns)).copy_(values[:, None])
-    first[:, whole:].copy_(values[:, : shape[1] - whole])
-    _spread(target, first, rows)
+    _copy_repeated(target, values.expand(*values.shape[:2], *shape[2:]), (fit.rows, fit.columns), at)
 
 
-def _spread(target: Tensor, values: Tensor, done: int) -> None:
-    """Repeat rows along the first axis of a target whose first ``done`` rows are written already."""
-    rows = len(values)
-    whole = len(target) // rows * rows
-    if whole > done:
-        target[done:whole].unflatten(0, (-1, rows)).copy_(values)
-    target[whole:].copy_(values[: len(target) - whole])
+def _copy_repeated(target: Tensor, values: Tensor, periods: tuple[int, ...], at: tuple[int, ...]) -> None:
+    """Copy values to wherever they recur in the first axes of a tensor, the last of these axes first."""
+    if not periods:
+        target.copy_(values)
+        return
+    axis = len(periods) - 1
+    period, first, count = periods[-1], at[axis], values.shape[axis]
+    rest = target.shape[axis] % period
+    whole = target.shape[axis] - rest
+    if whole:
+        recurring = target.narrow(axis, 0, whole).unflatten(axis, (-1, period)).narrow(axis + 1, first, count)
+        _copy_repeated(recurring, values.unsqueeze(axis), periods[:-1], at)
+    if rest > first:
+        count = min(count, rest - first)
+        _copy_repeated(target.narrow(axis, whole + first, count), values.narrow(axis, 0, count), periods[:-1], at)
