@@ -18,7 +18,8 @@ from timm_ghn.graph.rewrite import Draft, Label, pool_shape
 from timm_ghn.graph.trace import Op, Recording
 from timm_ghn.graph.vocabulary import is_published_exactly, operator_primitive, parameter_primitive, published_kind
 
-#: Ops that multiply data with weights; a chain of ops without data that contains one is a network of its own.
+#: Ops that multiply data with weights; a chain of ops without data that contains one is a network of its own, if it
+#: has several weights or is added to the data (and not multiplied, as a computed kernel is).
 COMPUTE = frozenset(
     {'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'}
 )
@@ -65,7 +66,7 @@ class OperatorRules:
             for index, op in enumerate(self.ops)
             if data[index]
             for child in _ops_of(op)
-            if not data[child] and computes[child] and len(weights[child]) > 1
+            if not data[child] and computes[child] and (len(weights[child]) > 1 or op.kind == 'Add')
         ]
         while stack:
             index = stack.pop()

@@ -151,7 +151,7 @@ def parameter_primitive(
     published = published_primitive(name, module)
     if published is not None and published is not Primitive.POS_ENC:
         return published
-    if len(shape) > 1 and kind in _MULTIPLIES and (logits or is_token(shape)):
+    if len(shape) > 1 and kind in _MULTIPLIES and (logits or (is_token(shape) and leaf != 'weight')):
         return None  # a table of relative positions, multiplied with the queries; a token from which a query is made
     if len(shape) > 1 and kind in _MULTIPLIES:
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
@@ -222,7 +222,7 @@ def kept_reason(name: str, module: nn.Module, shape: tuple[int, ...], reached: b
     if not reached:
         return unused
     leaf = name.rpartition('.')[2].lower()
-    if 'token' in leaf or (is_token(shape) and 'pos' not in leaf):
+    if 'token' in leaf or (is_token(shape) and 'pos' not in leaf and leaf not in _GAINS):
         return token
     if 'relative' in leaf or 'rel_' in leaf or 'attention_bias' in leaf:
         return relative

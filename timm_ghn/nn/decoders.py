@@ -176,8 +176,8 @@ class ConvDecoder(TensorDecoder):
         for cell, rows in zip(cells, _cut_layer(self.last, self.config.max_shape[:2], cuts), strict=True):
             if cell.jobs != gathered:
                 gathered = cell.jobs
-                chosen = [place for job in gathered for place in places[job.index]]
-                pixels_Pk = hidden_Pk[torch.tensor(chosen, device=hidden_Pk.device)]
+                chosen = torch.tensor([place for job in gathered for place in places[job.index]], device='cpu')
+                pixels_Pk = hidden_Pk[chosen.to(hidden_Pk.device)]
             left.subtract(job.index for job in gathered)
             for block, job in zip(self._decode_cell(pixels_Pk, cell, rows), gathered, strict=True):
                 last = not left[job.index]

@@ -133,7 +133,7 @@ def _levels(
     row_E = target_E - (size_L.cumsum(0) - size_L)[level_E]
     place_E = begin_L[level_E] + row_E * width_L[level_E] + functions * (source_E - first_L[level_E])
     near_E = distance_E == 1
-    weights = source_E.new_zeros(int((size_L * width_L).sum()), dtype=like.dtype)
+    weights = torch.zeros(int((size_L * width_L).sum()), dtype=like.dtype, device='cpu')
     weights[place_E[near_E]] = 1
     if virtual:  # real edges carry a message of phi and one of psi, virtual edges only one of psi
         weights[place_E + 1] = 1 / distance_E.to(like.dtype)
