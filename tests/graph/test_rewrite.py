@@ -306,6 +306,14 @@ def test_values_with_a_projection_of_their_own_are_moved_to_the_softmax():
     }
 
 
+def test_an_edge_that_a_longer_path_bypasses_goes_even_behind_the_softmax():
+    labels = ['AddBackward0', ('b.weight', LINEAR), ('a.bias', LINEAR), 'SoftmaxBackward0']
+    kept = 'SoftmaxBackward0>a.bias>b.weight>AddBackward0, SoftmaxBackward0>AddBackward0, SoftmaxBackward0>b.weight'
+    draft = draft_of(labels, kept + ', a.bias>AddBackward0')
+    route_values_through_softmax(draft)
+    assert edges_of(draft) == edges_of(draft_of(labels, kept))
+
+
 def test_a_graph_without_attention_is_left_alone():
     draft = draft_of([('b.weight', CONV), ('a.weight', CONV)], 'a.weight>b.weight')
     route_values_through_softmax(draft)

@@ -30,7 +30,7 @@ def _frozen(value: Any) -> Any:
         return id(value)
     if isinstance(value, Tensor):
         numbers = None if value.is_meta else value.detach().reshape(-1).contiguous().view(torch.uint8).tolist()
-        return id(value), value.dtype, value.shape, value.device, value.requires_grad, value._version, numbers
+        return id(value), value.dtype, value.shape, value.device, value.requires_grad, numbers
     if isinstance(value, dict):
         return id(value), [(key, _frozen(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -92,6 +93,27 @@ def test_a_parameter_repeats_what_was_decoded(kind, shape):
     for target in (torch.zeros(shape), strided(shape), torch.zeros(shape).double()):
         write(target, decoded, fit)
         torch.testing.assert_close(target.float(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize(
+    ('kind', 'shape'),
+    [case for case in KINDS if case[0] is DecodeKind.TENSOR],
+    ids=lambda value: getattr(value, 'value', str(value)),
+)
+def test_a_parameter_can_be_written_block_by_block(kind, shape, seed):
+    """In any order and in blocks of any size, as long as they cover what was decoded."""
+    decoded, fit = decoded_for(kind, shape)
+    rng = random.Random(seed)
+    rows, columns = (
+        sorted({0, size, *(rng.randrange(size) for _ in range(3))}) for size in (len(decoded), decoded.shape[1])
+    )
+    blocks = list(itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)))
+    rng.shuffle(blocks)
+    for target in (torch.full(shape, torch.nan), strided(shape)):
+        for (top, bottom), (left, right) in blocks:
+            write(target, decoded[top:bottom, left:right], fit, at=(top, left))
+        assert torch.equal(target, fitted(decoded, fit, shape))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

@@ -23,7 +23,7 @@ def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]
     saved = [dict(module.__dict__) for module in modules]
     contents: dict[int, tuple[Any, Any]] = {}
     for state in saved:
-        _collect(list(state.values()), contents)
+        _collect([value for key, value in state.items() if key not in ('_parameters', '_buffers')], contents)
     stand_in: dict[int, Tensor] = {}
     try:
         for module in modules:
@@ -44,9 +44,15 @@ def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]
 
 
 def _collect(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
-    """Note what is in containers, and in containers within them: a forward pass may store tensors there."""
+    """Note what is in containers, in containers within them, and in tensors that are no parameters or buffers.
+
+    A forward pass may store tensors in the ones and work in place on the others.
+    """
     for value in values:
-        if isinstance(value, (dict, list, set, collections.deque)) and id(value) not in found:
+        if isinstance(value, Tensor):
+            if not value.is_meta and not isinstance(value, nn.Parameter):
+                found[id(value)] = value, value.detach().clone()
+        elif isinstance(value, (dict, list, set, collections.deque)) and id(value) not in found:
             found[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
             if not isinstance(value, set):
                 _collect(value.values() if isinstance(value, dict) else value, found)
@@ -55,7 +61,11 @@ def _collect(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a container back what it held, keeping the object."""
+    """Give a container or a tensor back what it held, keeping the object."""
+    if isinstance(container, Tensor):
+        if not torch.equal(container, contents):
+            container.detach().copy_(contents)
+        return
     if _holds(container, contents):
         return
     container.clear()

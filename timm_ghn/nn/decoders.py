@@ -168,7 +168,8 @@ class ConvDecoder(TensorDecoder):
     def _decode_pixels(self, hidden_Pk: Tensor, jobs: Sequence[Job], chunk_elements: int) -> Iterator[Block]:
         """Decode tensors whose hidden states are known: listed by window, and in each as :meth:`pixels` gives them."""
         places = _places(jobs)
-        cells = cells_of(jobs, work=self.last.in_features, elements=chunk_elements)
+        # Half of the budget: what the cell before put out is still there.
+        cells = cells_of(jobs, work=self.last.in_features, elements=chunk_elements // 2)
         cuts = [(cell.outputs, cell.inputs) for cell in cells]
         left = Counter(job.index for cell in cells for job in cell.jobs)
         heads: dict[int, list[Block]] = {}
@@ -184,8 +185,9 @@ class ConvDecoder(TensorDecoder):
                 if not job.classes:
                     yield Block(job.index, _enlarge(block, job.size), cell.outputs.start, cell.inputs.start, last)
                     continue
+                own = block.flatten(1).clone()  # a view would keep what the whole cell put out
                 parts = heads.setdefault(job.index, [])
-                parts.append(Block(job.index, block.flatten(1), cell.outputs.start, cell.inputs.start))
+                parts.append(Block(job.index, own, cell.outputs.start, cell.inputs.start))
                 if last:
                     yield Block(job.index, self.classes(joined(heads.pop(job.index)), job.classes))
 
