@@ -172,7 +172,7 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
             part.distances_NN(ghn.config.virtual_edges)
 
     def bound() -> None:
-        bounds.forget()
+        bounds._FOUND.clear()
         ghn.decoded_bound(nodes)
 
     def write_blocks() -> None:

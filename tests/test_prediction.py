@@ -318,6 +318,27 @@ def test_a_model_without_storage_says_how_to_get_it(ghn):
     assert torch.equal(half.body[0].weight, before)
 
 
+def test_parameters_that_share_memory_within_are_refused_before_any_is_written(ghn):
+    model = plain()
+    model.head.bias = nn.Parameter(torch.zeros(1).expand(1000))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"'head\.bias' share their memory"):
+        ghn_init(model, ghn, input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+def test_a_model_made_in_inference_mode_can_be_written_there(ghn):
+    with torch.inference_mode():
+        model = plain()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"'body\.0\.weight' was made in inference mode"):
+        ghn_init(model, ghn, input_size=SIZE)
+    assert equal(snapshot(model), before)
+    with torch.inference_mode():
+        ghn_init(model, ghn, input_size=SIZE)
+    assert torch.equal(model.head.bias, predict(model, ghn, input_size=SIZE).state_dict['head.bias'])
+
+
 def test_a_model_with_nothing_to_predict_is_refused(ghn):
     class Scale(nn.Module):
         def __init__(self) -> None:

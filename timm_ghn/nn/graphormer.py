@@ -138,7 +138,8 @@ class GraphormerLayer(nn.Module):
         for graph in batch.graphs:
             distances_NN = graph.distances_NN(self.cutoff).int()
             row_NN = (distances_NN * (self.cutoff + 1) + distances_NN.T).to(table.device)
-            found.append(F.embedding(row_NN, table).permute(2, 0, 1))
+            # Attention would copy what has gaps in every layer.
+            found.append(F.embedding(row_NN, table).permute(2, 0, 1).contiguous())
         return found
 
     def forward(self, x_Nd: Tensor, sizes: tuple[int, ...], biases: list[Tensor]) -> Tensor:
