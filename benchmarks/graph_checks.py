@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from torch import argsort, nn
 
 from timm_ghn import Graph, ParameterPlan
+from timm_ghn.graph.autograd import Op
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.trace import Op, Recording, record
+from timm_ghn.graph.trace import Recording, record
 
 WEIGHTS = frozenset(
     {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}

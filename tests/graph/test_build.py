@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -229,6 +230,28 @@ def test_why_parameters_are_kept():
     assert direct['unused'] == 'not used in the forward pass'
     assert direct['scale'] == 'layer scale or gain'
     assert direct['cls_token'] == 'class or register token'
+
+
+@pytest.mark.parametrize('rules', ['published', 'operators'])
+def test_what_weight_normalisation_keeps_apart_is_kept(rules):
+    """The predicted direction has the norm that the layer's own initialisation gave the weight."""
+    graph = trace(NETWORKS['reparametrised']().model, input_size=SIZE, rules=rules)
+    norms = {f'{layer}.parametrizations.weight.original0' for layer in ('body.0', 'head')}
+    assert graph.kept == dict.fromkeys(norms, 'norm that weight normalisation keeps apart from the direction')
+
+
+def test_weight_normalisation_of_either_kind_is_the_same_by_the_operator_rules():
+    def network(normalise) -> Graph:
+        model = plain()
+        normalise(model.body[0])
+        normalise(model.body[3])
+        return trace(model, input_size=SIZE, rules='operators')
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)
+        old = network(nn.utils.weight_norm)
+    assert same_graph(old, network(nn.utils.parametrizations.weight_norm))
+    assert set(old.kept) == {'body.0.weight_g', 'body.3.weight_g'}
 
 
 def test_a_positional_embedding_is_a_square_map_of_features():

@@ -171,3 +171,51 @@ def test_dropout_does_not_change_the_published_graph(p):
 def test_scripted_networks_are_refused_with_the_way_out():
     with pytest.raises(UnsupportedModelError, match='before scripting'):
         record(torch.jit.script(nn.Sequential(nn.Linear(3, 3))))
+
+
+CASTS = {
+    'half': lambda x: x.half(),
+    'bfloat16': lambda x: x.bfloat16(),
+    'double': lambda x: x.double(),
+    'float': lambda x: x.float(),
+    'to a type': lambda x: x.to(torch.bfloat16),
+    'to a named type': lambda x: x.to(dtype=torch.float16),
+    'to a device and a type': lambda x: x.to('cpu', torch.float16),
+    'to the type of another': lambda x: x.to(torch.zeros(1).half()),
+    'type': lambda x: x.type(torch.float16),
+    'type by name': lambda x: x.type('torch.cuda.HalfTensor'),
+    'type by class': lambda x: x.type(torch.DoubleTensor),
+    'type as': lambda x: x.type_as(torch.zeros(1, dtype=torch.float64)),
+    'with a mask': lambda x: x * torch.ones(8, 1, 1, dtype=torch.float16),
+    'integers and back': lambda x: x + x.long().double(),
+}
+
+
+@pytest.mark.parametrize('cast', CASTS)
+def test_casts_between_floating_point_types_leave_no_trace(cast):
+    """All that is floating-point is float32 in a trace: half precision met stand-ins of another type."""
+
+    class Net(nn.Module):
+        def __init__(self, compute):
+            super().__init__()
+            self.a, self.b, self.compute = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 1), compute
+
+        def forward(self, x):
+            return self.b(self.compute(self.a(x))).mean((2, 3))
+
+    plain = trace(Net(lambda x: x), input_size=8)
+    assert labels(trace(Net(CASTS[cast]), input_size=8)) == labels(plain)
+
+
+def test_layers_that_are_cast_in_the_forward_pass_keep_their_type():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.b.half()(self.a.bfloat16()(x.bfloat16()).mean((2, 3)).half())
+
+    model = Net()
+    assert labels(trace(model, input_size=8))[-2:] == ['b.weight', 'b.bias']
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -102,6 +102,16 @@ def test_a_product_without_a_bounded_factor_is_no_gate():
     assert {'a.weight>c.weight', 'b.weight>c.weight'} <= edges(graph)
 
 
+@pytest.mark.parametrize('axes', [(2, 3), (1, 2, 3), (1,)])
+def test_a_mean_that_a_normalisation_takes_is_no_pooling(axes):
+    def compute(net, x):
+        x = net.a(x)
+        x = x - x.mean(axes, keepdim=True)
+        return net.b(x * (x.pow(2).mean(axes, keepdim=True) + 1e-6).rsqrt())
+
+    assert labels(read(compute, a=conv(3), b=conv())) == ['input', 'a.weight', 'b.weight']
+
+
 def test_a_pooling_that_leads_elsewhere_too_stays():
     def compute(net, x):
         x = net.a(x)

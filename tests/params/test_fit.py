@@ -274,6 +274,30 @@ def test_a_positional_map_may_have_its_features_first():
     assert torch.equal(target[:, 6:12], decoded)
 
 
+@pytest.mark.parametrize('blocks', [(2, 2, 3, 3), (3, 3, 2, 2), (1, 2, 6, 3)])
+def test_positions_that_are_stored_by_blocks_are_those_of_one_map(blocks):
+    rows, columns, height, width = blocks
+    shape = (1, rows * columns, height * width, 13)
+    _, fit = fit_of(DecodeKind.TENSOR, shape, CONFIG, position=True, blocks=blocks)
+    decoded = torch.randn(1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(shape)
+    write(target, decoded, fit)
+    assert torch.equal(target, fitted(decoded, fit, shape))
+    for y in range(6):
+        for x in range(6):
+            block, place = y // height * columns + x // width, y % height * width + x % width
+            scale = fit.scale or 1.0
+            torch.testing.assert_close(target[0, block, place, :6], decoded[0, :, y, x] * scale)
+    assert fit.describe(shape).endswith('in {}x{} blocks of {}x{}'.format(*blocks))
+
+
+def test_the_scale_is_that_of_the_kernels_that_a_parameter_holds():
+    shape, kernel = (4, 8 * 6 * 9), (8, 6, 3, 3)
+    _, fit = fit_of(DecodeKind.TENSOR, shape, CONFIG, kernel=kernel)
+    assert fit.scale == fan_in_scale(kernel) != fan_in_scale(shape)
+    assert fit.describe(shape) == '4x6 channels repeated to 4x432, times 0.192 for kernels of 8x6x3x3'
+
+
 # -- words
 
 

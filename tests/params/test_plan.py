@@ -179,6 +179,9 @@ def test_what_cannot_be_predicted_is_kept_and_says_why():
         'unused',
         'counts',
     }
+    assert rows['empty'].reason == 'has no elements'
+    assert rows['counts'].reason == 'not of a floating-point type'
+    assert rows['unused'].reason == 'not used in the forward pass'
 
 
 def test_a_frozen_record_cannot_be_changed():

@@ -10,12 +10,21 @@ import torch
 from torch import nn
 
 from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.graph.attention import Attention
+from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.operators import needs_operator_rules, operator_draft
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.rewrite import Draft, published_draft
-from timm_ghn.graph.structure import Graph, Node
+from timm_ghn.graph.structure import Graph, Node, ParameterInfo
 from timm_ghn.graph.trace import Recording, record
-from timm_ghn.graph.vocabulary import ARCHITECTURAL, encoded_position, encoded_shape, kept_reason
+from timm_ghn.graph.vocabulary import (
+    ARCHITECTURAL,
+    NO_ELEMENTS,
+    NOT_FLOATING,
+    encoded_position,
+    encoded_shape,
+    kept_reason,
+)
 
 #: Rule sets that :func:`trace` knows.
 RULES = ('published', 'operators')
@@ -53,16 +62,54 @@ def trace(
     if rules not in RULES:
         raise ConfigError(f'expected rules to be one of {", ".join(RULES)} (got {rules!r})')
     recording = record(model, input_size=input_size, example_inputs=example_inputs)
-    reached = {name for op in recording.ops for name in op.parameters}
-    if rules == 'published' and not needs_operator_rules(recording, reached):
+    reading = _Reading.of(recording)
+    if rules == 'published' and not needs_operator_rules(recording, reading.reached):
         try:
             draft, order, is_sorted = published_draft(recording)
         except UnsupportedModelError:
             pass  # a layer is used again behind itself: the published rules have no graph for it
         else:
             if is_sorted or not _uses_a_parameter_twice(recording):
-                return _supplemented(_published_graph(recording, draft, order, reached), recording, reached)
-    return _operator_graph(recording, reached)
+                return _supplemented(_published_graph(reading, draft, order), reading)
+    return _operator_graph(reading)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What is known of a network, whatever the rules that make its graph.
+
+    Attributes:
+        recording: What the forward pass did.
+        flow: How data flows through it.
+        attention: What its attentions consist of.
+        reached: Parameters that the forward pass uses.
+    """
+
+    recording: Recording
+    flow: Flow
+    attention: Attention
+    reached: frozenset[str]
+
+    @classmethod
+    def of(cls, recording: Recording) -> _Reading:
+        flow = Flow.of(recording)
+        reached = frozenset(name for op in recording.ops for name in op.parameters)
+        return cls(recording, flow, Attention.of(flow), reached)
+
+    def kept_reason(self, info: ParameterInfo) -> str:
+        """Why no node predicts a parameter."""
+        if info.numel == 0:
+            return NO_ELEMENTS
+        if not info.dtype.is_floating_point:
+            return NOT_FLOATING
+        return kept_reason(
+            info.name,
+            self.recording.owners[info.name],
+            info.shape,
+            reached=info.name in self.reached,
+            table=info.name in self.attention.tables,
+            apart=info.name in self.flow.norms_apart,
+        )
 
 
 def _uses_a_parameter_twice(recording: Recording) -> bool:
@@ -71,20 +118,21 @@ def _uses_a_parameter_twice(recording: Recording) -> bool:
     return len(read) > len(set(read))
 
 
-def _supplemented(graph: Graph, recording: Recording, reached: set[str]) -> Graph:
+def _supplemented(graph: Graph, reading: _Reading) -> Graph:
     """Add the graph by the operator rules where it predicts parameters that the published rules leave out."""
     if all(reason in ARCHITECTURAL for reason in graph.kept.values()):
         return graph
-    supplement = _operator_graph(recording, reached)
+    supplement = _operator_graph(reading)
     kept = {name: reason for name, reason in graph.kept.items() if name not in supplement.node_of}
     if len(kept) == len(graph.kept):
         return graph
     return dataclasses.replace(graph, kept=kept, supplement=supplement)
 
 
-def _operator_graph(recording: Recording, reached: set[str]) -> Graph:
+def _operator_graph(reading: _Reading) -> Graph:
     """The classifier is what timm's metadata names, else the layer that makes the output."""
-    draft, order = operator_draft(recording)
+    recording = reading.recording
+    draft, order = operator_draft(reading.flow, reading.attention)
     names = _first_names(recording.model)
     layers = metadata_classifier(recording.model) or _output_layer(recording)
     of_head = {names[id(p)] for layer in layers for p in _own_parameters(layer).values()}
@@ -95,7 +143,7 @@ def _operator_graph(recording: Recording, reached: set[str]) -> Graph:
         if label.primitive is Primitive.CONV and label.shape is not None and set(label.shape[2:]) <= {1}
     )
     biases = tuple(name for name, label in found.items() if label.primitive is Primitive.BIAS)
-    return _assemble(recording, draft, order, reached, weights, biases, 'operators')
+    return _assemble(reading, draft, order, weights, biases, 'operators')
 
 
 #: Where :mod:`torch.nn.utils.parametrizations` keeps what it computes a weight from.
@@ -107,10 +155,10 @@ def _own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.named_parameters() if '.' not in name or name in _REPARAMETRISED}
 
 
-def _published_graph(recording: Recording, draft: Draft, order: list[int], reached: set[str]) -> Graph:
+def _published_graph(reading: _Reading, draft: Draft, order: list[int]) -> Graph:
     """The classifier of a published graph is what stands at its last two positions."""
-    weights, biases = ((), ()) if _class_count(recording.model) == 0 else _last_layer(draft, order)
-    return _assemble(recording, draft, order, reached, weights, biases, 'published')
+    weights, biases = ((), ()) if _class_count(reading.recording.model) == 0 else _last_layer(draft, order)
+    return _assemble(reading, draft, order, weights, biases, 'published')
 
 
 def _last_layer(draft: Draft, order: list[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -125,26 +173,21 @@ def _last_layer(draft: Draft, order: list[int]) -> tuple[tuple[str, ...], tuple[
 
 
 def _assemble(
-    recording: Recording,
+    reading: _Reading,
     draft: Draft,
     order: list[int],
-    reached: set[str],
     weights: tuple[str, ...],
     biases: tuple[str, ...],
     rules: str,
 ) -> Graph:
     """Freeze a draft."""
-    model = recording.model
+    recording, model = reading.recording, reading.recording.model
     names = _first_names(model)
     nodes = tuple(_node(draft, x, names, rules) for x in order)
     position = {x: index for index, x in enumerate(order)}
     edges = [(position[x], position[s]) for x in order for s in sorted(draft.successors[x], key=position.__getitem__)]
     predicted = {name for node in nodes for name in (node.parameter, node.norm_bias) if name is not None}
-    kept = {
-        info.name: kept_reason(info.name, recording.owners[info.name], info.shape, info.name in reached)
-        for info in recording.parameters
-        if info.name not in predicted
-    }
+    kept = {info.name: reading.kept_reason(info) for info in recording.parameters if info.name not in predicted}
     layers = metadata_classifier(model) or _output_layer(recording)
     of_head = {names[id(p)] for layer in layers for p in layer.parameters()} | {*weights, *biases}
     return Graph(
@@ -176,7 +219,7 @@ def _node(draft: Draft, x: int, names: dict[int, str], rules: str) -> Node:
     if primitive in (Primitive.BN, Primitive.LN):
         bias = label.module._parameters.get('bias')
         norm_bias = None if bias is None else names[id(bias)]
-    return Node(primitive, label.name, label.name, shape, norm_bias)
+    return Node(primitive, label.name, label.name, shape, norm_bias, label.kernel, label.blocks)
 
 
 def _first_names(model: nn.Module) -> dict[int, str]:

@@ -114,7 +114,9 @@ class MetaMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.last = func
-        kwargs = kwargs or {}
+        args = tuple(_single(value) for value in args)
+        kwargs = {key: _single(value) for key, value in kwargs.items()} if kwargs else {}
+        func = _CASTS.get(func, func)
         replacement = _REPLACED.get(func)
         if replacement is not None:
             return replacement(*args, **kwargs)
@@ -124,6 +126,8 @@ class MetaMode(TorchFunctionMode):
             if kwargs.get('device') is None or torch.device(kwargs['device']).type != 'meta':
                 kwargs = {**kwargs, 'device': 'meta'}
             return func(*args, **kwargs)
+        if func is Tensor.type and (len(args) > 1 or kwargs):
+            return args[0].to(_named_type(*args[1:], **kwargs))
         if func is Tensor.to or func is Tensor.cpu or func is Tensor.cuda:
             return _stay(func, args, kwargs)
         try:
@@ -140,24 +144,44 @@ class MetaMode(TorchFunctionMode):
 _CONSTRUCTORS = frozenset(torch.utils._device._device_constructors())
 
 
+#: Casts to a floating-point type, and what takes their place.
+_CASTS: dict[Any, Any] = dict.fromkeys((Tensor.half, Tensor.bfloat16, Tensor.double), Tensor.float)
+
+
+def _single(value: Any) -> Any:
+    """float32 for every floating-point type: all that is floating is float32 in a trace, whatever it is cast to."""
+    return torch.float32 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _named_type(dtype: Any, non_blocking: bool = False) -> torch.dtype:  # as in torch.Tensor.type
+    """The type that ``tensor.type(...)`` names: as such, as a class of tensors, or as the name of such a class."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.rpartition('.')[2])
+    named: torch.dtype = _single(getattr(dtype, 'dtype', dtype))
+    return named
+
+
 def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``tensor.to(...)`` without a change of device."""
+    """``tensor.to(...)`` without a change of device or from one floating-point type to another."""
     if func is not Tensor.to:
         return args[0]
     kwargs = {key: value for key, value in kwargs.items() if key != 'device'}
     rest = tuple(value for value in args[1:] if not isinstance(value, (str, torch.device)))
-    rest = tuple(value.dtype if isinstance(value, Tensor) else value for value in rest)
+    rest = tuple(_single(value.dtype) if isinstance(value, Tensor) else value for value in rest)
     if isinstance(kwargs.get('other'), Tensor):
-        kwargs['dtype'] = kwargs.pop('other').dtype
+        kwargs['dtype'] = _single(kwargs.pop('other').dtype)
     if not rest and not (kwargs.keys() - {'non_blocking', 'copy'}):
         return args[0]
     return func(args[0], *rest, **kwargs)
 
 
 def to_meta(value: Any) -> Any:
-    """The value with its tensors moved to the meta device; the identical object where there was nothing to move."""
+    """The value with its tensors moved to the meta device, in float32 if floating-point.
+
+    The identical object is returned where there was nothing to move.
+    """
     if isinstance(value, Tensor):
-        return value if value.device.type == 'meta' else value.to('meta')
+        return value if value.device.type == 'meta' else value.to('meta', _single(value.dtype))
     if type(value) in (tuple, list):
         moved = [to_meta(item) for item in value]
         return value if all(a is b for a, b in zip(value, moved, strict=True)) else type(value)(moved)

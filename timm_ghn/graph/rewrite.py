@@ -13,19 +13,22 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.graph.autograd import Op
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.trace import Op, Recording
+from timm_ghn.graph.trace import Recording
 from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_primitive
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Label:
-    """What stands at a position: a parameter, or an operator."""
+    """What stands at a position: a parameter, or an operator. The last two are those of a :class:`Node`."""
 
     name: str
     module: nn.Module | None = None
     shape: tuple[int, ...] | None = None
     primitive: Primitive | None = None
+    kernel: tuple[int, ...] | None = None
+    blocks: tuple[int, int, int, int] | None = None
 
     @property
     def is_parameter(self) -> bool:

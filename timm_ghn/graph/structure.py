@@ -51,6 +51,8 @@ class Node:
         parameter: Name of the parameter that it stands for, or None for an operator.
         shape: What the shape encoder sees: four sizes (out, in, height, width), or None.
         norm_bias: Name of the bias that a normalisation layer's weight node predicts along with the weight.
+        kernel: Shape (out, in, ...) of the kernels that the parameter holds, where its own shape is another one.
+        blocks: (rows, columns, height, width) of the blocks in which a positional embedding is stored, if it is.
     """
 
     primitive: Primitive
@@ -58,6 +60,8 @@ class Node:
     parameter: str | None = None
     shape: tuple[int, int, int, int] | None = None
     norm_bias: str | None = None
+    kernel: tuple[int, ...] | None = None
+    blocks: tuple[int, int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.graph.autograd import Op, walk
 from timm_ghn.graph.meta import MetaMode, on_meta, to_meta
 from timm_ghn.graph.structure import ParameterInfo
 
@@ -25,39 +26,6 @@ from timm_ghn.graph.structure import ParameterInfo
 TRACE_BATCH = 2
 
 DEFAULT_IMAGE_SIZE = 224
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Op:
-    """One backward function of the autograd graph.
-
-    Attributes:
-        name: Its class name, e.g. ``'AddBackward0'``.
-        inputs: What it reads, in order: the index of another op, or the name of a parameter.
-        reads_image: Whether it reads the network's input directly.
-        kernel_size: Saved kernel size of a pooling operator, if any.
-        dims: Dimensions that a reduction reduces, if it saved them.
-        rank: Number of dimensions of what a reduction reduces, if it saved them.
-        masks: Whether it multiplies by a tensor without a gradient, as dropout and stochastic depth do.
-    """
-
-    name: str
-    inputs: tuple[int | str, ...]
-    reads_image: bool = False
-    kernel_size: tuple[int, ...] | None = None
-    dims: tuple[int, ...] | None = None
-    rank: int | None = None
-    masks: bool = False
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that it reads directly."""
-        return tuple(name for name in self.inputs if isinstance(name, str))
-
-    @property
-    def kind(self) -> str:
-        """The operator's name: the class name up to ``Backward``."""
-        return self.name.partition('Backward')[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +196,7 @@ def _record(
                 output = model(*args, **kwargs)
         except Exception as error:
             raise UnsupportedModelError(_failure(model, tracker.path, mode.operator, size, error)) from error
-        ops, outputs = _walk(list(_tensors(output)), names)
+        ops, outputs = walk(list(_tensors(output)), names)
     if not any(op.parameters for op in ops):
         raise UnsupportedModelError(
             f'no parameter of {type(model).__name__} is connected to its output; '
@@ -342,55 +310,3 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
             yield from _tensors(getattr(output, field.name))
-
-
-def _walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op, ...], tuple[int, ...]]:
-    """List the autograd graph depth first from the outputs, without recursion."""
-    order: dict[Any, int] = {}
-    below: list[list[Any]] = []
-    roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    stack = roots[::-1]
-    while stack:
-        function = stack.pop()
-        if function in order:
-            continue
-        order[function] = len(below)
-        below.append([child for child, _ in function.next_functions if child is not None])
-        stack.extend(child for child in reversed(below[-1]) if not hasattr(child, 'variable'))
-    ops = []
-    for function, children in zip(order, below, strict=True):
-        inputs: list[int | str] = []
-        reads_image = False
-        for child in children:
-            variable = getattr(child, 'variable', None)
-            if variable is None:
-                inputs.append(order[child])
-            elif id(variable) in names:
-                inputs.append(names[id(variable)])
-            else:
-                reads_image = True
-        ops.append(_op(function, tuple(inputs), reads_image))
-    return tuple(ops), tuple(dict.fromkeys(order[root] for root in roots))
-
-
-def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
-    """Record a backward function with what it saved about pooling and reducing."""
-    name = type(function).__name__
-    kernel_size = dims = rank = None
-    if 'Pool' in name and hasattr(function, '_saved_kernel_size'):
-        kernel_size = tuple(int(k) for k in function._saved_kernel_size)
-    if name.startswith('Mean') and hasattr(function, '_saved_self_sym_sizes'):
-        rank = len(function._saved_self_sym_sizes)
-        saved = getattr(function, '_saved_dim', None)
-        # Negative dimensions are saved as unsigned 64-bit numbers.
-        dims = None if saved is None else tuple((int(d) + 2**63) % 2**64 - 2**63 for d in saved)
-        dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
-    return Op(name, inputs, reads_image, kernel_size, dims, rank, _masks(function, name, inputs))
-
-
-def _masks(function: Any, name: str, inputs: tuple[int | str, ...]) -> bool:
-    """Whether a product's other factor is a tensor (not a number) without a gradient."""
-    if not name.startswith('Mul') or len(inputs) != 1 or isinstance(inputs[0], str):
-        return False
-    factors = (getattr(function, '_saved_self', None), getattr(function, '_saved_other', None))
-    return any(isinstance(factor, Tensor) and factor.dim() > 0 and not factor.requires_grad for factor in factors)

@@ -66,6 +66,11 @@ def is_published_exactly(module: nn.Module) -> bool:
     return class_path(module) in _TABLE
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module multiplies data with its weight: a linear layer or a convolution of any kind."""
+    return published_kind(module) in _LINEAR_LIKE or isinstance(module, nn.modules.conv._ConvNd)
+
+
 def is_norm_bias(name: str, module: nn.Module) -> bool:
     """Whether a parameter is the bias of a normalisation layer, which the weight's node predicts."""
     return 'norm' in type(module).__name__.lower() and name.endswith('.bias')
@@ -128,7 +133,7 @@ def norm_primitive(module: nn.Module) -> Primitive | None:
 
 
 def parameter_primitive(
-    name: str, module: nn.Module, shape: tuple[int, ...], kind: str, logits: bool
+    name: str, module: nn.Module, shape: tuple[int, ...], kind: str, *, table: bool = False, unchanged: bool = True
 ) -> Primitive | None:
     """Primitive of a parameter of any network, from what its module is and which operator reads it.
 
@@ -137,7 +142,8 @@ def parameter_primitive(
         module: Module that holds it.
         shape: Its shape.
         kind: Operator that brings it to the data.
-        logits: Whether the operator's output is the argument of a softmax.
+        table: Whether it is a table of relative positions, which enters the logits of an attention.
+        unchanged: Whether that operator reads its elements as they are.
 
     Returns:
         None for a parameter that has no node: the bias of a normalisation layer, or one that is kept.
@@ -146,13 +152,16 @@ def parameter_primitive(
     norm = norm_primitive(module)
     if norm is not None and len(shape) == 1:
         return norm if leaf == 'weight' else None
-    if 'weight' not in leaf and 'bias' not in leaf and sum(n > 1 for n in shape) <= 1:
+    if table:
+        return None
+    is_matrix = len(shape) == 2 and kind in _MULTIPLIES and unchanged
+    if 'weight' not in leaf and 'bias' not in leaf and sum(n > 1 for n in shape) <= 1 and not is_matrix:
         return None  # a gain, such as that of a weight-standardised convolution
     published = published_primitive(name, module)
     if published is not None and published is not Primitive.POS_ENC:
         return published
-    if len(shape) > 1 and kind in _MULTIPLIES and (logits or (is_token(shape) and leaf != 'weight')):
-        return None  # a table of relative positions, multiplied with the queries; a token from which a query is made
+    if len(shape) > 1 and kind in _MULTIPLIES and is_token(shape) and leaf != 'weight':
+        return None  # a token from which a query is made
     if len(shape) > 1 and kind in _MULTIPLIES:
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
             return Primitive.DIL_CONV if min(module.dilation) > 1 else Primitive.SEP_CONV
@@ -160,7 +169,7 @@ def parameter_primitive(
     if len(shape) == 1 and kind in _ADDS and 'bias' in leaf:
         return Primitive.BIAS
     if positional_size(shape) is not None:
-        return Primitive.POS_ENC if kind == 'Add' and not logits else None
+        return Primitive.POS_ENC if kind == 'Add' else None
     return None
 
 
@@ -203,6 +212,9 @@ def encoded_position(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return 1, size[1], side, side
 
 
+NOT_FLOATING = 'not of a floating-point type'
+NO_ELEMENTS = 'has no elements'
+
 #: Reasons to keep a parameter that lie in what it is, not in what a graph can express.
 ARCHITECTURAL = (
     'not used in the forward pass',
@@ -210,28 +222,44 @@ ARCHITECTURAL = (
     'layer scale or gain',
     'relative position table',
     'rotary or axis-wise position table',
+    'norm that weight normalisation keeps apart from the direction',
+    NOT_FLOATING,
+    NO_ELEMENTS,
 )
 
 #: Names of parameters that scale features, for those whose shape does not tell.
 _GAINS = ('alpha', 'beta', 'gamma', 'gain', 'scale', 'tau', 'temperature', 'v')
 
 
-def kept_reason(name: str, module: nn.Module, shape: tuple[int, ...], reached: bool) -> str:
-    """Why no node of the graph predicts a parameter, in words for the plan."""
-    unused, token, gain, relative, table = ARCHITECTURAL
+def kept_reason(
+    name: str, module: nn.Module, shape: tuple[int, ...], *, reached: bool, table: bool = False, apart: bool = False
+) -> str:
+    """Why no node of the graph predicts a parameter of floating-point numbers, in words for the plan.
+
+    Args:
+        name: Dotted parameter name.
+        module: Module that holds it.
+        shape: Its shape.
+        reached: Whether the forward pass uses it.
+        table: Whether it is a table of relative positions, which enters the logits of an attention.
+        apart: Whether it is the norm of a weight in weight normalisation.
+    """
+    unused, token, gain, relative, axes, norm = ARCHITECTURAL[:6]
     if not reached:
         return unused
+    if table:
+        return relative
+    if apart:
+        return norm
     leaf = name.rpartition('.')[2].lower()
     if 'token' in leaf or (is_token(shape) and 'pos' not in leaf and leaf not in _GAINS):
         return token
-    if 'relative' in leaf or 'rel_' in leaf or 'attention_bias' in leaf:
-        return relative
     if norm_primitive(module) is None and sum(n > 1 for n in shape) <= 1 and 'bias' not in leaf:
         return gain
     if leaf.split('_')[-1] in _GAINS:
         return gain
     if leaf == 'freqs' or ('pos' in leaf and positional_size(shape) is None):
-        return table
+        return axes
     if 'pos' in leaf:
         return 'positional parameter that the rules of this graph do not know'
     return f'{type(module).__name__}.{leaf} is not in the vocabulary of the rules of this graph'

@@ -33,6 +33,8 @@ class Fit:
         scale: Factor of a tensor, sqrt(beta / fan_in); None where the decoded values are used as they are.
         activation: For vectors: 'gain' for 2 sigmoid(p / 2), 'shift' for tanh(p / 5), 'none'.
         tokens: For a positional embedding, how many of its tokens are drawn at random; None for anything else.
+        kernel: Shape of the kernels that the parameter holds, where their fan-in is not that of its own shape.
+        blocks: (rows, columns, height, width) of the blocks in which a positional embedding is stored, if it is.
     """
 
     rows: int
@@ -40,6 +42,8 @@ class Fit:
     scale: float | None = None
     activation: str = 'none'
     tokens: int | None = None
+    kernel: tuple[int, ...] | None = None
+    blocks: tuple[int, int, int, int] | None = None
 
     def describe(self, shape: tuple[int, ...]) -> str:
         """The fit in words, for the plan."""
@@ -48,11 +52,16 @@ class Fit:
             text = f'{self.rows} values' if self.rows >= n else f'{self.rows} values repeated to {n}'
             return {'gain': f'2 sigmoid(p/2) of {text}', 'shift': f'tanh(p/5) of {text}'}.get(self.activation, text)
         if self.tokens is not None:
-            return f'{self.columns} features at each position, {self.tokens} random tokens in front'
+            text = f'{self.columns} features at each position, {self.tokens} random tokens in front'
+            return text + (', in {}x{} blocks of {}x{}'.format(*self.blocks) if self.blocks else '')
         text = f'{self.rows}x{self.columns} channels'
         if (self.rows, self.columns) != tuple(shape[:2]):
             text += f' repeated to {shape[0]}x{shape[1]}'
-        return text if self.scale is None else f'{text}, times {self.scale:.3g}'
+        if self.scale is None:
+            return text
+        return f'{text}, times {self.scale:.3g}' + (
+            f' for kernels of {"x".join(map(str, self.kernel))}' if self.kernel else ''
+        )
 
 
 def random_tokens(tokens: int) -> int:
@@ -65,7 +74,13 @@ def random_tokens(tokens: int) -> int:
 
 
 def fit_of(
-    kind: DecodeKind, shape: tuple[int, ...], config: GHNConfig, *, position: bool = False
+    kind: DecodeKind,
+    shape: tuple[int, ...],
+    config: GHNConfig,
+    *,
+    position: bool = False,
+    kernel: tuple[int, ...] | None = None,
+    blocks: tuple[int, int, int, int] | None = None,
 ) -> tuple[tuple[int, int, int, int], Fit]:
     """How to decode a parameter of a shape.
 
@@ -74,6 +89,8 @@ def fit_of(
         shape: Of the parameter.
         config: Of the GHN.
         position: Whether it is a positional embedding, see :func:`timm_ghn.graph.vocabulary.positional_size`.
+        kernel: Shape (out, in, ...) of the kernels that it holds, where its own shape is another one.
+        blocks: (rows, columns, height, width) of the blocks in which a positional embedding is stored, if it is.
 
     Returns:
         Size (out, in, height, width) to request, and how to fit what comes back.
@@ -86,15 +103,16 @@ def fit_of(
         activation = 'gain' if kind is DecodeKind.WEIGHT_1D else 'shift'
         limit = config.num_classes if kind is DecodeKind.HEAD_BIAS else longest
         return (n, 1, 1, 1), Fit(min(n, limit), activation=activation if normalise else 'none')
-    scale = fan_in_scale(shape) if normalise else None
+    scale = fan_in_scale(kernel or shape) if normalise else None
     size = positional_size(shape) if position else None
     if size is not None:
         tokens, features = size
         scale = fan_in_scale((1, tokens, features)) if normalise else None
-        return encoded_position(shape), Fit(1, min(features, inputs), scale, tokens=random_tokens(tokens))
+        fit = Fit(1, min(features, inputs), scale, tokens=random_tokens(tokens), blocks=blocks)
+        return encoded_position(shape), fit
     height, width = (*shape[2:], 1, 1)[:2] if len(shape) < 5 else shape[-2:]
     limit = config.num_classes if kind is DecodeKind.HEAD_WEIGHT else outputs
-    return (shape[0], shape[1], height, width), Fit(min(shape[0], limit), min(shape[1], inputs), scale)
+    return (shape[0], shape[1], height, width), Fit(min(shape[0], limit), min(shape[1], inputs), scale, kernel=kernel)
 
 
 def fan_in_scale(shape: tuple[int, ...]) -> float | None:
@@ -136,6 +154,9 @@ def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.G
     size = positional_size(shape)
     if fit.tokens is not None and size is not None:
         positions = _tiled(_with_tokens(values, fit.tokens, size[0], generator), (1, *size))
+        if fit.blocks is not None:
+            rows, columns, height, width = fit.blocks
+            positions = positions.view(rows, height, columns, width, -1).transpose(1, 2)
         return (positions.transpose(1, 2) if has_features_first(shape) else positions).reshape(shape)
     return _tiled(_with_axes(values, len(shape)), shape)
 

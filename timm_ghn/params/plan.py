@@ -13,7 +13,7 @@ import torch
 from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.structure import Graph, ParameterInfo
-from timm_ghn.graph.vocabulary import encoded_position, positional_size
+from timm_ghn.graph.vocabulary import NO_ELEMENTS, NOT_FLOATING, encoded_position, positional_size
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.requests import DecodeKind, DecodeRequest
 from timm_ghn.params.fit import Fit, fit_of
@@ -201,14 +201,15 @@ def _kept(info: ParameterInfo, reason: str | None) -> ParameterRow:
 
 def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig) -> ParameterRow:
     if not info.dtype.is_floating_point:
-        return _kept(info, f'{info.dtype} is not a floating-point type')
+        return _kept(info, NOT_FLOATING)
     if info.numel == 0:
-        return _kept(info, 'has no elements')
+        return _kept(info, NO_ELEMENTS)
     part = graph if info.name in graph.node_of else graph.parts[-1]
     index = part.node_of[info.name]
     kind, role = _kind(info, part, index)
     row = index if part is graph else len(graph) + index
-    size, fit = fit_of(kind, info.shape, config, position=role == 'position')
+    node = part.nodes[index]
+    size, fit = fit_of(kind, info.shape, config, position=role == 'position', kernel=node.kernel, blocks=node.blocks)
     request = DecodeRequest(kind, row, size)
     return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, row, request, fit)
 

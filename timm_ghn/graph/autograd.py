@@ -1,0 +1,106 @@
+"""Read what autograd recorded: the backward functions behind some outputs, as plain records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Op:
+    """One backward function of the autograd graph.
+
+    Attributes:
+        name: Its class name, e.g. ``'AddBackward0'``.
+        inputs: What it reads, in order: the index of another op, or the name of a parameter.
+        reads_image: Whether it reads the network's input directly.
+        kernel_size: Saved kernel size of a pooling operator, if any.
+        dims: Dimensions that a reduction reduces, if it saved them.
+        rank: Number of dimensions of what a reduction reduces, if it saved them.
+        masks: Whether it multiplies by a tensor without a gradient, as dropout and stochastic depth do.
+        kernel: Shape of a convolution's kernel, if it is computed.
+        kernel_op: Index of the op that computes it.
+        sizes: Shape of what a view rearranges.
+    """
+
+    name: str
+    inputs: tuple[int | str, ...]
+    reads_image: bool = False
+    kernel_size: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    rank: int | None = None
+    masks: bool = False
+    kernel: tuple[int, ...] | None = None
+    kernel_op: int | None = None
+    sizes: tuple[int, ...] | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that it reads directly."""
+        return tuple(name for name in self.inputs if isinstance(name, str))
+
+    @property
+    def kind(self) -> str:
+        """The operator's name: the class name up to ``Backward``."""
+        return self.name.partition('Backward')[0]
+
+
+def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op, ...], tuple[int, ...]]:
+    """List the autograd graph depth first from the outputs, without recursion."""
+    order: dict[Any, int] = {}
+    below: list[list[Any]] = []
+    roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    stack = roots[::-1]
+    while stack:
+        function = stack.pop()
+        if function in order:
+            continue
+        order[function] = len(below)
+        below.append([child for child, _ in function.next_functions if child is not None])
+        stack.extend(child for child in reversed(below[-1]) if not hasattr(child, 'variable'))
+    ops = []
+    for function, children in zip(order, below, strict=True):
+        inputs: list[int | str] = []
+        reads_image = False
+        for child in children:
+            variable = getattr(child, 'variable', None)
+            if variable is None:
+                inputs.append(order[child])
+            elif id(variable) in names:
+                inputs.append(names[id(variable)])
+            else:
+                reads_image = True
+        op = _op(function, tuple(inputs), reads_image)
+        if op.kind == 'Convolution' and (computes := function.next_functions[1][0]) in order:
+            op = dataclasses.replace(op, kernel=tuple(function._saved_weight.shape), kernel_op=order[computes])
+        ops.append(op)
+    return tuple(ops), tuple(dict.fromkeys(order[root] for root in roots))
+
+
+def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
+    """Record a backward function with what it saved about pooling, reducing and rearranging."""
+    name = type(function).__name__
+    kernel_size = dims = rank = sizes = None
+    if 'Pool' in name and hasattr(function, '_saved_kernel_size'):
+        kernel_size = tuple(int(k) for k in function._saved_kernel_size)
+    if name.startswith('Mean') and hasattr(function, '_saved_self_sym_sizes'):
+        rank = len(function._saved_self_sym_sizes)
+        saved = getattr(function, '_saved_dim', None)
+        # Negative dimensions are saved as unsigned 64-bit numbers.
+        dims = None if saved is None else tuple((int(d) + 2**63) % 2**64 - 2**63 for d in saved)
+        dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
+    if name.startswith(('View', 'UnsafeView')):
+        sizes = tuple(int(n) for n in function._saved_self_sym_sizes)
+    masks = _masks(function, name, inputs)
+    return Op(name, inputs, reads_image, kernel_size, dims, rank, masks, sizes=sizes)
+
+
+def _masks(function: Any, name: str, inputs: tuple[int | str, ...]) -> bool:
+    """Whether a product's other factor is a tensor (not a number) without a gradient."""
+    if not name.startswith('Mul') or len(inputs) != 1 or isinstance(inputs[0], str):
+        return False
+    factors = (getattr(function, '_saved_self', None), getattr(function, '_saved_other', None))
+    return any(isinstance(factor, Tensor) and factor.dim() > 0 and not factor.requires_grad for factor in factors)
