@@ -64,7 +64,7 @@ def test_a_prediction_fits_the_model_and_initialising_writes_it(name, ghn):
     names = {name for row in prediction.plan.predicted for name in (row.name, *row.aliases)}
     assert prediction.state_dict.keys() == names
     assert all(bool(tensor.isfinite().all()) for tensor in prediction.state_dict.values())
-    assert ghn_init(case.model, ghn, **case.options) is case.model
+    assert ghn_init(case.model, ghn, postprocess=None, **case.options) is case.model
     after = snapshot(case.model)
     first_names = {row.name for row in prediction.plan.predicted}
     assert equal(
@@ -102,7 +102,7 @@ def test_a_prediction_can_be_loaded_into_another_copy(name, ghn):
     assert set(result.missing_keys) <= {row.name for row in prediction.plan.kept} | aliases | {
         key for key, _ in copied.named_buffers()
     }
-    ghn_init(case.model, ghn, **case.options)
+    ghn_init(case.model, ghn, postprocess=None, **case.options)
     parameters = dict(case.model.named_parameters())
     for row in prediction.plan.predicted:
         assert torch.equal(dict(copied.named_parameters())[row.name], parameters[row.name])
@@ -178,7 +178,7 @@ def test_tied_parameters_stay_tied_and_are_written_once(ghn):
     case = NETWORKS['tied']()
     prediction = predict(case.model, ghn, head='predict', **case.options)
     assert prediction.state_dict['body.3.weight'] is prediction.state_dict['body.5.weight']
-    ghn_init(case.model, ghn, head='predict', **case.options)
+    ghn_init(case.model, ghn, head='predict', postprocess=None, **case.options)
     assert case.model.body[3].weight is case.model.body[5].weight
     assert torch.equal(case.model.body[5].weight, prediction.state_dict['body.3.weight'])
 
@@ -379,6 +379,7 @@ def test_a_prediction_says_where_it_comes_from(ghn):
         'input_size': [3, 160, 160],
         'head': 'keep',
         'seed': 3,
+        'postprocess': None,
         'tensors': len(list(model.parameters())),
         'predicted_tensors': len(plan.predicted),
         'elements': sum(p.numel() for p in model.parameters()),

@@ -19,6 +19,7 @@ from torch import nn
 
 from timm_ghn import source
 from timm_ghn.errors import GHNNotFoundError
+from timm_ghn.postprocess import DEFAULT, PostProcess
 
 NAMED = 'ghn-of-the-catalogue'
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -293,6 +294,7 @@ class TestTruth:
             'revision': '0123abc',
             'file': 'ghn.pt',
             'embedded': 'False',
+            'postprocess': PostProcess.of(DEFAULT).describe(),
         }
         assert 'some-ghn' in cfg['description']
         assert (cfg['num_classes'], cfg['classifier'], cfg['first_conv']) == (1000, 'fc', 'conv1.0')

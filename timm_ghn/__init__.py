@@ -4,6 +4,7 @@ Importing this package makes GHNs a pretrained-weight source of timm: ``timm.cre
 """
 
 from timm_ghn import source as source
+from timm_ghn.batchnorm import batch_statistics as batch_statistics, calibrate_batchnorm_ as calibrate_batchnorm_
 from timm_ghn.errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -21,6 +22,7 @@ from timm_ghn.hub.load import load_ghn as load_ghn
 from timm_ghn.nn.config import GHNConfig as GHNConfig
 from timm_ghn.nn.ghn import GHN as GHN
 from timm_ghn.params.plan import ParameterPlan as ParameterPlan, plan_parameters as plan_parameters
+from timm_ghn.postprocess import PostProcess as PostProcess, postprocess_ as postprocess_
 from timm_ghn.prediction import Prediction as Prediction, ghn_init as ghn_init, predict as predict
 from timm_ghn.source import register as register, unregister as unregister
 from timm_ghn.version import __version__ as __version__

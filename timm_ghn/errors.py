@@ -30,8 +30,16 @@ class GHNNotFoundError(GHNError, LookupError):
 
 
 class PredictionError(GHNError, RuntimeError):
-    """A GHN predicted values that are not finite; the model was left as it was."""
+    """Values that were predicted, or are to be post-processed, are not finite; the model was left as it was."""
 
 
 class GHNFallbackWarning(UserWarning):
     """The default GHN could not be had, and the one inside the package serves instead."""
+
+
+class DataError(GHNError, ValueError):
+    """A data set cannot be found or read, or does not have what training needs."""
+
+
+class TrainingError(GHNError, RuntimeError):
+    """Training cannot go on; what was finished is on the disk."""

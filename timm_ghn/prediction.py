@@ -18,7 +18,9 @@ from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.requests import Block, DecodeRequest
 from timm_ghn.params.fit import Fit, scaled, write
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
+from timm_ghn.postprocess import DEFAULT, PostProcess, processed_layers, write_processed
 from timm_ghn.version import __version__
+from timm_ghn.writable import check_finite, check_storage, check_writable
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -76,7 +78,7 @@ def predict(
         _write_all(chosen, embeddings_Nd, plan, found, seed)
         if not _cannot_overflow(chosen, embeddings_Nd, plan):
             for row in plan.predicted:
-                _check_finite(row, found[row.name])
+                check_finite(f"values predicted for '{row.name}'", found[row.name])
     state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
 
@@ -89,9 +91,10 @@ def ghn_init(
     example_inputs: Any = None,
     head: str = 'auto',
     seed: int = 0,
+    postprocess: PostProcess | str | None = DEFAULT,
     device: torch.device | str | None = None,
 ) -> M:
-    """Initialise a model with predicted parameters, in place.
+    """Initialise a model with predicted parameters, in place, and post-process them as a start for training.
 
     Either all predicted parameters are written or, if anything fails, none. Their device, dtype and
     ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters that are not predicted.
@@ -103,30 +106,39 @@ def ghn_init(
         example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
         head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
             always, 'keep' never.
-        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
+        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding; and of
+            the noise of a post-processing that is named.
+        postprocess: 'orth' or 'noise', see :data:`timm_ghn.postprocess.NAMED`, or options; None leaves the parameters
+            as they were predicted.
         device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
 
     Returns:
         The same model.
 
     Raises:
+        ConfigError: if ``head`` or ``postprocess`` is something else.
         UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device.
         PredictionError: if a predicted value is not finite.
         GHNError: if the GHN cannot be loaded.
     """
+    options = PostProcess.of(postprocess, seed=seed)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        _check_storage(name, parameter)
+        check_storage(name, parameter)
     chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
     for row in plan.predicted:
-        _check_writable(row.name, parameters[row.name])
+        check_writable(row.name, parameters[row.name])
     with torch.no_grad():
         embeddings_Nd = _embed(chosen, graph)
         # All or nothing: writing begins when it is certain that no value can be refused.
         if not _cannot_overflow(chosen, embeddings_Nd, plan):
             for row, block in _blocks(chosen, embeddings_Nd, plan):
-                _check_finite(row, scaled(block.values, _fit(row)).to(row.dtype))
+                values = scaled(block.values, _fit(row)).to(row.dtype)
+                check_finite(f"values predicted for '{row.name}'", values)
         _write_all(chosen, embeddings_Nd, plan, parameters, seed)
+    if options is not None:
+        # What was written is finite, and post-processing keeps it so.
+        write_processed({row.name: parameters[row.name] for row in processed_layers(plan, options)}, options)
     return model
 
 
@@ -200,35 +212,9 @@ def _fit(row: ParameterRow) -> Fit:
     return row.fit
 
 
-def _check_storage(name: str, parameter: Tensor) -> None:
-    if parameter.is_meta:
-        raise UnsupportedModelError(
-            f"'{name}' is on the meta device and has no storage to write to; call model.to_empty(device=...) "
-            'first, or load predict(model).state_dict with assign=True'
-        )
-
-
-def _check_writable(name: str, parameter: Tensor) -> None:
-    """Refuse what cannot be written in place, before anything is."""
-    if parameter.is_inference() and not torch.is_inference_mode_enabled():
-        raise UnsupportedModelError(
-            f"'{name}' was made in inference mode and can be written only there; "
-            'call ghn_init in torch.inference_mode() as well, or build the model outside of it'
-        )
-    shared = any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    if shared:
-        raise UnsupportedModelError(
-            f"several elements of '{name}' share their memory (an expanded tensor); give the model its own copy"
-        )
-
-
-def _check_finite(row: ParameterRow, values: Tensor) -> None:
-    # The sum of finite values may overflow, so only a suspicious sum is looked into.
-    if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
-        raise PredictionError(f"values predicted for '{row.name}' are not finite in {values.dtype}")
-
-
-def provenance(ghn: GHN, plan: ParameterPlan, *, head: str, seed: int) -> dict[str, Any]:
+def provenance(
+    ghn: GHN, plan: ParameterPlan, *, head: str, seed: int, postprocess: PostProcess | None = None
+) -> dict[str, Any]:
     """Facts about a prediction, for files and model cards."""
     origin = ghn.origin
     totals = plan.summary()
@@ -241,6 +227,7 @@ def provenance(ghn: GHN, plan: ParameterPlan, *, head: str, seed: int) -> dict[s
         'input_size': list(plan.graph.input_size),
         'head': head,
         'seed': seed,
+        'postprocess': None if postprocess is None else postprocess.to_dict(),
         'tensors': totals['tensors'],
         'predicted_tensors': totals['predicted_tensors'],
         'elements': totals['elements'],

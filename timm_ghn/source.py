@@ -299,6 +299,8 @@ def _cfg_of(
     Facts about the GHN stand in ``notes``, one ``'key: value'`` each: timm has no entry for them, and refuses a cfg
     with entries that it does not know.
     """
+    from timm_ghn.postprocess import DEFAULT, PostProcess
+
     facts = dataclasses.asdict(ghn.origin) if ghn.origin else {}
     if facts.get('file'):
         # timm writes the cfg into what it uploads: the folders of this machine are not for others to read.
@@ -307,10 +309,12 @@ def _cfg_of(
     entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
     if not isinstance(pretrained_cfg, str):
         entries |= _said(architecture, pretrained_cfg)
+    options = PostProcess.of(DEFAULT)
+    facts |= {'postprocess': options.describe() if options else 'none'}
     entries |= {
         'tag': tag,
         'source': DEFAULT_TAG,
-        'description': f'Parameters predicted by the graph hypernetwork {name}, without training.',
+        'description': f'Parameters predicted by the graph hypernetwork {name} and post-processed, without training.',
         'notes': (f'ghn: {name}', *(f'{key}: {value}' for key, value in facts.items() if value is not None)),
     }
     return dataclasses.replace(_blank_cfg(architecture), **entries)

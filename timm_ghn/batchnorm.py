@@ -1,0 +1,165 @@
+"""Statistics of batch normalisation, which are not predicted: computed from a few batches, or from each batch itself.
+
+A predicted network has the running statistics of an untrained one, so that its output in eval mode means nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+
+from timm_ghn.errors import ConfigError, PredictionError
+
+M = TypeVar('M', bound=nn.Module)
+
+#: Where a batch that is a mapping holds its images.
+IMAGE_KEYS = ('image', 'images', 'pixel_values')
+
+
+def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.device | str | None = None) -> M:
+    """Compute the running statistics of batch normalisation anew, in place, with ``torch``'s ``update_bn``.
+
+    Each statistic becomes the mean over the batches, of equal weight. Only batch normalisation is in training mode
+    meanwhile: dropout and stochastic depth are off. A model without batch normalisation is returned as it is.
+
+    Args:
+        model: The network.
+        batches: Images, as tensors, as tuples that begin with them, or as mappings under one of :data:`IMAGE_KEYS`.
+            All of it is used: give a few batches, drawn at random over the classes, of the size used in training.
+        device: Where to move the images; by default to where the model is.
+
+    Returns:
+        The same model, in the modes that it was in.
+
+    Raises:
+        ConfigError: if there is no batch, or no image in one.
+        PredictionError: if a statistic is not finite. After this error, as after any other, the statistics are as
+            they were.
+    """
+    norms = _norms(model)
+    if not norms:
+        return model
+    before = {norm: {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms}
+    momenta = {norm: norm.momentum for norm in norms}
+    modes = _modes(model)
+    images = _Images(batches, device or _device(model))
+    try:
+        update_bn(images, _OnlyNorms(model, norms))
+        if not images.count:
+            raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
+        _check_statistics(model)
+    except BaseException:
+        for norm, buffers in before.items():
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)
+        raise
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        _restore(modes)
+    return model
+
+
+@contextlib.contextmanager
+def batch_statistics(model: M) -> Iterator[M]:
+    """Let batch normalisation use the statistics of each batch, as the papers evaluate predicted networks.
+
+    Within the context all else is in eval mode, and running statistics are neither read nor changed. Afterwards all
+    modes are as they were.
+
+    Args:
+        model: The network.
+    """
+    norms, modes = _norms(model), _modes(model)
+    tracked = [norm.track_running_stats for norm in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.track_running_stats = False
+            norm.training = True
+        yield model
+    finally:
+        for norm, flag in zip(norms, tracked, strict=True):
+            norm.track_running_stats = flag
+        _restore(modes)
+
+
+class _OnlyNorms(nn.Module):
+    """A model whose training mode is that of its batch normalisation; the rest is in eval mode."""
+
+    def __init__(self, model: nn.Module, norms: list[_BatchNorm]) -> None:
+        super().__init__()
+        self.model = model
+        self._norms = norms
+
+    def train(self, mode: bool = True) -> _OnlyNorms:
+        """Switch batch normalisation."""
+        self.model.eval()
+        for norm in self._norms:
+            norm.training = mode
+        return self
+
+    def forward(self, images: Tensor) -> Any:
+        """What the model computes."""
+        return self.model(images)
+
+
+class _Images:
+    """The images of batches of any kind; counts them."""
+
+    def __init__(self, batches: Iterable[Any], device: torch.device | str) -> None:
+        self.batches = batches
+        self.device = device
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            yield _images(batch).to(self.device)
+            self.count += 1
+
+
+def _images(batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        batch = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
+    elif isinstance(batch, list | tuple) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise ConfigError(
+            'expected batches to be image tensors, tuples that begin with one, or mappings with one of the keys '
+            f'{", ".join(IMAGE_KEYS)} (got {type(batch).__name__})'
+        )
+    return batch
+
+
+def _check_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        for statistic in (module.running_mean, module.running_var):
+            if statistic is not None and not bool(statistic.isfinite().all()):
+                raise PredictionError(
+                    f"the statistics of '{name}' on these batches are not finite; the old ones were left in place"
+                )
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device('cpu'))

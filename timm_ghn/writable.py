@@ -1,0 +1,54 @@
+"""What must hold before a model's parameters are written in place: all of them, or none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from timm_ghn.errors import PredictionError, UnsupportedModelError
+
+
+def check_storage(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter without storage.
+
+    Raises:
+        UnsupportedModelError: if it is on the meta device.
+    """
+    if parameter.is_meta:
+        raise UnsupportedModelError(
+            f"'{name}' is on the meta device and has no storage to write to; call model.to_empty(device=...) "
+            'first, or load predict(model).state_dict with assign=True'
+        )
+
+
+def check_writable(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter that cannot be written in place.
+
+    Raises:
+        UnsupportedModelError: if it was made in inference mode, or if its elements share memory.
+    """
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        raise UnsupportedModelError(
+            f"'{name}' was made in inference mode and can be written only there; "
+            'make this call in torch.inference_mode() as well, or build the model outside of it'
+        )
+    shared = any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    if shared:
+        raise UnsupportedModelError(
+            f"several elements of '{name}' share their memory (an expanded tensor); give the model its own copy"
+        )
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Refuse values that are not finite.
+
+    Args:
+        what: What the values are, in words that the error begins with.
+        values: Floating-point values of any dtype.
+
+    Raises:
+        PredictionError: if one is infinite or not a number.
+    """
+    # The sum of finite values may overflow, so only a suspicious sum is looked into.
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        raise PredictionError(f'{what} are not finite in {values.dtype}')
