@@ -6,7 +6,8 @@
     python benchmarks/predict.py --compare 'python other.py'      # another implementation, in the same run
     python benchmarks/predict.py --seconds ghn3_tm8 resnet50      # one number: makes this script such a command
 
-Weights are random, hyper-parameters those of hub_configs; a path is a GHN on disk. Times are CPU seconds of one thread
+Predictions are raw: post-processing is no part of them, nor of the reference's figures. Weights are random,
+hyper-parameters those of hub_configs; a path is a GHN on disk. Times are CPU seconds of one thread
 (on a GPU: seconds), the least of --repeat runs. The limit is the decoder's least number of multiplications at the rate
 of a large matrix product, plus the time to fill as many bytes as are written, both measured in the same run. --compare
 runs a command after each of our measurements, with the names of the GHN and the network as its last arguments; its
@@ -197,7 +198,7 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
             if stage == 'decode':
                 blocks.clear()
             seconds[stage] = machine.least(action)
-    total = machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict'))
+    total = machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None))
     predicted = sum(row.numel for row in plan.predicted)
     image, bare = torch.empty(2, *graph.input_size, device='meta'), model.to('meta').train()
     return Times(
@@ -297,11 +298,11 @@ _PREDICTING = (
     _PEAK
     + """
 ghn, model = predict.ghn_of(sys.argv[2], torch.device('cpu')), timm.create_model(sys.argv[3])
-timm_ghn.ghn_init(timm.create_model('test_resnet'), ghn, head='predict')  # buffers of libraries, lazy imports
+timm_ghn.ghn_init(timm.create_model('test_resnet'), ghn, postprocess=None)  # buffers of libraries, lazy imports
 size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 forget_peak()
 before = memory('VmRSS')
-timm_ghn.ghn_init(model, ghn, head='predict')
+timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None)
 print(size, memory('VmHWM') - before)
 """
 )
@@ -421,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seconds:
         ghn, model = ghn_of(args.seconds[0], device), timm.create_model(args.seconds[1]).to(device)
         machine = Machine(device, args.repeat, 1, 1)
-        print(machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict')))
+        print(machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None)))
         return
     machine = measure_machine(device, args.repeat)
     command = shlex.join(sys.argv[1:] if argv is None else argv)

@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import TINY, make_ghn
 
 from timm_ghn import GHN
+
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long
 
 
 @pytest.fixture(scope='session')
@@ -15,6 +18,15 @@ def golden() -> Path:
     place = Path(os.environ.get('TIMM_GHN_GOLDEN') or Path(__file__).parents[2] / 'shared' / 'golden')
     if not (place / 'README.md').exists():
         pytest.skip('no golden data: set TIMM_GHN_GOLDEN to its folder')
+    return place
+
+
+@pytest.fixture(scope='session')
+def image_data() -> Path:
+    """Folders of real images as parquet files."""
+    place = Path(os.environ.get('TIMM_GHN_DATA') or Path(__file__).parents[2] / 'shared' / 'data')
+    if not (place / 'cifar10').is_dir():
+        pytest.skip('no real images: set TIMM_GHN_DATA to a folder with cifar10/*.parquet')
     return place
 
 

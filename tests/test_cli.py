@@ -19,11 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import timm_ghn
-from timm_ghn import cli
+from timm_ghn import PostProcess, cli, norms
 from timm_ghn.errors import GHNNotFoundError
 from timm_ghn.hub import load
 from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.postprocess import NAMED
+from timm_ghn.report import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,6 +78,60 @@ def test_predict_writes_what_plain_timm_reads(run, tmp_path):
     assert os.listdir(tmp_path) == ['out.safetensors']
 
 
+@pytest.mark.parametrize(('choice', 'options'), [('noise', 'noise'), ('none', None), ('orth', 'orth')])
+def test_predict_post_processes_as_asked(run, choice, options):
+    code, out, _ = run(f'predict test_vit --seed 3 --postprocess {choice} -o out.safetensors --json')
+    assert code == 0
+    torch.manual_seed(3)
+    expected = timm.create_model('test_vit')
+    timm_ghn.ghn_init(expected, EMBEDDED, seed=3, postprocess=options)
+    read = load_file('out.safetensors')
+    assert all(torch.equal(tensor, read[name]) for name, tensor in expected.state_dict().items())
+    resolved = PostProcess.of(options, seed=3)
+    assert json.loads(out)['provenance']['postprocess'] == (resolved.to_dict() if resolved else None)
+
+
+def test_the_command_line_knows_every_named_post_processing():
+    args = ['predict', 'test_vit', '-o', 'out.safetensors']
+    for name in (*NAMED, 'none'):
+        assert cli._parser().parse_args([*args, '--postprocess', name]).postprocess == name
+
+
+def test_diversity_compares_predicted_post_processed_and_random_weights(run, tmp_path):
+    code, out, err = run('inspect test_resnet --diversity')
+    assert (code, err) == (0, '')
+    table = out.split('\n\n')[0].splitlines()[2:]
+    code, out, _ = run('inspect test_resnet --json --plot out.png')
+    assert code == 0, '--plot implies --diversity'
+    answer = json.loads(out)
+    assert answer['postprocess'] == NAMED['orth'].to_dict()
+    assert len(answer['diversity']) == len(table) > 1
+    assert [line.split()[1] for line in table] == [layer['name'] for layer in answer['diversity']]
+    marked = [line.split()[0].endswith('*') for line in table]
+    assert marked == [layer['processed'] for layer in answer['diversity']]
+    assert True in marked
+    for layer in answer['diversity']:
+        assert (layer['predicted'] != layer['postprocessed']) is layer['processed']
+        assert layer['predicted'] != layer['random']
+    assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_diversity_follows_the_choice_of_post_processing(run):
+    _, out, _ = run('inspect test_resnet --diversity --postprocess none --json')
+    answer = json.loads(out)
+    assert answer['postprocess'] is None
+    assert all(layer['predicted'] == layer['postprocessed'] for layer in answer['diversity'])
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    monkeypatch.delitem(sys.modules, 'timm_ghn.picture', raising=False)
+    code, out, err = run('inspect test_resnet --plot out.png')
+    assert (code, out) == (2, '')
+    assert 'pip install matplotlib' in err
+    assert not os.listdir()
+
+
 def test_the_header_says_where_the_weights_come_from(run):
     run('predict test_resnet --in-chans 1 --img-size 64 --head keep -o out.safetensors')
     with safe_open('out.safetensors', framework='pt') as file:
@@ -123,7 +179,7 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch):
         part.write_text('half')
         raise OSError('no space left on device')
 
-    monkeypatch.setattr('safetensors.torch.save_file', fail)
+    monkeypatch.setattr('timm_ghn.output.save_file', fail)
     code, _, err = run('predict test_resnet -o out.safetensors')
     assert (code, err) == (2, 'timm-ghn: error: no space left on device\n')
     assert path.read_text() == 'old'
@@ -172,6 +228,9 @@ ERRORS = {
     'other kind of file': 'predict test_resnet -o out.pt',
     'no such folder': 'predict test_resnet -o nothing/out.safetensors',
     'folder': 'predict test_resnet -o folder.safetensors',
+    'unknown post-processing': 'predict test_resnet -o out.safetensors --postprocess maybe',
+    'other kind of picture': 'inspect test_resnet --plot out.jpg',
+    'no such folder for the picture': 'inspect test_resnet --plot nothing/out.png',
     'GHN without published norms': f'verify {EMBEDDED}',
     'unknown GHN to verify': 'verify ghn4',
     'network without a published norm': 'verify ghn2 --arch resnet51',
@@ -225,7 +284,7 @@ def publish(monkeypatch):
 def norm_of(arch: str) -> float:
     """The norm as its authors compute it: of the vector of the parameters' norms."""
     model = torchvision.models.get_model(arch, weights=None)
-    timm_ghn.ghn_init(model, EMBEDDED, head='predict')
+    timm_ghn.ghn_init(model, EMBEDDED, head='predict', postprocess=None)
     return float(torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in model.parameters()])))
 
 
@@ -235,7 +294,7 @@ def test_verify_passes_where_norms_agree_and_fails_where_one_differs(run, publis
     code, out, _ = run(f'verify {EMBEDDED}')
     assert code == 0
     assert '2 of 2 norms agree' in out
-    publish({**published, 'squeezenet1_1': published['squeezenet1_1'] + 2 * cli.NORM_TOLERANCE})
+    publish({**published, 'squeezenet1_1': published['squeezenet1_1'] + 2 * norms.NORM_TOLERANCE})
     code, out, _ = run(f'verify {EMBEDDED}')
     assert code == 1
     assert '1 of 2 norms agree' in out
@@ -245,11 +304,11 @@ def test_verify_passes_where_norms_agree_and_fails_where_one_differs(run, publis
 
 def test_a_norm_that_is_not_a_number_does_not_agree(run, publish, monkeypatch):
     publish({'squeezenet1_1': 1.0})
-    monkeypatch.setattr(cli, 'predicted_norm', lambda arch, ghn: math.nan)
+    monkeypatch.setattr(norms, 'predicted_norm', lambda arch, ghn: math.nan)
     assert run(f'verify {EMBEDDED}')[0] == 1
 
 
-@pytest.mark.parametrize('command', ['', 'list', 'predict', 'inspect', 'verify'])
+@pytest.mark.parametrize('command', ['', 'list', 'predict', 'inspect', 'finetune', 'verify'])
 def test_help_has_an_example(run, command):
     code, out, _ = run(f'{command} --help')
     assert code == 0
@@ -265,7 +324,8 @@ def test_every_command_of_the_readme_is_understood():
     ]
     assert len(lines) >= 4
     for line in [*lines, *cli._EXAMPLES.values()]:
-        cli._parser().parse_args(shlex.split(line)[1:])
+        arguments = shlex.split(line)[1:]
+        cli._parser(arguments).parse_args(arguments)
 
 
 def test_the_module_is_the_command():
@@ -282,5 +342,5 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def test_columns_of_numbers_are_aligned_to_the_right():
-    lines = list(cli.aligned(('name', 'size'), [('a', '7'), ('bcdef', '1,024')]))
+    lines = list(aligned(('name', 'size'), [('a', '7'), ('bcdef', '1,024')]))
     assert lines == ['name    size', '-----  -----', 'a          7', 'bcdef  1,024']

@@ -1,4 +1,4 @@
-"""Command line: ``timm-ghn list | predict | inspect | verify``.
+"""Command line: ``timm-ghn list | predict | inspect | finetune | verify``.
 
 Results go to the standard output, progress and errors to the standard error. Exit code 0: done; 1: ``verify`` found a
 network whose norm differs; 2: an error, told in one line.
@@ -9,33 +9,25 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import math
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from timm_ghn.errors import ConfigError, GHNError, UnsupportedModelError
+from timm_ghn.errors import GHNError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from timm_ghn.nn.ghn import GHN
-    from timm_ghn.params.plan import ParameterPlan
-
-#: A norm agrees with the published one when it differs by less (GHN-3's authors use the same bound).
-NORM_TOLERANCE = 0.01
-
-#: torchvision networks that warn, and take minutes, unless told not to draw weights that are then overwritten.
-_SLOW_INITIALISATION = ('googlenet', 'inception_v3')
+    from timm_ghn.postprocess import PostProcess
 
 _EXAMPLES = {
     'list': 'timm-ghn list',
     'predict': 'timm-ghn predict resnet50 --num-classes 10 -o out.safetensors',
     'inspect': 'timm-ghn inspect convnext_base',
+    'finetune': 'timm-ghn finetune --model resnet18 --dataset uoft-cs/cifar10 --image-size 32 --shots 100',
     'verify': 'timm-ghn verify ghn3_tm8 --arch resnet50 --arch vit_b_16',
 }
 
@@ -49,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(given).parse_args(given)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         with warnings.catch_warnings():
@@ -87,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(f"{message}; see '{self.prog} --help'"))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     from timm_ghn.version import __version__
 
     parser = _Parser(
@@ -112,8 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='file.safetensors to write')
     predict.add_argument('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
 
-    inspect = add('inspect', inspect_model, 'Print what a GHN would predict of a timm model, without predicting it.')
+    inspect = add('inspect', inspect_model, 'Print what a GHN would predict of a timm model, or how diverse it is.')
     _add_model_options(inspect)
+    inspect.add_argument(
+        '--diversity',
+        action='store_true',
+        help='predict, and print how different the channels of each layer are: predicted, post-processed, random',
+    )
+    inspect.add_argument('--plot', type=Path, metavar='FILE', help='also draw that into FILE (.png, .pdf or .svg)')
+
+    finetuning = add('finetune', finetune_model, 'Fine-tune a timm model from a predicted, random or pretrained start.')
+    if argv[:1] == ['finetune']:
+        # Its options come from a module that needs the packages of the extra 'finetune'.
+        _finetune_options().add_arguments(finetuning)
 
     verify = add('verify', verify_ghn, 'Compare the norms of predicted torchvision networks with the published ones.')
     verify.add_argument('name', metavar='NAME', help="a GHN of 'timm-ghn list'; it is downloaded where necessary")
@@ -135,6 +139,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         default='auto',
         help='the classifier: predict it, keep it as drawn, or predict it where it fits the GHN (auto, the default)',
     )
+    parser.add_argument(
+        '--postprocess',
+        choices=('orth', 'noise', 'none'),
+        help='what is done to predicted weights before training (default: orth)',
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -154,6 +163,7 @@ def _positive(text: str) -> int:
 def list_ghns(args: argparse.Namespace) -> int:
     """Print the catalogue."""
     from timm_ghn.hub.catalogue import known_ghns
+    from timm_ghn.report import aligned
 
     entries = known_ghns()
     if args.json:
@@ -163,37 +173,47 @@ def list_ghns(args: argparse.Namespace) -> int:
         (name, f'{entry.num_parameters:,}', str(entry.config.num_classes), entry.source, entry.description)
         for name, entry in entries.items()
     ]
-    _print_table(('name', 'parameters', 'classes', 'from', 'what it is'), rows)
+    _print_lines(aligned(('name', 'parameters', 'classes', 'from', 'what it is'), rows))
     return 0
 
 
 def predict_weights(args: argparse.Namespace) -> int:
-    """Predict the weights of a timm model and write them with those that are kept."""
+    """Predict the weights of a timm model and write them with those that are kept, as ``ghn_init`` leaves them."""
     from timm_ghn.hub.load import load_ghn
-    from timm_ghn.prediction import predict
+    from timm_ghn.output import check_output, write_state_dict
+    from timm_ghn.postprocess import postprocess_
+    from timm_ghn.prediction import predict, provenance
+    from timm_ghn.report import totals_table
 
-    _check_output(args.output)
+    check_output(args.output)
+    options = _postprocess(args)
     model = build_model(args)
     ghn = load_ghn(args.ghn, device=args.device)
     prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
+    model.load_state_dict(prediction.state_dict, strict=False)
+    postprocess_(model, options, plan=prediction.plan)
     recipe = {'architecture': args.model, **_model_options(args)}
-    state_dict = {**model.state_dict(), **prediction.state_dict}
-    write_state_dict(state_dict, args.output, {**recipe, 'provenance': prediction.provenance})
+    facts = provenance(ghn, prediction.plan, head=args.head, seed=args.seed, postprocess=options)
+    write_state_dict(model.state_dict(), args.output, {**recipe, 'provenance': facts})
     if args.json:
-        _print_json({'file': str(args.output), **recipe, 'provenance': prediction.provenance})
+        _print_json({'file': str(args.output), **recipe, 'provenance': facts})
         return 0
-    _print_totals(prediction.plan)
-    options = ''.join(f', {name}={value}' for name, value in _model_options(args).items())
-    print(f"\n{args.output} is read by\n  timm.create_model('{args.model}'{options}, checkpoint_path='{args.output}')")
+    _print_lines(totals_table(prediction.plan))
+    print(f'\npost-processing: {options.describe() if options else "none"}')
+    given = ''.join(f', {name}={value}' for name, value in _model_options(args).items())
+    print(f"\n{args.output} is read by\n  timm.create_model('{args.model}'{given}, checkpoint_path='{args.output}')")
     return 0
 
 
 def inspect_model(args: argparse.Namespace) -> int:
-    """Print the plan of a timm model."""
+    """Print the plan of a timm model, or the diversity of the weights that are predicted for it."""
     from timm_ghn.graph.build import trace
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.params.plan import plan_parameters
+    from timm_ghn.report import plan_table, totals_table
 
+    if args.diversity or args.plot:
+        return _inspect_diversity(args)
     model = build_model(args)
     ghn = load_ghn(args.ghn)
     graph = trace(model, input_size=_input_size(args, model), rules=ghn.config.rules)
@@ -201,23 +221,83 @@ def inspect_model(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({'architecture': args.model, **_model_options(args), 'ghn': ghn.config.name, **plan.to_dict()})
         return 0
-    rows = [
-        (row.name, 'x'.join(map(str, row.shape)), row.role, '-' if row.node is None else str(row.node), row.how)
-        for row in plan
-    ]
-    _print_table(('parameter', 'shape', 'role', 'node', 'how'), rows)
+    _print_lines(plan_table(plan))
     print()
-    _print_totals(plan)
+    _print_lines(totals_table(plan))
     return 0
 
 
-def _print_totals(plan: ParameterPlan) -> None:
-    """Tensors and elements of a model: predicted, and kept by reason."""
-    totals = plan.summary()
-    rows = [('predicted', totals['predicted_tensors'], totals['predicted_elements'])]
-    rows += [(f'kept: {reason}', kept['tensors'], kept['elements']) for reason, kept in totals['kept'].items()]
-    rows.append(('all', totals['tensors'], totals['elements']))
-    _print_table(('parameters', 'tensors', 'elements'), [(name, f'{n:,}', f'{size:,}') for name, n, size in rows])
+def _inspect_diversity(args: argparse.Namespace) -> int:
+    """Print, and draw, how different the channels are: predicted, post-processed and random."""
+    from tqdm import tqdm
+
+    from timm_ghn.diversity import compare
+    from timm_ghn.hub.load import load_ghn
+    from timm_ghn.output import check_output
+    from timm_ghn.postprocess import layers
+    from timm_ghn.prediction import predict
+    from timm_ghn.report import diversity_table
+
+    if args.plot:
+        from timm_ghn.picture import SUFFIXES, draw
+
+        check_output(args.plot, SUFFIXES)
+    options = _postprocess(args)
+    model = build_model(args)
+    ghn = load_ghn(args.ghn)
+    prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
+    plan = prediction.plan
+    found = compare(prediction.state_dict, dict(model.named_parameters()), plan, options)
+    comparisons = list(tqdm(found, desc='measuring', unit='layer', total=len(layers(plan)), disable=None))
+    if args.plot:
+        how = options.describe() if options else 'none'
+        draw(comparisons, args.plot, title=f'{args.model}, {ghn.config.name or args.ghn}; post-processing: {how}')
+    if args.json:
+        facts = {'architecture': args.model, **_model_options(args), 'ghn': ghn.config.name}
+        facts['postprocess'] = options.to_dict() if options else None
+        _print_json({**facts, 'diversity': [comparison.to_dict() for comparison in comparisons]})
+        return 0
+    _print_lines(diversity_table(comparisons))
+    return 0
+
+
+def _postprocess(args: argparse.Namespace) -> PostProcess | None:
+    """The post-processing of the command line, whose noise has the seed of ``--seed``."""
+    from timm_ghn.postprocess import DEFAULT, PostProcess
+
+    name = DEFAULT if args.postprocess is None else args.postprocess
+    return PostProcess.of(None if name == 'none' else name, seed=args.seed)
+
+
+def _finetune_options() -> Any:
+    try:
+        from timm_ghn.finetune import options
+    except ImportError as error:
+        raise SystemExit(
+            _fail(f"fine-tuning needs more packages ({error}): pip install 'timm-ghn[finetune]'")
+        ) from error
+    return options
+
+
+def finetune_model(args: argparse.Namespace) -> int:
+    """Fine-tune a model."""
+    import logging
+
+    options = _finetune_options().options_of(args)
+    from timm_ghn.finetune.loop import finetune
+
+    logger = logging.getLogger('timm_ghn')
+    logger.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter('%(message)s'))
+    logger.addHandler(handler)
+    try:
+        result = finetune(options)
+    finally:
+        logger.removeHandler(handler)
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(result.output)
+    return 0
 
 
 def verify_ghn(args: argparse.Namespace) -> int:
@@ -226,6 +306,8 @@ def verify_ghn(args: argparse.Namespace) -> int:
 
     from timm_ghn.hub.catalogue import known_ghns
     from timm_ghn.hub.load import load_ghn
+    from timm_ghn.norms import NORM_TOLERANCE, predicted_norm, published_norms
+    from timm_ghn.report import aligned
 
     norms = published_norms(args.name, known_ghns(), args.arch)
     ghn = load_ghn(args.name, device=args.device)
@@ -237,52 +319,10 @@ def verify_ghn(args: argparse.Namespace) -> int:
         rows.append(
             (arch, f'{published:.4f}', f'{measured:.4f}', f'{measured - published:+.4f}', 'yes' if agrees else 'NO')
         )
-    _print_table(('network', 'published', 'predicted', 'difference', f'below {NORM_TOLERANCE}'), rows)
+    header = ('network', 'published', 'predicted', 'difference', f'below {NORM_TOLERANCE}')
+    _print_lines(aligned(header, rows))
     print(f'\n{len(rows) - failed} of {len(rows)} norms agree')
     return 1 if failed else 0
-
-
-def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | None = None) -> dict[str, float]:
-    """Norms that the authors of a GHN published.
-
-    Args:
-        name: A GHN of the catalogue.
-        known: The catalogue.
-        archs: Only these networks.
-
-    Returns:
-        Norm over all parameters for each torchvision network.
-
-    Raises:
-        ConfigError: if nothing was published for the GHN, or not for one of ``archs``.
-    """
-    with_norms = sorted(other for other, entry in known.items() if entry.norms)
-    if name not in with_norms:
-        raise ConfigError(f'no norms were published for {name!r}; there are some for {", ".join(with_norms)}')
-    norms: dict[str, float] = dict(known[name].norms)
-    missing = [arch for arch in archs or () if arch not in norms]
-    if missing:
-        near = difflib.get_close_matches(missing[0], norms, n=3) or sorted(norms)[:3]
-        raise ConfigError(f'no norm was published for {missing[0]!r} (try {", ".join(near)})')
-    return {arch: norms[arch] for arch in archs} if archs else norms
-
-
-def predicted_norm(arch: str, ghn: GHN) -> float:
-    """L2 norm over all parameters of a torchvision network after prediction, unpredicted ones included.
-
-    The network is as its constructor leaves it, in train mode: auxiliary classifiers count.
-    """
-    import torch
-    import torchvision
-
-    from timm_ghn.prediction import ghn_init
-
-    options = {'init_weights': False} if arch in _SLOW_INITIALISATION else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(arch, weights=None, **options)
-    ghn_init(model, ghn, head='predict')
-    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -336,65 +376,9 @@ def _input_size(args: argparse.Namespace, model: nn.Module) -> tuple[int, int, i
     return (args.in_chans or channels, args.img_size or height, args.img_size or width)
 
 
-def _check_output(path: Path) -> None:
-    """Refuse a file that cannot be written before minutes go into the prediction."""
-    if path.suffix != '.safetensors':
-        raise ConfigError(f'expected a name that ends in .safetensors (got {str(path)!r})')
-    if path.is_dir():
-        raise IsADirectoryError(f'{str(path)!r} is a folder')
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'the folder {str(path.parent)!r} does not exist')
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f'the folder {str(path.parent)!r} cannot be written')
-
-
-def write_state_dict(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a state dict as safetensors: the whole file, or nothing.
-
-    Args:
-        state_dict: What to write.
-        path: The file; one that exists is replaced.
-        metadata: Goes into the file's header, as JSON where it is not text.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    # Tied parameters share memory, which the format has no word for: each name gets its own copy.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
-    header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        part = Path(folder) / path.name
-        try:
-            save_file(tensors, part, metadata={'format': 'pt', **header})
-        except SafetensorError as error:
-            raise OSError(f'{str(path)!r} cannot be written: {error}') from error
-        os.replace(part, path)
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    print('\n'.join(aligned(header, rows)))
-
-
-def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table; columns of numbers are aligned to the right."""
-    body = [tuple(row) for row in rows]
-    columns = list(zip(header, *body, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
-    for row in (header, ['-' * width for width in widths], *body):
-        cells = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
-        yield '  '.join(cells).rstrip()
-
-
-def _is_number(text: str) -> bool:
-    return text == '-' or text.replace(',', '').replace('.', '', 1).lstrip('+-').isdigit()
+def _print_lines(lines: Iterable[str]) -> None:
+    print('\n'.join(lines))

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from pictures import COLOURS, encoded, make_dataset, picture, save_dataset
+
+from timm_ghn.data.splits import DataOptions, first_shots, load_splits
+from timm_ghn.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return save_dataset(tmp_path_factory.mktemp('colours'), make_dataset(30), make_dataset(12, seed=1))
+
+
+def test_columns_classes_and_splits_are_found(folder):
+    splits = load_splits(DataOptions(str(folder)))
+    assert splits.classes == ('red', 'green', 'blue')
+    assert (len(splits.train), len(splits.val)) == (30, 12)
+    assert splits.names == ('train', 'test')
+    assert splits.train.labels.tolist() == [0, 1, 2] * 10
+
+
+def test_a_slice_is_a_split(folder):
+    splits = load_splits(DataOptions(str(folder), train_split='train[:50%]', val_split='train[20:]'))
+    assert (len(splits.train), len(splits.val)) == (15, 10)
+
+
+def test_a_share_is_held_out_with_a_seed(folder):
+    options = DataOptions(str(folder), val_split='0.2', seed=3)
+    first, second = load_splits(options), load_splits(options)
+    assert (len(first.train), len(first.val)) == (24, 6)
+    assert first.val.rows[:] == second.val.rows[:]
+    assert load_splits(DataOptions(str(folder), val_split='0.2', seed=4)).val.rows[:] != first.val.rows[:]
+
+
+def test_without_another_split_a_tenth_is_held_out(tmp_path):
+    splits = load_splits(DataOptions(str(save_dataset(tmp_path / 'one', make_dataset(30)))))
+    assert (len(splits.train), len(splits.val)) == (27, 3)
+
+
+def test_a_file_a_saved_data_set_and_a_folder_per_class_are_read(tmp_path, folder):
+    one = load_splits(DataOptions(str(folder / 'train-00000-of-00001.parquet')))
+    assert len(one.train) + len(one.val) == 30
+    DatasetDict({'train': make_dataset(9), 'validation': make_dataset(6)}).save_to_disk(tmp_path / 'saved')
+    saved = load_splits(DataOptions(str(tmp_path / 'saved')))
+    assert (len(saved.train), len(saved.val), saved.names[1]) == (9, 6, 'validation')
+    for name in ('red', 'blue'):
+        (tmp_path / 'images' / 'train' / name).mkdir(parents=True)
+        for number in range(5):
+            picture(COLOURS[name], number).save(tmp_path / 'images' / 'train' / name / f'{number}.png')
+    images = load_splits(DataOptions(str(tmp_path / 'images'), val_split='0.2'))
+    assert images.classes == ('blue', 'red')
+
+
+def test_text_and_integers_are_labels_too(tmp_path):
+    image = {'bytes': encoded(picture((9, 9, 9), 0)), 'path': None}
+    for name, kind, values in (('text', 'string', ['dog', 'cat'] * 6), ('numbers', 'int64', [7, 3] * 6)):
+        features = Features({'picture': Image(), 'class': Value(kind)})
+        rows = Dataset.from_dict({'picture': [image] * 12, 'class': values}, features=features)
+        splits = load_splits(DataOptions(str(save_dataset(tmp_path / name, rows, rows))))
+        assert splits.classes == tuple(map(str, sorted(set(values))))
+        assert splits.train.labels.tolist() == [1, 0] * 6
+
+
+def test_shots_are_the_first_of_each_class_in_order():
+    labels = np.array([2, 0, 0, 1, 2, 0, 1, 1, 2])
+    assert first_shots(labels, 2).tolist() == [0, 1, 2, 3, 4, 6]
+    drawn = first_shots(labels, 2, seed=1)
+    assert np.bincount(labels[drawn]).tolist() == [2, 2, 2]
+    assert drawn.tolist() == first_shots(labels, 2, seed=1).tolist()
+    assert any(first_shots(labels, 2, seed=seed).tolist() != drawn.tolist() for seed in range(2, 9))
+
+
+def test_shots_of_a_split_are_taken_from_the_training_images(folder):
+    splits = load_splits(DataOptions(str(folder), shots=4))
+    assert splits.train.labels.tolist() == [0, 1, 2] * 4
+    assert len(splits.val) == 12
+
+
+def rows(**columns):
+    """A data set of four rows from values and features."""
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    return Dataset.from_dict({name: values for name, (_, values) in columns.items()}, features=features)
+
+
+IMAGES = (Image(), [{'bytes': encoded(picture((9, 9, 9), 0)), 'path': None}] * 4)
+LABELS = (ClassLabel(names=['a', 'b']), [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ('train', 'options', 'message'),
+    [
+        (rows(text=(Value('string'), ['x'] * 4), label=LABELS), {}, 'no column holds images'),
+        (rows(image=IMAGES, mask=IMAGES, label=LABELS), {}, 'several columns hold images'),
+        (rows(image=IMAGES, fine=LABELS, coarse=LABELS), {}, 'name one of these with label_column: fine, coarse'),
+        (rows(image=IMAGES, label=(ClassLabel(names=['a', 'b']), [0, 0, 0, 0])), {}, "only the class 'a'"),
+        (rows(image=IMAGES, label=(ClassLabel(names=['a', 'b']), [0, 1, -1, 1])), {}, 'have no known label'),
+        (rows(image=IMAGES, label=LABELS), {'image_column': 'picture'}, "no column 'picture'"),
+        (rows(image=IMAGES, label=LABELS), {'image_column': 'label'}, 'expected images'),
+        (rows(image=IMAGES, label=LABELS), {'label_column': 'image'}, 'expected class labels'),
+        (rows(image=IMAGES, label=LABELS), {'shots': 3}, "expected 3 images of each class, but 'a' has 2"),
+        (rows(image=IMAGES, label=LABELS), {'train_split': 'training'}, "train_split 'training' is no split"),
+        (rows(image=IMAGES, label=LABELS), {'val_split': 'train['}, "val_split 'train\\[' is no split"),
+        (rows(image=IMAGES, label=LABELS), {'train_split': 'train[:0]'}, 'has no images'),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, train, options, message):
+    folder = save_dataset(tmp_path / 'bad', train, train)
+    with pytest.raises(DataError, match=message):
+        load_splits(DataOptions(str(folder), **options))
+
+
+def test_a_validation_split_with_other_classes_is_refused(tmp_path):
+    # As parquet files, datasets would cast the second to the features of the first.
+    both = DatasetDict({'train': make_dataset(9), 'test': make_dataset(9, ('red', 'blue', 'green'))})
+    both.save_to_disk(tmp_path / 'two')
+    with pytest.raises(DataError, match='other classes'):
+        load_splits(DataOptions(str(tmp_path / 'two')))
+
+
+@pytest.mark.parametrize('place', ['missing-data-set/of-nobody', 'nothing-of-the-kind'])
+def test_a_data_set_that_is_not_there_says_what_was_expected(place, monkeypatch):
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    with pytest.raises(DataError, match='cannot be loaded: .*expected a name on the Hub'):
+        load_splits(DataOptions(place))
+
+
+def test_a_file_that_is_no_data_set_is_refused(tmp_path):
+    (tmp_path / 'table.parquet').write_bytes(b'PAR1 not a table PAR1')
+    (tmp_path / 'notes.txt').write_text('no data')
+    with pytest.raises(DataError, match='cannot be loaded'):
+        load_splits(DataOptions(str(tmp_path / 'table.parquet')))
+    with pytest.raises(DataError, match=r'expected a folder or a \.parquet file'):
+        load_splits(DataOptions(str(tmp_path / 'notes.txt')))
+
+
+@pytest.mark.parametrize(
+    'options', [{'dataset': ''}, {'dataset': 'x', 'shots': 0}, {'dataset': 'x', 'val_split': '1.5'}]
+)
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(ConfigError):
+        DataOptions(**options)

@@ -1,0 +1,234 @@
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+from pictures import make_dataset, save_dataset
+from safetensors.torch import load_file
+
+from timm_ghn import load_ghn, predict
+from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
+from timm_ghn.finetune import checkpoints
+from timm_ghn.finetune.loop import finetune
+from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.finetune.report import read_results
+
+GHN_NAME = 'ghn_tiny_untrained'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return save_dataset(tmp_path_factory.mktemp('colours'), make_dataset(50), make_dataset(21, seed=1))
+
+
+@pytest.fixture
+def base(folder, tmp_path):
+    return FinetuneOptions(
+        model='test_vit', init='random', dataset=str(folder), image_size=32, epochs=2, batch_size=12, lr=3e-3,
+        train_crop_mode='pad', output=tmp_path / 'out',
+    )  # fmt: skip
+
+
+def weights(options, name='model.safetensors'):
+    return load_file(options.output / name)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_colours_are_learnt_and_everything_is_written_down(base):
+    options = dataclasses.replace(base, epochs=5, model_ema=True, model_ema_decay=0.8)
+    result = finetune(options)
+    assert result.finished
+    assert result.steps == 5 * 4
+    assert result.epochs[-1]['val_top1'] > 90 > 60 > result.epochs[0]['val_top1']
+    lines = read_results(options.output / 'results.jsonl')
+    assert [line['kind'] for line in lines] == ['run', *['epoch'] * 6, 'end']
+    assert lines[0]['arguments'] == json.loads(json.dumps(options.to_dict()))
+    assert lines[0]['versions']['timm'] == timm.__version__
+    assert all(line['val_images'] == 21 for line in result.epochs)
+    assert [line['epoch'] for line in result.epochs] == [0, 1, 2, 3, 4, 5]
+    assert result.epochs[-1]['lr'] < result.epochs[1]['lr'] == options.lr
+    for name in ('model.safetensors', 'model_best.safetensors', 'model_ema.safetensors', 'curves.png'):
+        assert (options.output / name).stat().st_size > 1000
+    assert not same(weights(options), weights(options, 'model_ema.safetensors'))
+
+
+def test_plain_timm_reads_the_weights(base):
+    finetune(dataclasses.replace(base, epochs=1))
+    arguments = {'num_classes': 3, 'img_size': 32, 'patch_size': 4}
+    model = timm.create_model('test_vit', checkpoint_path=base.output / 'model.safetensors', **arguments)
+    assert same(model.state_dict(), weights(base))
+
+
+def test_the_same_call_gives_the_same_weights(base, tmp_path):
+    options = dataclasses.replace(
+        base, aa='rand-m9', reprob=0.2, mixup=0.2, cutmix=0.5, model_args='drop_path_rate=0.3'
+    )
+    finetune(options)
+    for seed, equal in ((options.seed, True), (1, False)):
+        again = dataclasses.replace(options, output=tmp_path / f'again{seed}', seed=seed)
+        torch.manual_seed(seed + 5)
+        finetune(again)
+        assert same(weights(again), weights(options)) is equal
+
+
+@pytest.mark.parametrize('changes', [{'max_steps': 3}, {'max_steps': 6}, {'max_steps': 3, 'grad_accum_steps': 2}])
+def test_a_run_that_stopped_ends_as_if_it_had_not(base, tmp_path, changes):
+    options = dataclasses.replace(
+        base, epochs=3, mixup=0.2, model_ema=True, clip_grad=1.0, model_args='drop_path_rate=0.3',
+        sched_on_updates=True, warmup_epochs=1, grad_accum_steps=changes.get('grad_accum_steps', 1),
+    )  # fmt: skip
+    finetune(options)
+    stopped = dataclasses.replace(options, output=tmp_path / 'stopped', **changes)
+    first = finetune(stopped)
+    assert not first.finished
+    assert first.steps == changes['max_steps']
+    second = finetune(dataclasses.replace(stopped, max_steps=None, resume=True))
+    assert second.finished
+    for name in ('model.safetensors', 'model_ema.safetensors'):
+        assert same(weights(stopped, name), weights(options, name))
+    whole, parts = (read_results(run.output / 'results.jsonl') for run in (options, stopped))
+    assert [line['kind'] for line in parts] == [line['kind'] for line in whole]
+    for line, other in zip(whole[1:-1], parts[1:-1], strict=True):
+        timed = ('seconds', 'train_seconds')
+        assert {k: v for k, v in line.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_no_time_left_is_a_stop_and_no_error(base):
+    result = finetune(dataclasses.replace(base, time_limit=1e-6))
+    assert not result.finished
+    assert result.steps <= 1
+    assert finetune(dataclasses.replace(base, resume=True)).finished
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(base):
+    finetune(base)
+    before = weights(base)
+    again = finetune(dataclasses.replace(base, resume=True))
+    assert again.finished
+    assert same(weights(base), before)
+    assert [line['epoch'] for line in again.epochs] == [0, 1, 2]
+
+
+def test_a_run_is_not_written_over(base):
+    finetune(dataclasses.replace(base, max_steps=1))
+    before = (base.output / 'results.jsonl').read_bytes()
+    with pytest.raises(ConfigError, match='holds a run: go on with --resume'):
+        finetune(base)
+    with pytest.raises(CheckpointError, match=r'is of another run \(lr was 0.003 and is 0.1'):
+        finetune(dataclasses.replace(base, resume=True, lr=0.1))
+    assert (base.output / 'results.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize('harm', ['truncate', 'change', 'remove', 'manifest', 'progress'])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, tmp_path, harm):
+    options = dataclasses.replace(base, max_steps=5, checkpoint_steps=2)
+    finetune(options)
+    found = checkpoints._checkpoints(base.output / 'checkpoints')
+    last = found[-1]
+    assert [place.name for place in found] == ['step_00000004', 'step_00000005']
+    target = {'manifest': 'manifest.json', 'progress': 'progress.json'}.get(harm, 'model.safetensors')
+    data = (last / target).read_bytes()
+    if harm == 'remove':
+        (last / target).unlink()
+    elif harm == 'change':
+        (last / target).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        (last / target).write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning, match=r'step_00000005.* is passed over'):
+        result = finetune(dataclasses.replace(base, resume=True))
+    assert result.finished
+    whole = dataclasses.replace(base, output=tmp_path / 'whole')
+    finetune(whole)
+    assert same(weights(base), weights(whole))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(base, monkeypatch):
+    finetune(dataclasses.replace(base, max_steps=2))
+    write = checkpoints._write_json
+
+    def full(path, value):
+        if path.name == 'manifest.json':
+            raise OSError(28, 'No space left on device')
+        write(path, value)
+
+    monkeypatch.setattr(checkpoints, '_write_json', full)
+    with pytest.raises(TrainingError, match=r"No space left on device; the last good one is 'step_00000002'"):
+        finetune(dataclasses.replace(base, resume=True))
+    assert [place.name for place in (base.output / 'checkpoints').iterdir()] == ['step_00000002']
+    monkeypatch.undo()
+    assert finetune(dataclasses.replace(base, resume=True)).finished
+
+
+@pytest.mark.filterwarnings('ignore:overflow', 'ignore:invalid value')
+def test_a_loss_that_is_not_finite_ends_the_run_clearly(base):
+    with pytest.raises(TrainingError, match=r'the loss is (nan|inf) at step \d+; choose a smaller --lr'):
+        finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
+
+
+@pytest.mark.parametrize('init', [GHN_NAME, 'random'])
+@pytest.mark.parametrize('model', ['test_vit', 'test_resnet'])
+def test_a_start_is_that_of_ghn_init_or_timm(base, init, model):
+    options = dataclasses.replace(base, model=model, init=init, max_steps=1, lr=1e-30, weight_decay=0.0)
+    finetune(options)
+    trained = weights(options)
+    arguments = {'img_size': 32, 'patch_size': 4} if model == 'test_vit' else {}
+    torch.manual_seed(options.seed)
+    start = timm.create_model(model, num_classes=3, **arguments)
+    name = 'blocks.1.mlp.fc1.bias' if model == 'test_vit' else 'layer2.0.conv1.weight'
+    raw = start.state_dict()[name]
+    if init == GHN_NAME:
+        if model == 'test_resnet':
+            from timm_ghn.small_images import adapt_to_small_images_
+
+            adapt_to_small_images_(start, 32)
+        raw = predict(start, load_ghn(GHN_NAME), input_size=32).state_dict[name]
+    torch.testing.assert_close(trained[name], raw, rtol=1e-5, atol=1e-6)
+
+
+def test_damaged_images_are_counted_and_skipped(base, tmp_path):
+    folder = save_dataset(tmp_path / 'bad', make_dataset(50, damaged=(3, 7)), make_dataset(21, damaged=(0, 20)))
+    result = finetune(dataclasses.replace(base, dataset=str(folder), epochs=1, batch_size=10))
+    assert result.epochs[1]['train_damaged'] == 2
+    assert (result.epochs[1]['val_damaged'], result.epochs[1]['val_images']) == (2, 19)
+
+
+def test_batch_statistics_of_a_predicted_network_are_calibrated(base):
+    options = dataclasses.replace(base, model='test_resnet', init=GHN_NAME, max_steps=1, lr=1e-30)
+    loss = finetune(options).epochs[0]['val_loss']
+    raw = dataclasses.replace(options, calibrate_batches=0, output=base.output.with_name('raw'))
+    assert finetune(raw).epochs[0]['val_loss'] != loss
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'message'),
+    [
+        ({'model': 'test_vitt'}, UnsupportedModelError, "no model 'test_vitt'; did you mean"),
+        ({'model_args': 'depths=3'}, UnsupportedModelError, 'timm cannot build'),
+        ({'dataset': 'nowhere/at-all'}, DataError, 'cannot be loaded'),
+        ({'num_classes': '5'}, ConfigError, 'num_classes is 5, but .* has 3 classes'),
+        ({'opt': 'adamm'}, ConfigError, 'no optimiser'),
+        ({'sched': 'cosinus'}, ConfigError, "no schedule 'cosinus'"),
+        ({'warmup_epochs': 2}, ConfigError, 'warmup_epochs below epochs'),
+        ({'mixup': 0.1, 'batch_size': 9}, ConfigError, 'an even batch_size'),
+        ({'mixup': 0.1, 'batch_size': 64}, ConfigError, 'mixup and cutmix need whole batches'),
+        ({'log_with': 'nothing'}, ConfigError, 'nothing'),
+        ({'mean': (0.1, 0.2)}, ConfigError, 'expected mean to have 3 values'),
+        ({'image_size': 30}, UnsupportedModelError, '30'),
+    ],
+)
+def test_wrong_input_is_named_before_anything_is_written(base, changes, error, message, monkeypatch):
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    with pytest.raises(error, match=message):
+        finetune(dataclasses.replace(base, **changes))
+    assert not (base.output / 'checkpoints').exists()
+    assert not (base.output / 'results.jsonl').exists()
+
+
+def test_a_model_of_one_channel_is_trained_on_grey(base):
+    result = finetune(dataclasses.replace(base, model_args='in_chans=1', epochs=1))
+    assert result.finished
+    assert weights(base)['patch_embed.proj.weight'].shape[1] == 1

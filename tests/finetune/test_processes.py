@@ -1,0 +1,154 @@
+"""Real processes: accelerate launch, several at once, killed and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import make_dataset, save_dataset
+from safetensors.torch import load_file
+
+from timm_ghn.finetune.report import read_results
+
+#: accelerate launch starts several processes on a CPU only under this name.
+LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
+          '--dynamo_backend', 'no']  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    # Sizes that no batch divides: the last one of the validation is partial, and uneven over the processes.
+    return save_dataset(tmp_path_factory.mktemp('colours'), make_dataset(50), make_dataset(21, seed=1))
+
+
+def arguments(folder, output, *more: str) -> list[str]:
+    given = ['--model', 'test_vit', '--init', 'random', '--dataset', str(folder), '--image-size', '32', '--epochs', '2',
+             '--opt', 'sgd', '--lr', '0.05', '--train-crop-mode', 'pad', '--output', str(output)]  # fmt: skip
+    return [*given, *more]
+
+
+def environment() -> dict[str, str]:
+    ranks = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ranks and not name.startswith('ACCELERATE_')
+    }
+    return {**kept, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
+
+
+def launched(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def processes(number: int) -> list[str]:
+    port = 20_000 + os.getpid() % 20_000
+    return [
+        *LAUNCH,
+        '--multi_gpu',
+        '--num_processes',
+        str(number),
+        '--main_process_port',
+        str(port),
+        '-m',
+        'timm_ghn.finetune',
+    ]
+
+
+def check_two_processes(folder: Path, tmp_path: Path, *more: str, tolerance: float) -> None:
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    launched([*LAUNCH, '--cpu', '-m', 'timm_ghn.finetune', *arguments(folder, one, '--batch-size', '12', *more)])
+    done = launched([*processes(2), *arguments(folder, two, '--batch-size', '6', *more)])
+    assert done.stderr.count('epoch 2:') == 1, 'only the main process speaks'
+    first, second = (load_file(output / 'model.safetensors') for output in (one, two))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=tolerance, atol=tolerance)
+    lines = [[line for line in read_results(o / 'results.jsonl') if line['kind'] == 'epoch'] for o in (one, two)]
+    assert len(lines[0]) == len(lines[1]) == 3
+    for line, other in zip(*lines, strict=True):
+        assert line['val_images'] == other['val_images']
+        assert line['val_top1'] == other['val_top1']
+        assert line['val_loss'] == pytest.approx(other['val_loss'], rel=1e-4)
+        assert line.get('train_loss', 0) == pytest.approx(other.get('train_loss', 0), rel=1e-4)
+
+
+def test_two_processes_equal_one_at_the_same_total_batch(folder, tmp_path):
+    check_two_processes(folder, tmp_path, tolerance=1e-5)
+
+
+def test_two_processes_equal_one_on_real_images(image_data, tmp_path):
+    more = ('--train-split', 'train[:200]', '--val-split', 'test[:101]')
+    check_two_processes(image_data / 'cifar10', tmp_path, *more, tolerance=1e-4)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(folder, tmp_path):
+    more = ('--batch-size', '4', '--checkpoint-steps', '3', '--opt', 'adamw', '--lr', '0.002', '--mixup', '0.2',
+            '--model-args', 'drop_path_rate=0.2')  # fmt: skip
+    command = [sys.executable, '-m', 'timm_ghn.finetune']
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    launched([*command, *arguments(folder, whole, *more)])
+    kills = 0
+    for attempt in range(40):
+        resume = ('--resume',) if attempt else ()
+        process = subprocess.Popen(
+            [*command, *arguments(folder, killed, *more, *resume)],
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        before = newest(killed)
+        while process.poll() is None and newest(killed) == before:
+            time.sleep(0.002)
+        # Anywhere between one checkpoint and the next, in the middle of writing one too.
+        time.sleep(0.013 * (attempt % 4))
+        if process.poll() is None and kills < 4:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+            process.wait()
+            continue
+        assert process.wait() == 0
+        break
+    assert kills == 4
+    first, second = (load_file(output / 'model.safetensors') for output in (whole, killed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses(whole) == losses(killed)
+
+
+def losses(output: Path) -> list[tuple[float, float]]:
+    lines = read_results(output / 'results.jsonl')
+    return [(line['epoch'], line['val_loss']) for line in lines if line['kind'] == 'epoch']
+
+
+def newest(output: Path) -> str:
+    return max((place.name for place in (output / 'checkpoints').glob('step_*')), default='')
+
+
+def test_processes_that_accelerate_does_not_start_are_missed(folder, tmp_path):
+    command = [*LAUNCH, '--cpu', '--num_processes', '2', '-m', 'timm_ghn.finetune']
+    done = launched([*command, *arguments(folder, tmp_path / 'out', '--max-steps', '1')])
+    assert 'accelerate launch starts one process on a CPU' in done.stderr
+
+
+def test_a_full_disk_ends_the_run_with_what_was_finished(folder, tmp_path):
+    output = tmp_path / 'out'
+    limited = (
+        'import resource, sys; from timm_ghn.cli import main; '
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); sys.exit(main(["finetune", *sys.argv[1:]]))'
+    )
+    # The weights of this model fit, its optimiser's state does not.
+    done = subprocess.run(
+        [sys.executable, '-c', limited, *arguments(folder, output, '--opt', 'adamw')],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert 'timm-ghn: error: ' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert 'cannot be written' in done.stderr
+    assert 'start again with --resume' in done.stderr
+    assert not list((output / 'checkpoints').iterdir())
+    assert [line['epoch'] for line in read_results(output / 'results.jsonl') if line['kind'] == 'epoch'] == [0, 1]

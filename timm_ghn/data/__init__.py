@@ -1,0 +1,1 @@
+"""Hugging Face data sets of labelled images through timm's transforms."""

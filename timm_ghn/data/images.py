@@ -1,0 +1,240 @@
+"""Images of a split as tensors: decoded, and augmented with seeds of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Image
+from PIL import Image as PILImage
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import transforms
+
+from timm_ghn.data.splits import Split
+from timm_ghn.errors import ConfigError, DataError
+
+#: Label of an image that cannot be decoded; losses and metrics leave it out.
+NO_LABEL = -100
+
+#: Sides up to which images are taken as they are, without the margin that a centre crop cuts off.
+SMALL_IMAGE = 64
+
+#: How training images are cropped: timm's random resized crop, its two resizes that keep the ratio, or a crop out of
+#: the image with an eighth of its size around it (arXiv 2110.13100: 4 of 32 pixels).
+CROP_MODES = ('rrc', 'rkrc', 'rkrr', 'pad')
+
+_decoder = Image()
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformOptions:
+    """How images become tensors; the names are timm's.
+
+    Attributes:
+        no_aug: Train on the images as they are evaluated.
+        train_crop_mode: One of :data:`CROP_MODES`.
+        scale: Area of the random crop, as shares of the image.
+        ratio: Aspect ratio of the random crop.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of colour jitter; None for none.
+        aa: Automatic augmentation, for instance 'rand-m9-mstd0.5'.
+        reprob: Probability of random erasing.
+    """
+
+    no_aug: bool = False
+    train_crop_mode: str = 'rrc'
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | None = None
+    aa: str | None = None
+    reprob: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.train_crop_mode not in CROP_MODES:
+            raise ConfigError(
+                f'expected train_crop_mode to be one of {", ".join(CROP_MODES)} (got {self.train_crop_mode!r})'
+            )
+        for name in ('hflip', 'vflip', 'reprob'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f'expected {name} between 0 and 1 (got {getattr(self, name)})')
+
+
+def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Callable[[PILImage.Image], Tensor]:
+    """Transform of training images, by ``timm.data.create_transform``.
+
+    Args:
+        config: Data config of the model, of ``timm.data.resolve_data_config``: input_size, mean, std, interpolation.
+        options: The augmentation.
+
+    Raises:
+        ConfigError: if timm refuses the options.
+    """
+    if options.no_aug:
+        return eval_transform(config)
+    try:
+        primary, secondary, final = create_transform(
+            input_size=config['input_size'],
+            is_training=True,
+            interpolation=config['interpolation'],
+            mean=config['mean'],
+            std=config['std'],
+            train_crop_mode=None if options.train_crop_mode == 'pad' else options.train_crop_mode,
+            scale=options.scale,
+            ratio=options.ratio,
+            hflip=options.hflip,
+            vflip=options.vflip,
+            color_jitter=options.color_jitter,  # type: ignore[arg-type]  # None is timm's word for none
+            auto_augment=options.aa,
+            re_prob=options.reprob,
+            separate=True,
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f'timm cannot build the augmentation as asked: {error or type(error).__name__}') from error
+    steps = [*primary.transforms, *secondary.transforms, *final.transforms]
+    if options.train_crop_mode == 'pad':
+        steps[:1] = _padded_crop(config)
+    composed: Callable[[PILImage.Image], Tensor] = transforms.Compose(steps)
+    return composed
+
+
+def eval_transform(config: Mapping[str, Any]) -> Callable[[PILImage.Image], Tensor]:
+    """Transform of images to evaluate on, by ``timm.data.create_transform``."""
+    transform: Any = create_transform(
+        input_size=config['input_size'],
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config.get('crop_mode'),
+    )
+    chosen: Callable[[PILImage.Image], Tensor] = transform
+    return chosen
+
+
+def _padded_crop(config: Mapping[str, Any]) -> list[Callable[[Any], Any]]:
+    """Resize to the input size, and crop at random out of a margin of zeros."""
+    size = tuple(config['input_size'][1:])
+    modes = {'bicubic': transforms.InterpolationMode.BICUBIC, 'bilinear': transforms.InterpolationMode.BILINEAR}
+    mode = modes.get(config['interpolation'], transforms.InterpolationMode.BICUBIC)
+    margin = tuple(max(1, side // 8) for side in reversed(size))
+    return [transforms.Resize(size, interpolation=mode), transforms.RandomCrop(size, padding=margin)]
+
+
+class ImageDataset(Dataset[tuple[Tensor, int, int]]):
+    """Images of a split, as (image tensor, label, number of damaged images met).
+
+    What is random about an image depends on the seed, the epoch and its row alone: not on the number of processes or
+    workers, nor on where a run was resumed. A damaged training image gives way to the next one that can be read;
+    when evaluating it is an empty one with :data:`NO_LABEL`.
+
+    Args:
+        split: The rows.
+        transform: From an image to a tensor.
+        channels: Of the model: 1 reads the images as grey, 3 as RGB.
+        seed: Of what the transform draws.
+        training: Whether to replace damaged images.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable[[PILImage.Image], Tensor],
+        *,
+        channels: int = 3,
+        seed: int = 0,
+        training: bool = False,
+    ) -> None:
+        if channels not in (1, 3):
+            raise ConfigError(f'expected a model of 1 or 3 image channels (got {channels})')
+        self.split = split
+        self.transform = transform
+        self.mode = 'L' if channels == 1 else 'RGB'
+        self.seed = seed
+        self.training = training
+        self._empty: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int) -> tuple[Tensor, int, int]:
+        """An image; ``key`` is epoch * rows + row, as :class:`EpochSampler` counts."""
+        rows = len(self)
+        row = key % rows
+        for damaged in range(rows if self.training else 1):
+            at = (row + damaged) % rows
+            image = decoded(self.split.rows[at][self.split.image_column], self.mode)
+            if image is not None:
+                with drawn_from(self.seed, key) if self.training else contextlib.nullcontext():
+                    return self.transform(image), int(self.split.labels[at]), damaged
+        if self.training:
+            raise DataError(f'none of the {rows} training images can be read')
+        if self._empty is None:
+            self._empty = torch.zeros_like(self.transform(PILImage.new(self.mode, (SMALL_IMAGE, SMALL_IMAGE))))
+        return self._empty, NO_LABEL, 1
+
+
+def decoded(value: Any, mode: str) -> PILImage.Image | None:
+    """An image of a row in a mode of PIL; None if it is damaged or missing."""
+    try:
+        image: PILImage.Image = _decoder.decode_example(value)
+        image.load()
+        if image.mode.startswith(('I', 'F')):
+            # 16 bits and more: PIL would cut their values off at 255 instead of scaling them.
+            values = np.asarray(image, dtype=np.float64)
+            image = PILImage.fromarray((values * (255 / max(values.max(), 255))).astype(np.uint8))
+        return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, PILImage.DecompressionBombError):
+        return None
+
+
+@contextlib.contextmanager
+def drawn_from(*seeds: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators, which transforms draw from; they are restored after."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    words = np.random.SeedSequence(seeds).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class EpochSampler(Sampler[int]):
+    """Every row once per epoch, in an order that depends on the seed and the epoch alone.
+
+    Keys are epoch * rows + row, so that workers that live for many epochs know the epoch too.
+
+    Args:
+        rows: Number of rows.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: int, *, seed: int = 0) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        return (self.epoch * self.rows + int(row) for row in order)

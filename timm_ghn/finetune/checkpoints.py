@@ -1,0 +1,247 @@
+"""Checkpoints of a run, whole or not at all.
+
+accelerate writes the state into a folder with another name; a manifest with the size and the hash of each file goes in
+last, everything is flushed to the disk, and only then the folder gets its name. A folder whose files do not agree with
+its manifest is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from timm_ghn.errors import CheckpointError, TrainingError
+
+MANIFEST = 'manifest.json'
+PROGRESS = 'progress.json'
+AVERAGE = 'average.safetensors'
+
+_NAME = re.compile(r'step_(\d+)')
+_PARTIAL = '.partial'
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: Epoch in progress, from 0.
+        batch: Batches of it that are done, of each process.
+        step: Optimiser steps done.
+        loss: Sum of the losses of the images of this epoch.
+        images: Number of these images.
+        damaged: Damaged images met in this epoch.
+        best: Best accuracy so far, in percent.
+        evaluated: Epochs that were evaluated.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    images: int = 0
+    damaged: int = 0
+    best: float = -1.0
+    evaluated: int = -1
+
+
+def save_checkpoint(
+    folder: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    *,
+    run: dict[str, Any],
+    average: nn.Module | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint; all processes call it.
+
+    Args:
+        folder: Of the checkpoints.
+        accelerator: Holds the model, the optimiser and so on.
+        progress: Where the run stands.
+        run: What must be the same for a run that goes on from here, as plain values.
+        average: Averaged weights.
+        keep: How many to keep.
+
+    Raises:
+        TrainingError: if it cannot be written; those before it are still there.
+    """
+    place = folder / f'step_{progress.step:08d}'
+    partial = place.with_name(place.name + _PARTIAL)
+    written = None
+    try:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(folder)
+            partial.mkdir()
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors have errors of their own for a full disk.
+        written = error
+    # No process may go on as if the checkpoint of all were there.
+    failed = _any(accelerator, written is not None)
+    if accelerator.is_main_process and not failed:
+        try:
+            if average is not None:
+                save_file(_tensors(average), partial / AVERAGE)
+            _write_json(partial / PROGRESS, {'progress': dataclasses.asdict(progress), 'run': run})
+            _write_json(partial / MANIFEST, _manifest(partial))
+            _flush(partial)
+            if place.exists():
+                shutil.rmtree(place)
+            os.replace(partial, place)
+            _flush_folder(folder)
+            for old in _checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            written = error
+    failed = _any(accelerator, written is not None)
+    if failed:
+        if accelerator.is_main_process:
+            remove_partial(folder)
+        last = _checkpoints(folder)
+        raise TrainingError(
+            f'the checkpoint {str(place)!r} cannot be written: {written or "another process failed"}; '
+            + (f'the last good one is {last[-1].name!r}: ' if last else 'there is none before it: ')
+            + 'make room and start again with --resume'
+        ) from written
+    return place
+
+
+def load_checkpoint(
+    folder: Path, accelerator: Accelerator, *, run: dict[str, Any], average: nn.Module | None = None
+) -> Progress | None:
+    """Read the last good checkpoint; all processes call it.
+
+    Args:
+        folder: Of the checkpoints.
+        accelerator: Gets the state of the model, the optimiser and so on.
+        run: What must be as it was when the checkpoint was written.
+        average: Gets the averaged weights.
+
+    Returns:
+        Where the run stands; None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: if the last good one belongs to another run.
+    """
+    for place in reversed(_checkpoints(folder)):
+        flaw = damage(place)
+        if flaw is not None:
+            if accelerator.is_main_process:
+                warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
+            continue
+        read = json.loads((place / PROGRESS).read_text(encoding='utf-8'))
+        _check_run(place, read['run'], run)
+        accelerator.load_state(str(place))
+        if average is not None:
+            average.load_state_dict(load_file(place / AVERAGE))
+        return Progress(**read['progress'])
+    return None
+
+
+def damage(place: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        manifest = json.loads((place / MANIFEST).read_text(encoding='utf-8'))
+        for name, (size, digest) in manifest.items():
+            file = place / name
+            if not file.is_file():
+                return f'{name} is missing'
+            if file.stat().st_size != size:
+                return f'{name} has {file.stat().st_size} of {size} bytes'
+            if _digest(file) != digest:
+                return f'{name} has changed'
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f'its manifest cannot be read ({" ".join(str(error).split()) or type(error).__name__})'
+    return None if PROGRESS in manifest else f'{PROGRESS} is missing'
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what runs that were killed left unfinished."""
+    for partial in folder.glob(f'step_*{_PARTIAL}'):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that have their name, the oldest first."""
+    found = [place for place in folder.glob('step_*') if _NAME.fullmatch(place.name) and place.is_dir()]
+    return sorted(found, key=lambda place: int(place.name.removeprefix('step_')))
+
+
+def _check_run(place: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(now))
+    changed = [
+        f'{name} was {was.get(name)!r} and is {now.get(name)!r}'
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f'{str(place)!r} is of another run ({"; ".join(changed[:3])}); choose another --output, or the same options'
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    # Tied tensors share memory, which the format has no word for.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    files = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, _digest(path)) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open('rb') as file:
+        found = hashlib.sha256()
+        read: Callable[[], bytes] = lambda: file.read(1 << 20)  # noqa: E731
+        for part in iter(read, b''):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding='utf-8')
+
+
+def _flush(folder: Path) -> None:
+    """Have all files of a folder on the disk before it gets its name."""
+    for path in folder.rglob('*'):
+        if path.is_file():
+            with path.open('rb') as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != 'posix':
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _any(accelerator: Accelerator, value: bool) -> bool:
+    """Whether a value is true in any process; also the point where they wait for one another."""
+    import torch
+
+    flag = torch.tensor([float(value)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction='sum').item() > 0)

@@ -1,0 +1,459 @@
+"""The accelerate loop: train the whole network, validate, keep what is needed to go on.
+
+What is random depends on the seed, the epoch, the batch and the process alone, so that no state of a random generator
+has to survive a run that is killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from timm_ghn.batchnorm import calibrate_batchnorm_
+from timm_ghn.data.images import NO_LABEL, EpochSampler
+from timm_ghn.data.splits import load_splits
+from timm_ghn.errors import ConfigError, DataError, PredictionError, TrainingError
+from timm_ghn.finetune.checkpoints import Progress, load_checkpoint, remove_partial, save_checkpoint
+from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.finetune.report import CURVES, Results, plot_curves, read_results, versions
+from timm_ghn.finetune.setup import (
+    Batch,
+    Start,
+    build,
+    class_count,
+    loaders,
+    loss_of,
+    optimizer_of,
+    scheduler_of,
+    updates_per_epoch,
+)
+from timm_ghn.output import write_state_dict
+
+WEIGHTS = 'model.safetensors'
+BEST_WEIGHTS = 'model_best.safetensors'
+AVERAGED_WEIGHTS = 'model_ema.safetensors'
+CHECKPOINTS = 'checkpoints'
+
+#: Options that may change when a run goes on.
+_FREE = (
+    'output', 'resume', 'max_steps', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'workers',
+    'val_batch_size', 'torchcompile',
+)  # fmt: skip
+
+#: Steps between looks at the loss on a GPU, where looking waits for it.
+_LOOK = 20
+
+_logger = logging.getLogger('timm_ghn.finetune')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        output: Folder with results.jsonl, curves.png, checkpoints and weights.
+        epochs: The metrics after each epoch; those of epoch 0 are from before the training.
+        steps: Optimiser steps done.
+        finished: Whether all epochs are done; else the run can go on with ``resume``.
+    """
+
+    output: Path
+    epochs: tuple[dict[str, Any], ...]
+    steps: int
+    finished: bool
+
+
+def finetune(options: FinetuneOptions) -> Result:
+    """Fine-tune a model; in several processes where ``accelerate launch`` started them.
+
+    Raises:
+        GHNError: if the options, the data, the model or the training are at fault.
+    """
+    started = time.monotonic()
+    accelerator = _accelerator(options)
+    folder = options.output / CHECKPOINTS
+    if not options.resume and any(folder.glob('step_*[0-9]')):
+        raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+    with accelerator.main_process_first():
+        splits = load_splits(options.data)
+    num_classes = class_count(options, splits)
+    with accelerator.main_process_first():
+        start = build(options, num_classes)
+    train, val = loaders(options, splits, start.data_config, accelerator.num_processes)
+    run = _Run(options, accelerator, start, train, val, num_classes, started)
+    run.facts = {
+        'arguments': options.to_dict(),
+        'processes': accelerator.num_processes,
+        'classes': list(splits.classes),
+        'images': {'train': len(splits.train), 'val': len(splits.val)},
+        'splits': list(splits.names),
+        'model_args': start.arguments,
+        'stem': list(start.edits),
+        'data_config': {name: _plain(value) for name, value in start.data_config.items()},
+        'versions': versions(),
+        'device': accelerator.device.type,
+    }
+    try:
+        return run.run()
+    finally:
+        accelerator.end_training()
+        accelerator.free_memory()
+
+
+def _accelerator(options: FinetuneOptions) -> Accelerator:
+    if _lost_processes():
+        warnings.warn(
+            'accelerate launch starts one process on a CPU, whatever --num_processes says, unless MPI starts them; '
+            "'accelerate launch --multi_gpu --num_processes N -m timm_ghn.finetune' starts N, on a CPU too",
+            stacklevel=3,
+        )
+    try:
+        accelerator = Accelerator(
+            # Without this, several processes that another launcher started would not find one another on a CPU.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.grad_accum_steps,
+            log_with=options.log_with,
+            project_dir=options.output,
+            dynamo_backend='inductor' if options.torchcompile else None,
+            dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f'accelerate refuses the options: {error}') from error
+    if options.log_with is not None and not accelerator.log_with:
+        raise ConfigError(f'the tracker {options.log_with!r} is not installed; install it, or leave out --log-with')
+    return accelerator
+
+
+def _lost_processes() -> bool:
+    """Whether accelerate launch was asked for several processes on a CPU and started this one alone."""
+    ranks = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
+    on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
+    return on_cpu and 'MASTER_PORT' in os.environ and not any(name in os.environ for name in ranks)
+
+
+class _Run:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        options: FinetuneOptions,
+        accelerator: Accelerator,
+        start: Start,
+        train: DataLoader[Batch],
+        val: DataLoader[Batch],
+        num_classes: int,
+        started: float,
+    ) -> None:
+        self.options = options
+        self.accelerator = accelerator
+        self.started = started
+        self.num_classes = num_classes
+        self.facts: dict[str, Any] = {}
+        self.progress = Progress()
+        self.plain_train = train
+        if not isinstance(train.sampler, EpochSampler):
+            raise TypeError('expected a loader with an EpochSampler')
+        self.sampler: EpochSampler = train.sampler
+        loss, self.mixup = loss_of(options, num_classes)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = loss
+        optimizer = optimizer_of(options, start.model)
+        self.model, self.optimizer, self.train, self.val = accelerator.prepare(start.model, optimizer, train, val)
+        self.updates = updates_per_epoch(len(self.train), options.grad_accum_steps)
+        self.scheduler: Scheduler | None = scheduler_of(options, optimizer, self.updates)
+        self.average: ModelEmaV3 | None = None
+        if options.model_ema:
+            self.average = ModelEmaV3(self.bare, decay=options.model_ema_decay)
+        # Sums over this process since the last checkpoint: loss, images, damaged images.
+        self.sums = torch.zeros(3, dtype=torch.float64, device='cpu')
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model without what accelerate wraps around it."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same when the run goes on."""
+        options = {name: value for name, value in self.options.to_dict().items() if name not in _FREE}
+        return {**options, 'processes': self.accelerator.num_processes}
+
+    def run(self) -> Result:
+        """Go on from the last checkpoint, or begin; train to the end."""
+        options, main = self.options, self.accelerator.is_main_process
+        folder = options.output / CHECKPOINTS
+        found = None
+        if options.resume:
+            if main:
+                remove_partial(folder)
+            found = load_checkpoint(folder, self.accelerator, run=self.identity, average=self.average)
+        self.progress = found or self.progress
+        self.results = Results(options.output, resume_epoch=found.epoch if found else None) if main else None
+        if options.log_with is not None:
+            self.accelerator.init_trackers('timm_ghn', config=_flat(options.to_dict()))
+        if found is None:
+            self._record('run', self.facts)
+            self._calibrate()
+            self._set_rate()
+            self._evaluated(0)
+        else:
+            self._say('going on from step %d, epoch %d', found.step, found.epoch)
+        while self.progress.epoch < options.epochs and not self._stopped():
+            self._train_epoch()
+        return self._end()
+
+    def _end(self) -> Result:
+        options, progress = self.options, self.progress
+        finished = progress.epoch >= options.epochs
+        out_of_time = not finished and not self._out_of_steps()
+        if not finished:
+            self._checkpoint()
+            if not out_of_time:
+                self._evaluated(round(progress.epoch + progress.batch / len(self.train), 3))
+            self._say('stopped after %d steps; go on with --resume', progress.step)
+        if self.accelerator.is_main_process:
+            self._write(self.bare, WEIGHTS)
+            if self.average is not None:
+                self._write(self.average.module, AVERAGED_WEIGHTS)
+            self._record('end', {'steps': progress.step, 'finished': finished, 'seconds': self._seconds()})
+            lines = read_results(options.output / 'results.jsonl')
+            title = f'{options.model}, {options.init}, {Path(options.dataset).name}'
+            if not plot_curves(lines, options.output / CURVES, title):
+                self._say('no picture of the curves: matplotlib is not installed')
+        self.accelerator.wait_for_everyone()
+        lines = read_results(options.output / 'results.jsonl')
+        epochs = tuple(line for line in lines if line['kind'] == 'epoch')
+        return Result(options.output, epochs, progress.step, finished)
+
+    def _train_epoch(self) -> None:
+        """Train for what is left of an epoch, unless a limit is met."""
+        options, progress = self.options, self.progress
+        self.sampler.set_epoch(progress.epoch)
+        self.train.set_epoch(progress.epoch)
+        batches = skip_first_batches(self.train, progress.batch) if progress.batch else self.train
+        self.model.train()
+        bar = tqdm(
+            batches,
+            desc=f'epoch {progress.epoch + 1}/{options.epochs}',
+            initial=progress.batch,
+            total=len(self.train),
+            disable=None if self.accelerator.is_main_process else True,
+            leave=False,
+        )
+        began = time.monotonic()
+        for batch in bar:
+            loss = self._train_batch(batch)
+            progress.batch += 1
+            if not self.accelerator.sync_gradients:
+                continue
+            self._after_step(loss)
+            if self._stopped():
+                break
+            if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
+                self._checkpoint()
+        bar.close()
+        if progress.batch < len(self.train):
+            return
+        self._end_epoch(time.monotonic() - began)
+
+    def _end_epoch(self, seconds: float) -> None:
+        options, progress = self.options, self.progress
+        self._gather_sums()
+        mean = progress.loss / max(progress.images, 1)
+        metrics = {'train_loss': mean, 'train_damaged': progress.damaged, 'train_seconds': round(seconds, 3)}
+        rate = self._rate()
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.loss, progress.images, progress.damaged = 0.0, 0, 0
+        if self.scheduler is not None and not options.sched_on_updates:
+            self.scheduler.step(progress.epoch)
+        self._evaluated(progress.epoch, lr=rate, **metrics)
+        self._checkpoint()
+
+    def _train_batch(self, batch: Batch) -> Tensor:
+        """One forward and backward pass, and an optimiser step where enough gradients are summed."""
+        images, labels, damaged = batch
+        _seed(self.options.seed, self.progress.epoch, self.progress.batch, self.accelerator.process_index)
+        targets = labels
+        if isinstance(self.mixup, Mixup):
+            images, targets = self.mixup(images, labels)
+        with self.accelerator.accumulate(self.model):
+            loss = self.loss(self.model(images).float(), targets)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.options.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        count = len(labels)
+        detached = loss.detach()
+        self.sums += torch.tensor([float(detached) * count, count, int(damaged.sum())], dtype=torch.float64)
+        return detached
+
+    def _after_step(self, loss: Tensor) -> None:
+        progress = self.progress
+        progress.step += 1
+        look = self.accelerator.device.type == 'cpu' or progress.step % _LOOK == 0
+        if look and not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f'the loss is {float(loss)} at step {progress.step}; choose a smaller --lr, --clip-grad, or another '
+                'start. Checkpoints before it are in the output folder'
+            )
+        if self.average is not None:
+            self.average.update(self.bare, step=progress.step)
+        if self.scheduler is not None and self.options.sched_on_updates:
+            self.scheduler.step_update(num_updates=progress.step)
+
+    def _evaluated(self, epoch: float, **more: Any) -> None:
+        """Validate, and write down what comes out."""
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.bare, self.accelerator.num_processes, reduce=True)
+        metrics = self._evaluate(self.model)
+        values = {'epoch': epoch, 'step': self.progress.step, **more, **{f'val_{k}': v for k, v in metrics.items()}}
+        best, source = metrics['top1'], self.bare
+        if self.average is not None:
+            averaged = self._evaluate(self.average.module)
+            values |= {f'ema_{key}': averaged[key] for key in ('loss', 'top1', 'top5')}
+            if averaged['top1'] > best:
+                best, source = averaged['top1'], self.average.module
+        if best > self.progress.best:
+            self.progress.best = best
+            if self.accelerator.is_main_process:
+                self._write(source, BEST_WEIGHTS, epoch=epoch, top1=best)
+        values |= {'best_top1': self.progress.best, 'seconds': self._seconds()}
+        self._record('epoch', values)
+        told = ('train_loss', 'val_loss', 'val_top1', 'ema_top1')
+        said = ', '.join(f'{key} {value:.4g}' for key, value in values.items() if key in told)
+        self._say('epoch %g: %s', epoch, said)
+        if self.options.log_with is not None:
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=self.progress.step)
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+        """Loss and accuracies in percent on the validation split; each image counts once, damaged ones never."""
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64)
+        damaged = 0
+        bar = tqdm(self.val, desc='validating', leave=False, disable=None if self.accelerator.is_main_process else True)
+        for images, labels, _ in bar:
+            with self.accelerator.autocast():
+                logits = model(images).float()
+            losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction='none')
+            ranked = logits.topk(min(5, self.num_classes), dim=1).indices == labels[:, None]
+            row = torch.stack((losses, ranked[:, 0].float(), ranked.any(1).float(), (labels != NO_LABEL).float()), 1)
+            row = self.accelerator.gather_for_metrics(row).double().cpu()
+            sums += row.sum(0)
+            damaged += int((row[:, 3] == 0).sum())
+        if not sums[3]:
+            raise DataError('none of the validation images can be read')
+        loss, top1, top5 = (sums[:3] / sums[3]).tolist()
+        return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'images': int(sums[3]), 'damaged': damaged}
+
+    def _calibrate(self) -> None:
+        """Batch-norm statistics of a start that has none, the same in every process."""
+        if self.options.init == 'pretrained' or not self.options.calibrate_batches:
+            return
+        size = self.options.batch_size * self.accelerator.num_processes
+        images: Iterator[Any] = iter(DataLoader(self.plain_train.dataset, size, sampler=self.sampler))
+        try:
+            calibrate_batchnorm_(
+                self.bare, itertools.islice(images, self.options.calibrate_batches), device=self.accelerator.device
+            )
+        except PredictionError as error:
+            warnings.warn(f'the accuracy before training means nothing: {error}', stacklevel=2)
+
+    def _checkpoint(self) -> None:
+        self._gather_sums()
+        save_checkpoint(
+            self.options.output / CHECKPOINTS,
+            self.accelerator,
+            self.progress,
+            run=self.identity,
+            average=self.average,
+            keep=self.options.checkpoint_hist,
+        )
+
+    def _gather_sums(self) -> None:
+        """Add what all processes did to the progress, which they share."""
+        loss, images, damaged = self.accelerator.reduce(self.sums.to(self.accelerator.device), reduction='sum').tolist()
+        self.progress.loss += loss
+        self.progress.images += int(images)
+        self.progress.damaged += int(damaged)
+        self.sums.zero_()
+
+    def _out_of_steps(self) -> bool:
+        return self.options.max_steps is not None and self.progress.step >= self.options.max_steps
+
+    def _stopped(self) -> bool:
+        """Whether a limit is met; all processes agree."""
+        if self._out_of_steps():
+            return True
+        if self.options.time_limit is None:
+            return False
+        late = torch.tensor([float(self._seconds() > 60 * self.options.time_limit)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(late, reduction='sum').item() > 0)
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    def _set_rate(self) -> None:
+        """The learning rate of the first step."""
+        if self.scheduler is not None and self.options.sched_on_updates:
+            self.scheduler.step_update(num_updates=0)
+        elif self.scheduler is not None:
+            self.scheduler.step(0)
+
+    def _rate(self) -> float:
+        return max(float(group['lr']) for group in self.optimizer.param_groups)
+
+    def _say(self, text: str, *values: Any) -> None:
+        if self.accelerator.is_main_process:
+            _logger.info(text, *values)
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        if self.results is not None:
+            self.results.add(kind, values)
+
+    def _write(self, model: nn.Module, name: str, **more: Any) -> None:
+        header = {'architecture': self.options.model, **self.facts['model_args'], **more}
+        header |= {'timm_ghn': json.dumps({key: self.facts[key] for key in ('arguments', 'stem', 'data_config')})}
+        write_state_dict(model.state_dict(), self.options.output / name, header)
+
+
+def _seed(*values: int) -> None:
+    """Seed all that a training step draws: dropout, stochastic depth, mixup."""
+    words = np.random.SeedSequence(values).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """What every tracker takes as hyper-parameters."""
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}

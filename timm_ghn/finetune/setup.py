@@ -1,0 +1,239 @@
+"""The parts of a run: the model with its start, the data in batches, and timm's optimiser and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_transform, train_transform
+from timm_ghn.data.splits import Splits
+from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
+from timm_ghn.postprocess import postprocess_
+from timm_ghn.prediction import ghn_init
+from timm_ghn.small_images import adapt_to_small_images_, check_reads, size_arguments
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model before it is trained.
+
+    Attributes:
+        model: With its initial weights.
+        data_config: timm's data config: input size, mean, std, interpolation, crop.
+        arguments: What ``timm.create_model`` was given beside the name.
+        edits: Changes of its stem for small images, in words.
+    """
+
+    model: nn.Module
+    data_config: dict[str, Any]
+    arguments: dict[str, Any]
+    edits: tuple[str, ...]
+
+
+def class_count(options: FinetuneOptions, splits: Splits) -> int:
+    """Number of classes to train.
+
+    Raises:
+        ConfigError: if the one that was asked for is not that of the data.
+    """
+    if options.num_classes != 'auto' and int(options.num_classes) != len(splits.classes):
+        raise ConfigError(
+            f'num_classes is {options.num_classes}, but {options.dataset!r} has {len(splits.classes)} classes; '
+            "leave it out, or give 'auto'"
+        )
+    return len(splits.classes)
+
+
+def build(options: FinetuneOptions, num_classes: int) -> Start:
+    """Build a model and initialise it.
+
+    Raises:
+        UnsupportedModelError: if timm cannot build it as asked, or it cannot read images of this size.
+        GHNError: if the prediction fails.
+    """
+    architecture = options.model.partition('.')[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists them'
+        raise UnsupportedModelError(f'timm has no model {options.model!r}; {hint}')
+    small = options.small_stem == 'on' or (
+        options.small_stem == 'auto' and options.image_size is not None and options.image_size <= SMALL_IMAGE
+    )
+    arguments: dict[str, Any] = {'num_classes': num_classes}
+    if options.image_size is not None:
+        arguments |= size_arguments(options.model, options.image_size, small=small)
+    arguments |= options.arguments
+    pretrained = options.init == 'pretrained'
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            model = timm.create_model(options.model, pretrained=pretrained, **arguments)
+    except (AssertionError, RuntimeError, TypeError, ValueError, OSError) as error:
+        what = 'build and load' if pretrained else 'build'
+        raise UnsupportedModelError(f'timm cannot {what} {options.model!r} with {arguments}: {error}') from error
+    config = _data_config(options, model)
+    if model.num_classes != num_classes:
+        raise ConfigError(f'{options.model!r} ends in {model.num_classes} outputs, not in {num_classes} classes')
+    edits: tuple[str, ...] = ()
+    if small and 'patch_size' not in arguments:
+        side = config['input_size'][-1]
+        edits = tuple(map(str, adapt_to_small_images_(model, side, in_chans=config['input_size'][0])))
+    check_reads(model, config['input_size'])
+    _initialise(model, options, config)
+    return Start(model, config, arguments, edits)
+
+
+def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
+    """timm's data config of a model, with what the options say about it."""
+    own = resolve_data_config(model=model)
+    channels = options.arguments.get('in_chans', own['input_size'][0])
+    side = options.image_size
+    size = (channels, *own['input_size'][1:]) if side is None else (channels, side, side)
+    crop = 1.0 if max(size[1:]) <= SMALL_IMAGE and options.crop_pct is None else options.crop_pct
+    said = {'input_size': size, 'mean': options.mean, 'std': options.std, 'crop_pct': crop, 'in_chans': channels}
+    for name in ('mean', 'std'):
+        values = said[name] or own[name]
+        if len(values) not in (1, channels):
+            said[name] = values[:1] if options.mean is None else values
+        if said[name] is not None and len(said[name]) not in (1, channels):
+            raise ConfigError(f'expected {name} to have {channels} values, one for each channel (got {said[name]})')
+    config: dict[str, Any] = resolve_data_config(args=said, model=model)
+    return config
+
+
+def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, Any]) -> None:
+    if options.init not in OTHER_INITS:
+        size = config['input_size']
+        ghn_init(model, options.init, input_size=size, head=options.head, seed=options.seed, postprocess=options.post)
+    elif options.post is not None:
+        postprocess_(model, options.post, input_size=config['input_size'])
+
+
+def loaders(
+    options: FinetuneOptions, splits: Splits, config: dict[str, Any], processes: int
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    """Batches to train on and to validate on, before they are shared among processes."""
+    channels = config['input_size'][0]
+    train = ImageDataset(
+        splits.train,
+        train_transform(config, options.transforms),
+        channels=channels,
+        seed=options.seed,
+        training=True,
+    )
+    val = ImageDataset(splits.val, eval_transform(config), channels=channels)
+    # With mixup each batch of an even size is mixed with itself in reverse.
+    mixed = options.mixup > 0 or options.cutmix > 0
+    if mixed and options.batch_size % 2:
+        raise ConfigError(f'expected an even batch_size for mixup and cutmix (got {options.batch_size})')
+    common: dict[str, Any] = {
+        'num_workers': options.workers,
+        'persistent_workers': options.workers > 0,
+        'pin_memory': torch.cuda.is_available(),
+    }
+    whole = len(train) >= options.batch_size * processes
+    if mixed and not whole:
+        raise ConfigError(
+            f'there are {len(train)} training images, fewer than the {options.batch_size * processes} of a batch: '
+            'mixup and cutmix need whole batches'
+        )
+    sampler = EpochSampler(len(train), seed=options.seed)
+    # A last batch of a few images would be noise; but few-shot sets may have no whole batch at all.
+    # The collation makes tensors of the labels and counts.
+    first: DataLoader[Any] = DataLoader(train, options.batch_size, sampler=sampler, drop_last=whole, **common)
+    second: DataLoader[Any] = DataLoader(val, options.val_batch_size or options.batch_size, **common)
+    return first, second
+
+
+def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimiser.
+
+    Raises:
+        ConfigError: if timm has none of this name, or refuses its options.
+    """
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            filter_bias_and_bn=not options.decay_norms,
+            layer_decay=options.layer_decay,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f'timm has no optimiser as asked ({options.opt!r}): {error}') from error
+    return optimizer
+
+
+def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler | None:
+    """timm's schedule; None for a constant rate.
+
+    Args:
+        options: Of the run.
+        optimizer: Whose rate it sets.
+        updates: Optimiser steps in an epoch.
+
+    Raises:
+        ConfigError: if timm has none of this name.
+    """
+    if options.sched == 'none':
+        return None
+    if options.warmup_epochs >= options.epochs:
+        raise ConfigError(
+            f'expected warmup_epochs below epochs (got {options.warmup_epochs} of {options.epochs}): '
+            'the rate would never be reached'
+        )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=options.sched,
+            num_epochs=options.epochs,
+            warmup_epochs=options.warmup_epochs,
+            warmup_lr=options.warmup_lr,
+            min_lr=options.min_lr,
+            step_on_epochs=not options.sched_on_updates,
+            updates_per_epoch=updates,
+        )
+    except (AssertionError, TypeError, ValueError, UnboundLocalError) as error:
+        raise ConfigError(f'timm has no schedule {options.sched!r}: {error}') from error
+    if scheduler is None:
+        raise ConfigError(f'timm has no schedule {options.sched!r}')
+    found: Scheduler = scheduler
+    return found
+
+
+def updates_per_epoch(batches: int, accumulated: int) -> int:
+    """Optimiser steps in an epoch: the last one may sum fewer batches."""
+    return math.ceil(batches / accumulated)
+
+
+def loss_of(options: FinetuneOptions, num_classes: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Mixup | None]:
+    """Training loss, and what mixes the batches."""
+    if options.mixup > 0 or options.cutmix > 0:
+        mixup = Mixup(
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            label_smoothing=options.smoothing,
+            num_classes=num_classes,
+        )
+        return SoftTargetCrossEntropy(), mixup
+    if options.smoothing > 0:
+        return LabelSmoothingCrossEntropy(options.smoothing), None
+    return nn.CrossEntropyLoss(), None
