@@ -1,6 +1,7 @@
 """Traces and plans every timm architecture, and checks that its graph is right.
 
     python benchmarks/coverage.py
+    python benchmarks/coverage.py --rules operators
 
 Each architecture is built on the meta device, in a worker process. Results are appended to <out>/coverage.jsonl one by
 one, so that an interrupted run goes on where it stopped; at the end <out>/coverage-<date>.csv has a row for each
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 import timm_ghn
 from timm_ghn import GHNConfig
+from timm_ghn.graph.build import RULES
 from timm_ghn.graph.vocabulary import ARCHITECTURAL
 
 RESULTS = Path(__file__).resolve().parent / 'results'
@@ -98,12 +100,12 @@ def build(name: str) -> tuple[nn.Module, str]:
         return timm.create_model(name), 'cpu'
 
 
-def examine(family: str, name: str) -> Result:
+def examine(family: str, name: str, rules: str = RULES[0]) -> Result:
     """Build, trace, plan and check one architecture."""
     times = [time.perf_counter()]
     model, device = build(name)
     times.append(time.perf_counter())
-    graph = timm_ghn.trace(model)
+    graph = timm_ghn.trace(model, rules=rules)
     times.append(time.perf_counter())
     plan = timm_ghn.plan_parameters(graph, CONFIG, head='predict')
     times.append(time.perf_counter())
@@ -139,9 +141,9 @@ def work(connection: Connection) -> None:
     warnings.simplefilter('ignore')
     with contextlib.suppress(EOFError):
         while True:
-            family, name = connection.recv()
+            family, name, rules = connection.recv()
             try:
-                result = examine(family, name)
+                result = examine(family, name, rules)
             except Exception as error:  # whatever goes wrong belongs into the table
                 result = Result(family, name, error=f'{type(error).__name__}: {error}')
             connection.send(result)
@@ -150,8 +152,9 @@ def work(connection: Connection) -> None:
 class Worker:
     """A process that examines one architecture at a time, and is replaced if it dies or hangs."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, rules: str) -> None:
         self.timeout = timeout
+        self.rules = rules
         self.task: tuple[str, str] | None = None
         self._start()
 
@@ -164,7 +167,7 @@ class Worker:
 
     def give(self, task: tuple[str, str]) -> None:
         self.task, self.deadline = task, time.monotonic() + self.timeout
-        self.connection.send(task)
+        self.connection.send((*task, self.rules))
 
     def collect(self) -> Result | None:
         """The result if there is one by now, or what prevented it."""
@@ -194,10 +197,12 @@ class Worker:
         self.process.join()
 
 
-def examine_all(tasks: Sequence[tuple[str, str]], *, workers: int, timeout: float) -> Iterator[Result]:
+def examine_all(
+    tasks: Sequence[tuple[str, str]], *, workers: int, timeout: float, rules: str = RULES[0]
+) -> Iterator[Result]:
     """Examine architectures, in no particular order."""
     waiting = list(reversed(tasks))
-    crew = [Worker(timeout) for _ in range(min(workers, len(tasks)))]
+    crew = [Worker(timeout, rules) for _ in range(min(workers, len(tasks)))]
     try:
         while waiting or any(worker.task for worker in crew):
             for worker in crew:
@@ -352,16 +357,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--limit', type=int, help='the first so many only')
     parser.add_argument('--timeout', type=float, default=300.0, help='seconds for one architecture (default: 300)')
     parser.add_argument('--out', type=Path, default=RESULTS, help=f'folder for the results (default: {RESULTS})')
+    parser.add_argument(
+        '--rules', choices=RULES, default=RULES[0], help=f'rule set of the graphs (default: {RULES[0]})'
+    )
     parser.add_argument('--fresh', action='store_true', help='forget earlier results instead of going on from them')
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / 'coverage.jsonl'
+    kind = 'coverage' if args.rules == RULES[0] else f'coverage-{args.rules}'
+    log = args.out / f'{kind}.jsonl'
     if args.fresh:
         log.unlink(missing_ok=True)
     family = dict(list(families(args.filter).items())[: args.limit])
     done = {name: result for name, result in read_results(log).items() if name in family}
     tasks = [(module, name) for name, module in family.items() if name not in done]
-    new = examine_all(tasks, workers=args.workers, timeout=args.timeout)
+    new = examine_all(tasks, workers=args.workers, timeout=args.timeout, rules=args.rules)
     with log.open('a', encoding='utf-8') as file:
         for result in tqdm(new, total=len(family), initial=len(done), unit='model'):
             file.write(json.dumps(dataclasses.asdict(result)) + '\n')
@@ -369,9 +378,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             done[result.architecture] = result
     results = [done[name] for name in family]
     date = datetime.date.today().isoformat()
-    write_csv(results, args.out / f'coverage-{date}.csv')
+    write_csv(results, args.out / f'{kind}-{date}.csv')
     command = ' '.join(['python', 'benchmarks/coverage.py', *(sys.argv[1:] if argv is None else argv)])
-    write_summary(results, args.out / f'coverage-{date}.md', date=date, command=command)
+    write_summary(results, args.out / f'{kind}-{date}.md', date=date, command=command)
     print(f'{len(results)} architectures, {sum(bool(r.error) for r in results)} errors: {args.out}')
 
 

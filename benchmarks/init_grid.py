@@ -31,8 +31,9 @@ from typing import Any
 from tqdm import tqdm
 
 from timm_ghn.errors import GHNError
-from timm_ghn.finetune.options import FinetuneOptions, read_recipe
-from timm_ghn.finetune.report import read_results, versions
+from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.recipes import read_recipe
+from timm_ghn.results import read_results, versions
 
 RESULTS = Path(__file__).resolve().parent / 'results'
 MODELS = ('test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit')
@@ -343,7 +344,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         name, _, parts = text.partition(':')
         named = dict(part.partition('=')[::2] for part in parts.split(','))
         args.splits[name] = {f'{key}_split': value for key, value in named.items()}
-    args.recipe = read_recipe(args.config) if args.config else {}
+    args.recipe = read_recipe(args.config, FinetuneOptions) if args.config else {}
     args.recipe.setdefault('epochs', args.epochs)
     if args.shots:
         args.recipe['shots'] = args.shots

@@ -15,7 +15,8 @@ PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
     'version', 'errors', 'graph', 'ops', 'nn', 'params', 'writable', 'postprocess', 'batchnorm', 'diversity', 'hub',
-    'prediction', 'source', 'norms', 'output', 'report', 'picture', 'small_images', 'data', 'finetune', 'cli',
+    'prediction', 'source', 'norms', 'output', 'report', 'picture', 'recipes', 'results',
+    'checkpoints', 'small_images', 'data', 'finetune', 'train', 'cli',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.
 FACADE = ('__init__', '__main__')

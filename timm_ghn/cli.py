@@ -117,7 +117,8 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     finetuning = add('finetune', finetune_model, 'Fine-tune a timm model from a predicted, random or pretrained start.')
     if argv[:1] == ['finetune']:
         # Its options come from a module that needs the packages of the extra 'finetune'.
-        _finetune_options().add_arguments(finetuning)
+        recipes, options = _finetune_options()
+        recipes.add_arguments(finetuning, options.FinetuneOptions, options.GROUPS)
 
     verify = add('verify', verify_ghn, 'Compare the norms of predicted torchvision networks with the published ones.')
     verify.add_argument('name', metavar='NAME', help="a GHN of 'timm-ghn list'; it is downloaded where necessary")
@@ -269,21 +270,23 @@ def _postprocess(args: argparse.Namespace) -> PostProcess | None:
     return PostProcess.of(None if name == 'none' else name, seed=args.seed)
 
 
-def _finetune_options() -> Any:
+def _finetune_options() -> tuple[Any, Any]:
     try:
+        from timm_ghn import recipes
         from timm_ghn.finetune import options
     except ImportError as error:
         raise SystemExit(
             _fail(f"fine-tuning needs more packages ({error}): pip install 'timm-ghn[finetune]'")
         ) from error
-    return options
+    return recipes, options
 
 
 def finetune_model(args: argparse.Namespace) -> int:
     """Fine-tune a model."""
     import logging
 
-    options = _finetune_options().options_of(args)
+    recipes, module = _finetune_options()
+    options = recipes.options_of(args, module.FinetuneOptions)
     from timm_ghn.finetune.loop import finetune
 
     logger = logging.getLogger('timm_ghn')

@@ -7,12 +7,11 @@ import torch
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
 
-from timm_ghn import load_ghn, predict
+from timm_ghn import checkpoints, load_ghn, predict
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
-from timm_ghn.finetune import checkpoints
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.finetune.report import read_results
+from timm_ghn.results import read_results
 
 GHN_NAME = 'ghn_tiny_untrained'
 
@@ -232,3 +231,20 @@ def test_a_model_of_one_channel_is_trained_on_grey(base):
     result = finetune(dataclasses.replace(base, model_args='in_chans=1', epochs=1))
     assert result.finished
     assert weights(base)['patch_embed.proj.weight'].shape[1] == 1
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(base, tmp_path):
+    options = dataclasses.replace(base, opt='sgd', lr=0.05)
+    finetune(options)
+    parts = dataclasses.replace(options, batch_size=6, grad_accum_steps=2, output=tmp_path / 'parts')
+    assert finetune(parts).steps == 2 * 4
+    whole = weights(options)
+    for name, value in weights(parts).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_tracker_gets_the_metrics(base):
+    pytest.importorskip('tensorboard')
+    finetune(dataclasses.replace(base, epochs=1, log_with='tensorboard'))
+    events = (base.output / 'timm_ghn').rglob('events.out.tfevents.*')
+    assert any(b'val_top1' in file.read_bytes() for file in events)

@@ -6,21 +6,22 @@ import pytest
 
 from timm_ghn import PostProcess
 from timm_ghn.errors import ConfigError
-from timm_ghn.finetune.options import FinetuneOptions, add_arguments, options_of, read_recipe
+from timm_ghn.finetune.options import GROUPS, FinetuneOptions
+from timm_ghn.recipes import add_arguments, options_of, read_recipe
 
 BASE = {'model': 'test_vit', 'dataset': 'somewhere'}
 
 
 def parsed(*arguments: str) -> FinetuneOptions:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return options_of(parser.parse_args(arguments))
+    add_arguments(parser, FinetuneOptions, GROUPS)
+    return options_of(parser.parse_args(arguments), FinetuneOptions)
 
 
 def test_the_command_line_has_every_option_and_no_default_of_its_own():
     assert parsed('--model', 'test_vit', '--dataset', 'somewhere') == FinetuneOptions(**BASE)
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, FinetuneOptions, GROUPS)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert {'--' + field.name.replace('_', '-') for field in dataclasses.fields(FinetuneOptions)} <= flags
 
@@ -49,12 +50,12 @@ def test_a_wrong_recipe_is_named(tmp_path, line, message):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(line)
     with pytest.raises(ConfigError, match=message):
-        read_recipe(recipe)
+        read_recipe(recipe, FinetuneOptions)
 
 
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match='cannot be read'):
-        read_recipe(tmp_path / 'none.yaml')
+        read_recipe(tmp_path / 'none.yaml', FinetuneOptions)
 
 
 @pytest.mark.parametrize(
@@ -102,5 +103,5 @@ def test_model_arguments_are_read_as_yaml_reads_them():
     'recipe', sorted((Path(__file__).parents[2] / 'examples' / 'recipes').glob('*.yaml')), ids=lambda path: path.stem
 )
 def test_recipes_in_the_repository_are_valid(recipe):
-    values = read_recipe(recipe)
+    values = read_recipe(recipe, FinetuneOptions)
     assert FinetuneOptions(**{**BASE, **values}).to_dict()

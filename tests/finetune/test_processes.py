@@ -14,7 +14,7 @@ import torch
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
 
-from timm_ghn.finetune.report import read_results
+from timm_ghn.results import read_results
 
 #: accelerate launch starts several processes on a CPU only under this name.
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
@@ -126,6 +126,13 @@ def losses(output: Path) -> list[tuple[float, float]]:
 
 def newest(output: Path) -> str:
     return max((place.name for place in (output / 'checkpoints').glob('step_*')), default='')
+
+
+def test_bfloat16_is_learnt_in_and_float32_is_kept(folder, tmp_path):
+    more = ('--batch-size', '12', '--epochs', '5', '--opt', 'adamw', '--lr', '0.003', '--mixed-precision', 'bf16')
+    launched([sys.executable, '-m', 'timm_ghn.finetune', *arguments(folder, tmp_path / 'out', *more)])
+    assert all(value.dtype == torch.float32 for value in load_file(tmp_path / 'out' / 'model.safetensors').values())
+    assert losses(tmp_path / 'out')[-1][1] < 0.5 < losses(tmp_path / 'out')[0][1]
 
 
 def test_processes_that_accelerate_does_not_start_are_missed(folder, tmp_path):

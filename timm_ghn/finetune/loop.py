@@ -31,12 +31,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_ghn.batchnorm import calibrate_batchnorm_
+from timm_ghn.checkpoints import load_checkpoint, remove_partial, save_checkpoint
 from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, DataError, PredictionError, TrainingError
-from timm_ghn.finetune.checkpoints import Progress, load_checkpoint, remove_partial, save_checkpoint
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.finetune.report import CURVES, Results, plot_curves, read_results, versions
 from timm_ghn.finetune.setup import (
     Batch,
     Start,
@@ -49,6 +48,7 @@ from timm_ghn.finetune.setup import (
     updates_per_epoch,
 )
 from timm_ghn.output import write_state_dict
+from timm_ghn.results import CURVES, Results, plot_curves, read_results, versions
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
@@ -65,6 +65,31 @@ _FREE = (
 _LOOK = 20
 
 _logger = logging.getLogger('timm_ghn.finetune')
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: Epoch in progress, from 0.
+        batch: Batches of it that are done, of each process.
+        step: Optimiser steps done.
+        loss: Sum of the losses of the images of this epoch.
+        images: Number of these images.
+        damaged: Damaged images met in this epoch.
+        best: Best accuracy so far, in percent.
+        evaluated: Epochs that were evaluated.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    images: int = 0
+    damaged: int = 0
+    best: float = -1.0
+    evaluated: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +235,9 @@ class _Run:
             if main:
                 remove_partial(folder)
             found = load_checkpoint(folder, self.accelerator, run=self.identity, average=self.average)
-        self.progress = found or self.progress
-        self.results = Results(options.output, resume_epoch=found.epoch if found else None) if main else None
+        if found is not None:
+            self.progress = Progress(**found)
+        self.results = Results(options.output, resume_epoch=self.progress.epoch if found else None) if main else None
         if options.log_with is not None:
             self.accelerator.init_trackers('timm_ghn', config=_flat(options.to_dict()))
         if found is None:
@@ -220,7 +246,7 @@ class _Run:
             self._set_rate()
             self._evaluated(0)
         else:
-            self._say('going on from step %d, epoch %d', found.step, found.epoch)
+            self._say('going on from step %d, epoch %d', self.progress.step, self.progress.epoch)
         while self.progress.epoch < options.epochs and not self._stopped():
             self._train_epoch()
         return self._end()
@@ -389,7 +415,7 @@ class _Run:
         save_checkpoint(
             self.options.output / CHECKPOINTS,
             self.accelerator,
-            self.progress,
+            dataclasses.asdict(self.progress),
             run=self.identity,
             average=self.average,
             keep=self.options.checkpoint_hist,

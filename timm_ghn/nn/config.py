@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DECODERS = ('conv', 'mlp')
+DECODERS = ('conv', 'mlp', 'lowrank')
 WINDOWS = ('center', 'corner')
 #: Longest distance that the edge table of the published GHN-3 checkpoints (257 rows, the first two unused) can hold.
 MAX_DISTANCE = 254
@@ -36,8 +36,10 @@ class GHNConfig:
         virtual_edges: Longest shortest path that becomes an edge; 1 for none (arXiv 2110.13100, section 4.1).
         layernorm: Whether the node embeddings are layer-normalised before decoding.
         weight_norm: Whether predictions are scaled by fan-in (arXiv 2110.13100, section 4.2).
-        decoder: 'conv', or 'mlp' as in the baseline decoder of the first release.
+        decoder: 'conv', 'mlp' as in the baseline decoder of the first release, or 'lowrank', which repeats no channels.
         window: Where a kernel is cut out of the decoded map: 'center' (GHN-3) or 'corner' (GHN-1, GHN-2).
+        rank: Rank of what the decoder 'lowrank' predicts; unused by the others.
+        codes: Size of the channel codes of the decoder 'lowrank'; unused by the others.
         rules: Rule set that shapes the graphs that the GHN reads.
         mean: Mean of the images in training, per channel.
         std: Standard deviation of the images in training, per channel.
@@ -57,6 +59,8 @@ class GHNConfig:
     weight_norm: bool = True
     decoder: str = 'conv'
     window: str = 'center'
+    rank: int = 16
+    codes: int = 64
     rules: str = 'published'
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -66,7 +70,7 @@ class GHNConfig:
 
     def __post_init__(self) -> None:
         _expect_readable(self.format_version)
-        for field in ('hid', 'num_classes', 'layers', 'heads', 'virtual_edges'):
+        for field in ('hid', 'num_classes', 'layers', 'heads', 'virtual_edges', 'rank', 'codes'):
             _expect_count(field, getattr(self, field))
         if not isinstance(self.max_shape, tuple) or len(self.max_shape) != 4:
             raise ConfigError(f'expected max_shape of 4 sizes: out, in, height, width (got {self.max_shape!r})')

@@ -14,7 +14,15 @@ from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.structure import Graph, GraphBatch
 from timm_ghn.nn.bounds import largest
 from timm_ghn.nn.config import GHNConfig, Origin
-from timm_ghn.nn.decoders import CHUNK_ELEMENTS, DecodeKind, DecodeRequest, VectorDecoder, build_decoder
+from timm_ghn.nn.decoders import (
+    CHUNK_ELEMENTS,
+    DecodeKind,
+    DecodeRequest,
+    TensorDecoder,
+    VectorDecoder,
+    build_decoder,
+)
+from timm_ghn.nn.lowrank import LowRankDecoder, LowRankVectorDecoder
 from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, linear_of, look_up
 from timm_ghn.nn.registry import build_gnn
 from timm_ghn.nn.requests import Block, joined
@@ -48,9 +56,15 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         self.embed = nn.Embedding(len(Primitive), config.hid)
         self.shape_enc = ShapeEncoder(config)
         self.gnn = build_gnn(config)
-        self.decoder = build_decoder(config)
-        self.decoder_1d = VectorDecoder(config)
-        self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(self.decoder_1d.max_size, config.num_classes))
+        self.decoder: TensorDecoder
+        self.decoder_1d: VectorDecoder | LowRankVectorDecoder
+        if config.decoder == 'lowrank':
+            self.decoder = tensors = LowRankDecoder(config)
+            self.decoder_1d = LowRankVectorDecoder(config, tensors)
+        else:
+            self.decoder = build_decoder(config)
+            self.decoder_1d = VectorDecoder(config)
+            self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(self.decoder_1d.max_size, config.num_classes))
         if config.gnn == 'graphormer':
             self._rescale()
 
@@ -61,11 +75,12 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         The last layers start with small weights and no bias, embeddings with a standard deviation of
         (their width)^-1/2, cut off at +-2.
         """
-        for layer in (self.decoder_1d.last, self.decoder.last, self.decoder.class_predictor):
+        published = isinstance(self.decoder_1d, VectorDecoder)
+        for layer in (self.decoder_1d.last, self.decoder.last, self.decoder.class_predictor) if published else ():
             layer.weight.div_(5)
             layer.bias.zero_()
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding) and (published or not name.startswith('decoder')):
                 nn.init.trunc_normal_(module.weight, std=module.embedding_dim**-0.5)
 
     @property
@@ -150,8 +165,11 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         jobs = list(enumerate(requests))
         tensors = [job for job in jobs if job[1].kind in _TENSOR_KINDS]
         vectors = [job for job in jobs if job[1].kind not in _TENSOR_KINDS]
-        predictor = linear_of(self.bias_class, 1)
         yield from self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements)
+        if isinstance(self.decoder_1d, LowRankVectorDecoder):
+            yield from self.decoder_1d.decode(z_Nd, vectors)
+            return
+        predictor = linear_of(self.bias_class, 1)
         yield from self.decoder_1d.decode(z_Nd, vectors, predictor, chunk_elements=chunk_elements)
 
     def decoded_bound(self, embeddings_Nd: Tensor) -> float:
@@ -161,6 +179,8 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         overflows. It is NaN or infinite where an embedding or a weight is not finite.
         """
         limit = largest(embeddings_Nd)
+        if isinstance(self.decoder_1d, LowRankVectorDecoder):
+            return self.decoder.bound(limit) + self.decoder_1d.bound(limit)
         return self.decoder.bound(limit) + self.decoder_1d.bound(limit, linear_of(self.bias_class, 1))
 
     def forward(self, graphs: Graph | GraphBatch | Iterable[Graph], requests: Sequence[DecodeRequest]) -> list[Tensor]:

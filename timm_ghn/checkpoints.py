@@ -7,7 +7,6 @@ its manifest is passed over for the one before it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -33,35 +32,10 @@ _NAME = re.compile(r'step_(\d+)')
 _PARTIAL = '.partial'
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        epoch: Epoch in progress, from 0.
-        batch: Batches of it that are done, of each process.
-        step: Optimiser steps done.
-        loss: Sum of the losses of the images of this epoch.
-        images: Number of these images.
-        damaged: Damaged images met in this epoch.
-        best: Best accuracy so far, in percent.
-        evaluated: Epochs that were evaluated.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    loss: float = 0.0
-    images: int = 0
-    damaged: int = 0
-    best: float = -1.0
-    evaluated: int = -1
-
-
 def save_checkpoint(
     folder: Path,
     accelerator: Accelerator,
-    progress: Progress,
+    progress: dict[str, Any],
     *,
     run: dict[str, Any],
     average: nn.Module | None = None,
@@ -72,7 +46,7 @@ def save_checkpoint(
     Args:
         folder: Of the checkpoints.
         accelerator: Holds the model, the optimiser and so on.
-        progress: Where the run stands.
+        progress: Where the run stands, as plain values; its 'step' names the checkpoint.
         run: What must be the same for a run that goes on from here, as plain values.
         average: Averaged weights.
         keep: How many to keep.
@@ -80,7 +54,7 @@ def save_checkpoint(
     Raises:
         TrainingError: if it cannot be written; those before it are still there.
     """
-    place = folder / f'step_{progress.step:08d}'
+    place = folder / f'step_{progress["step"]:08d}'
     partial = place.with_name(place.name + _PARTIAL)
     written = None
     try:
@@ -99,7 +73,7 @@ def save_checkpoint(
         try:
             if average is not None:
                 save_file(_tensors(average), partial / AVERAGE)
-            _write_json(partial / PROGRESS, {'progress': dataclasses.asdict(progress), 'run': run})
+            _write_json(partial / PROGRESS, {'progress': progress, 'run': run})
             _write_json(partial / MANIFEST, _manifest(partial))
             _flush(partial)
             if place.exists():
@@ -125,7 +99,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: Path, accelerator: Accelerator, *, run: dict[str, Any], average: nn.Module | None = None
-) -> Progress | None:
+) -> dict[str, Any] | None:
     """Read the last good checkpoint; all processes call it.
 
     Args:
@@ -151,7 +125,8 @@ def load_checkpoint(
         accelerator.load_state(str(place))
         if average is not None:
             average.load_state_dict(load_file(place / AVERAGE))
-        return Progress(**read['progress'])
+        found: dict[str, Any] = read['progress']
+        return found
     return None
 
 
