@@ -1,4 +1,4 @@
-"""Command line: ``timm-ghn list | predict | inspect | finetune | verify``.
+"""Command line: ``timm-ghn list | predict | inspect | finetune | train | evaluate | verify``.
 
 Results go to the standard output, progress and errors to the standard error. Exit code 0: done; 1: ``verify`` found a
 network whose norm differs; 2: an error, told in one line.
@@ -7,12 +7,13 @@ network whose norm differs; 2: an error, told in one line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +29,17 @@ _EXAMPLES = {
     'predict': 'timm-ghn predict resnet50 --num-classes 10 -o out.safetensors',
     'inspect': 'timm-ghn inspect convnext_base',
     'finetune': 'timm-ghn finetune --model resnet18 --dataset uoft-cs/cifar10 --image-size 32 --shots 100',
+    'train': 'timm-ghn train --config examples/recipes/ghn_tiny.yaml --dataset uoft-cs/cifar10',
+    'evaluate': 'timm-ghn evaluate --ghn train-out/ghn --dataset uoft-cs/cifar10',
     'verify': 'timm-ghn verify ghn3_tm8 --arch resnet50 --arch vit_b_16',
+}
+
+
+#: Commands whose options are a dataclass: its module and name, and the name of the headings.
+_RUNS = {
+    'finetune': ('timm_ghn.finetune.options', 'FinetuneOptions', 'GROUPS'),
+    'train': ('timm_ghn.train.options', 'TrainOptions', 'GROUPS'),
+    'evaluate': ('timm_ghn.train.evaluate', 'EvaluateOptions', 'GROUPS'),
 }
 
 
@@ -114,11 +125,13 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     inspect.add_argument('--plot', type=Path, metavar='FILE', help='also draw that into FILE (.png, .pdf or .svg)')
 
-    finetuning = add('finetune', finetune_model, 'Fine-tune a timm model from a predicted, random or pretrained start.')
-    if argv[:1] == ['finetune']:
-        # Its options come from a module that needs the packages of the extra 'finetune'.
-        recipes, options = _finetune_options()
-        recipes.add_arguments(finetuning, options.FinetuneOptions, options.GROUPS)
+    add('finetune', finetune_model, 'Fine-tune a timm model from a predicted, random or pretrained start.')
+    add('train', train_ghn, 'Train a GHN on architectures of timm and a data set of images.')
+    add('evaluate', evaluate_ghn, 'Accuracy of predicted networks without any training.')
+    if argv[:1] and argv[0] in _RUNS:
+        # Their options come from modules that need the packages of the extra 'finetune'.
+        recipes, kind, groups = _run_options(argv[0])
+        recipes.add_arguments(commands.choices[argv[0]], kind, groups)
 
     verify = add('verify', verify_ghn, 'Compare the norms of predicted torchvision networks with the published ones.')
     verify.add_argument('name', metavar='NAME', help="a GHN of 'timm-ghn list'; it is downloaded where necessary")
@@ -270,24 +283,31 @@ def _postprocess(args: argparse.Namespace) -> PostProcess | None:
     return PostProcess.of(None if name == 'none' else name, seed=args.seed)
 
 
-def _finetune_options() -> tuple[Any, Any]:
+def _run_options(command: str) -> tuple[Any, Any, dict[str, str]]:
+    """The module of recipes, and the options of a command and their headings."""
+    import importlib
+
+    module, kind, groups = _RUNS[command]
     try:
         from timm_ghn import recipes
-        from timm_ghn.finetune import options
+
+        options = importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            _fail(f"fine-tuning needs more packages ({error}): pip install 'timm-ghn[finetune]'")
+            _fail(f"'{command}' needs more packages ({error}): pip install 'timm-ghn[finetune]'")
         ) from error
-    return recipes, options
+    return recipes, getattr(options, kind), getattr(options, groups)
 
 
-def finetune_model(args: argparse.Namespace) -> int:
-    """Fine-tune a model."""
+def _options(command: str, args: argparse.Namespace) -> Any:
+    recipes, kind, _ = _run_options(command)
+    return recipes.options_of(args, kind)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Show what the loops log."""
     import logging
-
-    recipes, module = _finetune_options()
-    options = recipes.options_of(args, module.FinetuneOptions)
-    from timm_ghn.finetune.loop import finetune
 
     logger = logging.getLogger('timm_ghn')
     logger.setLevel(logging.INFO)
@@ -295,11 +315,45 @@ def finetune_model(args: argparse.Namespace) -> int:
     handler.setFormatter(logging.Formatter('%(message)s'))
     logger.addHandler(handler)
     try:
-        result = finetune(options)
+        yield
     finally:
         logger.removeHandler(handler)
+
+
+def finetune_model(args: argparse.Namespace) -> int:
+    """Fine-tune a model."""
+    options = _options('finetune', args)
+    from timm_ghn.finetune.loop import finetune
+
+    with _told():
+        result = finetune(options)
     if int(os.environ.get('RANK', 0)) == 0:
         print(result.output)
+    return 0
+
+
+def train_ghn(args: argparse.Namespace) -> int:
+    """Train a GHN."""
+    options = _options('train', args)
+    from timm_ghn.train.loop import train
+
+    with _told():
+        result = train(options)
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(result.output)
+    return 0
+
+
+def evaluate_ghn(args: argparse.Namespace) -> int:
+    """Print the accuracy of predicted networks."""
+    options = _options('evaluate', args)
+    from timm_ghn.report import aligned
+    from timm_ghn.train.evaluate import evaluate
+
+    rows = evaluate(options)
+    cells = [(row.family, row.name, f'{row.parameters:,}', f'{row.top1:.2f}', f'{row.loss:.3f}') for row in rows]
+    header = ('family', 'architecture', 'parameters', 'accuracy, %', 'cross-entropy')
+    print('\n'.join(aligned(header, cells)))
     return 0
 
 

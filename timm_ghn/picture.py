@@ -29,6 +29,11 @@ _LABELS = dict(zip(KINDS, ('predicted', 'post-processed', 'random (timm)'), stri
 _STYLES = dict(zip(KINDS, ('-', '-', '--'), strict=True))
 
 
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of a size in inches."""
+    return Figure(figsize=size, layout='constrained')
+
+
 def draw(comparisons: Sequence[Comparison], path: Path, *, title: str) -> None:
     """Draw three measures over the layers, and the spectrum of one layer.
 
@@ -43,7 +48,7 @@ def draw(comparisons: Sequence[Comparison], path: Path, *, title: str) -> None:
     """
     if not comparisons:
         raise ConfigError('there is no layer to draw')
-    figure = Figure(figsize=(12, 8), layout='constrained')
+    figure = new_figure((12, 8))
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(2, 2)
     measures = {

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,11 @@ def option(default: Any, help_text: str, **more: Any) -> Any:
         more: ``metavar`` for the command line.
     """
     return dataclasses.field(default=default, metadata={'help': help_text, **more})
+
+
+def those_of(kind: Any, options: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Values of options that a smaller dataclass of options has too, or those with the given names."""
+    return {name: getattr(options, name) for name in (_names(kind) if names is None else names)}
 
 
 def read_recipe(path: Path, kind: type) -> dict[str, Any]:

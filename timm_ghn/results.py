@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -33,16 +34,16 @@ class Results:
 
     Args:
         folder: Where it is.
-        resume_epoch: For a run that goes on: drop lines of this epoch and later, which will be written again. None
-            begins a new file.
+        resume: For a run that goes on: an entry of the lines and where it stood; lines that lie behind are dropped,
+            since they will be written again. None begins a new file.
     """
 
-    def __init__(self, folder: Path, *, resume_epoch: int | None = None) -> None:
+    def __init__(self, folder: Path, *, resume: tuple[str, float] | None = None) -> None:
         self.path = folder / RESULTS
         folder.mkdir(parents=True, exist_ok=True)
         kept = []
-        if resume_epoch is not None and self.path.exists():
-            kept = [line for line in read_results(self.path) if _before(line, resume_epoch)]
+        if resume is not None and self.path.exists():
+            kept = [line for line in read_results(self.path) if _before(line, *resume)]
         part = self.path.with_name(f'.{RESULTS}')
         part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
         os.replace(part, self.path)
@@ -55,8 +56,8 @@ class Results:
             os.fsync(file.fileno())
 
 
-def _before(line: dict[str, Any], epoch: int) -> bool:
-    return bool(line['kind'] == 'run' or (line['kind'] == 'epoch' and line['epoch'] <= epoch))
+def _before(line: dict[str, Any], entry: str, reached: float) -> bool:
+    return bool(line['kind'] == 'run' or (line['kind'] != 'end' and line.get(entry, math.inf) <= reached))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

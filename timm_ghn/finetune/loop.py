@@ -237,7 +237,8 @@ class _Run:
             found = load_checkpoint(folder, self.accelerator, run=self.identity, average=self.average)
         if found is not None:
             self.progress = Progress(**found)
-        self.results = Results(options.output, resume_epoch=self.progress.epoch if found else None) if main else None
+        resume = ('epoch', self.progress.epoch) if found else None
+        self.results = Results(options.output, resume=resume) if main else None
         if options.log_with is not None:
             self.accelerator.init_trackers('timm_ghn', config=_flat(options.to_dict()))
         if found is None:

@@ -14,7 +14,7 @@ from timm_ghn.data.images import TransformOptions
 from timm_ghn.data.splits import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.postprocess import PostProcess
-from timm_ghn.recipes import option
+from timm_ghn.recipes import option, those_of
 
 #: Values of ``small_stem``.
 SMALL_STEM = ('auto', 'on', 'off')
@@ -127,12 +127,12 @@ class FinetuneOptions:
     @functools.cached_property
     def data(self) -> DataOptions:
         """Those of the data set."""
-        return DataOptions(**_those_of(DataOptions, self))
+        return DataOptions(**those_of(DataOptions, self))
 
     @functools.cached_property
     def transforms(self) -> TransformOptions:
         """Those of the augmentation."""
-        return TransformOptions(**_those_of(TransformOptions, self))
+        return TransformOptions(**those_of(TransformOptions, self))
 
     @functools.cached_property
     def post(self) -> PostProcess | None:
@@ -158,10 +158,6 @@ class FinetuneOptions:
         """Plain values that ``json`` can write."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _those_of(kind: type, options: FinetuneOptions) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
 
 
 def _pairs(text: str, option: str, kind: type | None = None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class GHNConfig:
         window: Where a kernel is cut out of the decoded map: 'center' (GHN-3) or 'corner' (GHN-1, GHN-2).
         rank: Rank of what the decoder 'lowrank' predicts; unused by the others.
         codes: Size of the channel codes of the decoder 'lowrank'; unused by the others.
+        smooth: Whether nodes are also described by numbers that vary smoothly with sizes and depth.
         rules: Rule set that shapes the graphs that the GHN reads.
         mean: Mean of the images in training, per channel.
         std: Standard deviation of the images in training, per channel.
@@ -59,6 +60,7 @@ class GHNConfig:
     weight_norm: bool = True
     decoder: str = 'conv'
     window: str = 'center'
+    smooth: bool = False
     rank: int = 16
     codes: int = 64
     rules: str = 'published'
@@ -89,7 +91,7 @@ class GHNConfig:
             raise ConfigError(f'expected virtual_edges of at most {MAX_DISTANCE} (got {self.virtual_edges})')
         if self.decoder == 'mlp' and self.max_shape[0] != self.max_shape[1]:
             raise ConfigError(f"expected square max_shape for the decoder 'mlp' (got {self.max_shape})")
-        for field in ('layernorm', 'weight_norm', 'trained'):
+        for field in ('layernorm', 'weight_norm', 'smooth', 'trained'):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f'expected {field} to be true or false (got {getattr(self, field)!r})')
         self._check_images()

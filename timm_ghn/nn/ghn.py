@@ -22,6 +22,7 @@ from timm_ghn.nn.decoders import (
     VectorDecoder,
     build_decoder,
 )
+from timm_ghn.nn.features import SmoothEncoder, node_features
 from timm_ghn.nn.lowrank import LowRankDecoder, LowRankVectorDecoder
 from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, linear_of, look_up
 from timm_ghn.nn.registry import build_gnn
@@ -55,6 +56,7 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         self.ln = nn.LayerNorm(config.hid) if config.layernorm else None
         self.embed = nn.Embedding(len(Primitive), config.hid)
         self.shape_enc = ShapeEncoder(config)
+        self.smooth_enc = SmoothEncoder(config) if config.smooth else None
         self.gnn = build_gnn(config)
         self.decoder: TensorDecoder
         self.decoder_1d: VectorDecoder | LowRankVectorDecoder
@@ -67,6 +69,10 @@ class GHN(nn.Module, PyTorchModelHubMixin):
             self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(self.decoder_1d.max_size, config.num_classes))
         if config.gnn == 'graphormer':
             self._rescale()
+        if self.smooth_enc is not None:
+            with torch.no_grad():
+                # Louder than the tables, which take longer to learn.
+                linear_of(self.smooth_enc.net, 2).weight.mul_(4)
 
     @torch.no_grad()
     def _rescale(self) -> None:
@@ -101,6 +107,8 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         with full_precision(self.device):
             x_Nd = look_up(self.embed, torch.cat([graph.primitives_N for graph in batch.graphs]))
             x_Nd = x_Nd + self.shape_enc(torch.cat([graph.shapes_N4 for graph in batch.graphs]))
+            if self.smooth_enc is not None:
+                x_Nd = x_Nd + self.smooth_enc(torch.cat([node_features(graph) for graph in batch.graphs]))
             x_Nd = self.gnn(x_Nd, batch)
             return x_Nd if self.ln is None else apply_layer_norm(self.ln, x_Nd)
 

@@ -33,8 +33,15 @@ from timm_ghn.nn.requests import Block, DecodeKind, Job
 SEED = 20_211_013
 #: Elements of the random tensor that the others are cut from.
 _RANDOM = 2**20
-#: Bound on |log g|: a predicted weight has between 1/8 and 8 times the norm of its fan-in scale.
-_LOG_GAIN = math.log(8.0)
+#: Bound on |log g|: a predicted weight has between a tenth and ten times the norm of its fan-in scale.
+_LOG_GAIN = math.log(10.0)
+#: log g of classifiers at first. Large logits that mean nothing would be all that is unlearnt at first.
+_LOG_HEAD = math.log(0.2)
+#: Bound on the values of one-dimensional parameters, which keeps the gains of norm layers between 0.54 and 1.46.
+_VECTOR = 2.0
+#: Factor of what decides scales. They have the largest gradients at first, when a network that puts out nothing is
+#: better than one that puts out noise; a GHN that follows them too fast never learns anything else.
+_SLOW = 0.1
 
 
 class LowRankDecoder(TensorDecoder):
@@ -62,8 +69,8 @@ class LowRankDecoder(TensorDecoder):
             for table in (self.channels, self.classes, self.positions):
                 nn.init.normal_(table.weight)
             self.scale.weight.mul_(0.1)
-            # Nearly all random at first: sin(t) = 0.95.
-            self.scale.bias.copy_(torch.tensor([0.0, 1.2]))
+            # A small random share at first: sin(t) = 0.19.
+            self.scale.bias.copy_(torch.tensor([0.0, -2.0 / _SLOW]))
 
     @property
     def last(self) -> nn.Linear:
@@ -82,7 +89,7 @@ class LowRankDecoder(TensorDecoder):
         left, right = (largest_output((first, layer), limit) for layer in (self.left, self.right))
         width = self.config.codes * codes
         factors = (left * width) * (right * width * codes * self.spatial) * self.config.rank
-        return factors + 8 * math.sqrt(float(max(self.config.max_shape[:2])) ** 2 * self.config.max_shape[2] ** 2)
+        return factors + 10 * math.sqrt(float(max(self.config.max_shape[:2])) ** 2 * self.config.max_shape[2] ** 2)
 
     def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
@@ -94,8 +101,9 @@ class LowRankDecoder(TensorDecoder):
             hidden_Jk = F.gelu(apply_linear(linear_of(self.hidden, 0), z_Nd[nodes]))
             left_Jrc = apply_linear(self.left, hidden_Jk).view(-1, config.rank, config.codes)
             right_Jqrc = apply_linear(self.right, hidden_Jk).view(-1, self.spatial, config.rank, config.codes)
-            gain_J, share_J = apply_linear(self.scale, hidden_Jk).unbind(1)
-            gain_J = (_LOG_GAIN * torch.tanh(gain_J / _LOG_GAIN)).exp()
+            gain_J, share_J = (_SLOW * apply_linear(self.scale, hidden_Jk)).unbind(1)
+            heads_J = torch.tensor([_LOG_HEAD if job.classes else 0.0 for job in jobs], device=z_Nd.device)
+            gain_J = (heads_J + _LOG_GAIN * torch.tanh(gain_J / _LOG_GAIN)).exp()
             share_J = share_J.sigmoid() * (math.pi / 2)
             kept_J, mixed_J = gain_J * share_J.cos(), gain_J * share_J.sin()
             for row, job in enumerate(jobs):
@@ -184,10 +192,12 @@ class LowRankVectorDecoder(nn.Module):
             nodes = torch.tensor([request.node for _, request in requests], device=z_Nd.device)
             hidden = F.gelu(apply_linear(linear_of(self.fc, 0), z_Nd[nodes]))
             factors_J2c = apply_linear(self.last, hidden).view(len(requests), 2, -1)
+            factors_J2c = _SLOW * factors_J2c
             scale = self.config.codes**-0.5
             for row, (index, request) in enumerate(requests):
                 factor_c = factors_J2c[row, 0 if request.kind is DecodeKind.WEIGHT_1D else 1]
                 head = request.kind is DecodeKind.HEAD_BIAS
                 table = self._tensors[0].classes if head else self._tensors[0].channels
                 codes_nc = table.weight[: request.size[0]].to(factor_c.dtype)
-                yield Block(index, codes_nc @ (factor_c[:-1] * scale) + factor_c[-1])
+                values_n = codes_nc @ (factor_c[:-1] * scale) + factor_c[-1]
+                yield Block(index, _VECTOR * torch.tanh(values_n / _VECTOR))

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import timm
+import torch
+
+from timm_ghn import GHN, GHNConfig, ghn_init, load_ghn, predict, trace
+from timm_ghn.nn.requests import DecodeKind, DecodeRequest
+from timm_ghn.nn.storage import save_ghn
+
+CONFIG = GHNConfig(
+    hid=16, max_shape=(96, 96, 7, 7), num_classes=10, layers=1, heads=4, decoder='lowrank', smooth=True, rank=4,
+    codes=8, rules='operators',
+)  # fmt: skip
+
+
+@pytest.fixture
+def ghn():
+    torch.manual_seed(0)
+    return GHN(CONFIG)
+
+
+def decode(ghn, embeddings, requests):
+    return dict(ghn.decode(embeddings, requests))
+
+
+def largest(tensors):
+    return max(float(tensor.detach().abs().max()) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ('kind', 'size', 'shape'),
+    [
+        (DecodeKind.TENSOR, (8, 4, 3, 3), (8, 4, 3, 3)),
+        (DecodeKind.TENSOR, (96, 1, 7, 7), (96, 1, 7, 7)),
+        (DecodeKind.TENSOR, (5, 3, 16, 16), (5, 3, 16, 16)),
+        (DecodeKind.TENSOR, (200, 100, 1, 1), (96, 96, 1, 1)),
+        (DecodeKind.HEAD_WEIGHT, (10, 64, 1, 1), (10, 64)),
+        (DecodeKind.WEIGHT_1D, (50, 1, 1, 1), (50,)),
+        (DecodeKind.BIAS_1D, (50, 1, 1, 1), (50,)),
+        (DecodeKind.HEAD_BIAS, (10, 1, 1, 1), (10,)),
+    ],
+)
+def test_shapes_are_those_that_are_asked_for(ghn, kind, size, shape):
+    decoded = decode(ghn, torch.randn(3, 16), [DecodeRequest(kind, 1, size)])
+    assert decoded[0].shape == shape
+    assert decoded[0].isfinite().all()
+
+
+def test_a_weight_has_the_predicted_scale_and_no_copies(ghn):
+    with torch.no_grad():
+        ghn.decoder.scale.bias[0] = 10 * math.log(2)
+    weight = decode(ghn, torch.zeros(1, 16), [DecodeRequest(DecodeKind.TENSOR, 0, (96, 96, 3, 3))])[0].detach()
+    # tanh bends the gain on its way to its limit of 10
+    assert 1.6 < float(weight.square().mean().sqrt()) < 2
+    rows = torch.nn.functional.normalize(weight.flatten(1), dim=1)
+    assert float((rows @ rows.t() - torch.eye(96)).abs().max()) < 0.999
+
+
+def test_what_is_decoded_together_is_what_is_decoded_alone(ghn):
+    embeddings = torch.randn(4, 16)
+    requests = [DecodeRequest(DecodeKind.TENSOR, node, (12 + node, 9, 3, 3), salt=node) for node in range(4)] + [
+        DecodeRequest(DecodeKind.WEIGHT_1D, 2, (20, 1, 1, 1))
+    ]
+    together = decode(ghn, embeddings, requests)
+    for index, request in enumerate(requests):
+        alone = DecodeRequest(request.kind, 0, request.size, salt=request.salt)
+        torch.testing.assert_close(
+            decode(ghn, embeddings[request.node : request.node + 1], [alone])[0], together[index]
+        )
+
+
+def test_every_parameter_of_the_decoder_learns(ghn):
+    embeddings = torch.randn(2, 16)
+    requests = [DecodeRequest(kind, 0, (10, 10, 1, 1)) for kind in (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)]
+    requests += [DecodeRequest(kind, 1, (10, 1, 1, 1)) for kind in list(DecodeKind)[2:]]
+    loss = sum((tensor * torch.randn_like(tensor)).sum() for tensor in decode(ghn, embeddings, requests).values())
+    loss.backward()
+    for name, parameter in ghn.named_parameters():
+        if name.startswith('decoder'):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_bound_holds(ghn):
+    embeddings = 10 * torch.randn(3, 16)
+    requests = [
+        DecodeRequest(DecodeKind.TENSOR, 0, (96, 96, 7, 7)),
+        DecodeRequest(DecodeKind.BIAS_1D, 0, (96, 1, 1, 1)),
+    ]
+    assert largest(decode(ghn, embeddings, requests)) <= ghn.decoded_bound(embeddings) < math.inf
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext', 'test_efficientnet'])
+def test_timm_models_are_initialised(ghn, name):
+    model = timm.create_model(name, num_classes=10)
+    prediction = predict(model, ghn)
+    ghn_init(model, ghn, postprocess=None)
+    state = model.state_dict()
+    for key, value in prediction.state_dict.items():
+        torch.testing.assert_close(state[key], value)
+    assert trace(model, rules='operators').rules == 'operators'
+
+
+def test_it_is_saved_and_loaded_exactly(ghn, tmp_path):
+    save_ghn(ghn, tmp_path)
+    again = load_ghn(tmp_path)
+    assert again.config == CONFIG
+    model = timm.create_model('test_resnet', num_classes=10)
+    first, second = (predict(model, one).state_dict for one in (ghn, again))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ghn.state_dict().items())
+    for name, value in first.items():
+        # What is read lies elsewhere in memory, and a matrix product may round otherwise there.
+        torch.testing.assert_close(second[name], value)

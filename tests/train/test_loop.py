@@ -1,0 +1,256 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pictures import make_dataset, save_dataset
+from safetensors.torch import load_file
+
+from timm_ghn import load_ghn
+from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError
+from timm_ghn.results import read_results
+from timm_ghn.train import loop
+from timm_ghn.train.evaluate import EvaluateOptions, evaluate
+from timm_ghn.train.loop import train
+from timm_ghn.train.options import TrainOptions
+from timm_ghn.train.step import Outcome
+
+CHEAP = {
+    'families': ['resnet_basic', 'vgg'],
+    'macs': 600_000,
+    'parameters': [1_000, 60_000],
+    'activations': 30_000,
+    'attempts': 2000,
+}
+    'families': ['resnet_basic', 'vgg'],
+    'macs': 600_000,
+    'parameters': [1_000, 60_000],
+    'activations': 30_000,
+    'attempts': 2000,
+}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return save_dataset(tmp_path_factory.mktemp('colours'), make_dataset(120), make_dataset(60, seed=1))
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('architectures')
+
+
+@pytest.fixture
+def base(folder, cache, tmp_path):
+    return TrainOptions(
+        dataset=str(folder), hid=16, layers=1, rank=4, codes=8, max_channels=256, sampler_args=CHEAP, held_out=(),
+        pool=6, steps=6, meta_batch=2, batch_size=16, lr=3e-3, warmup_steps=2, eval_steps=6, eval_count=1,
+        eval_images=60, log_steps=2, checkpoint_steps=2, cache=cache, output=tmp_path / 'out',
+    )  # fmt: skip
+
+
+def weights(options):
+    return load_file(options.output / 'ghn' / 'model.safetensors')
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(options):
+    return [
+        (line['step'], line['loss'])
+        for line in read_results(options.output / 'results.jsonl')
+        if line['kind'] == 'train'
+    ]
+
+
+def test_networks_that_were_never_trained_tell_colours_apart(base):
+    # Only what many architectures share serves those that were never seen.
+    options = dataclasses.replace(
+        base, hid=32, codes=16, pool=100, steps=250, lr=1e-3, log_steps=50, eval_steps=250, ema_decay=0.9
+    )
+    result = train(options)
+    assert result.finished
+    assert result.evaluations[-1]['known'] > 50, 'chance is a third'
+    ghn = load_ghn(options.output / 'ghn')
+    assert (ghn.config.decoder, ghn.config.rules, ghn.config.num_classes) == ('lowrank', 'operators', 3)
+    rows = evaluate(
+        EvaluateOptions(
+            ghn=str(options.output / 'ghn'),
+            dataset=options.dataset,
+            families='vgg,resnet_basic',
+            count=1,
+            max_macs=600_000,
+            images=60,
+        )
+    )
+    assert {row.family for row in rows} == {'vgg', 'resnet_basic'}
+    assert all(0 <= row.top1 <= 100 and row.parameters > 0 for row in rows)
+
+
+@pytest.mark.parametrize('changes', [{}, {'gnn': 'gated', 'decoder': 'conv', 'max_channels': 16, 'max_kernel': 7}])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monkeypatch, changes):
+    options = dataclasses.replace(base, **changes)
+    train(options)
+    stopped = dataclasses.replace(options, output=tmp_path / 'stopped')
+    step = loop._Run._step
+
+    def stop(self, number):
+        if number == 5 and not self.options.resume:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    monkeypatch.setattr(loop._Run, '_step', stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    resumed = train(dataclasses.replace(stopped, resume=True))
+    assert resumed.finished
+    assert same(weights(options), weights(stopped))
+    assert losses(options) == losses(stopped)
+    assert len(losses(options)) == 3
+
+
+def test_parts_of_a_meta_batch_add_up(base, tmp_path):
+    train(base)
+    parts = dataclasses.replace(base, accumulate=2, output=tmp_path / 'parts')
+    train(parts)
+    for (_, loss), (_, other) in zip(losses(base), losses(parts), strict=True):
+        assert loss == pytest.approx(other, rel=1e-3)
+
+
+def test_a_run_goes_on_from_a_ghn(base, tmp_path):
+    train(base)
+    more = dataclasses.replace(base, init=str(base.output / 'ghn'), steps=2, lr=1e-30, output=tmp_path / 'more')
+    train(more)
+    assert all(torch.allclose(value, weights(more)[name]) for name, value in weights(base).items())
+    with pytest.raises(ConfigError, match='another GHN than the options describe: hid is 16 there and 32 here'):
+        train(dataclasses.replace(more, hid=32, output=tmp_path / 'wrong'))
+
+
+def test_a_run_of_other_options_is_not_gone_on_with(base):
+    train(dataclasses.replace(base, steps=2))
+    with pytest.raises(ConfigError, match='holds a run'):
+        train(base)
+    with pytest.raises(CheckpointError, match='of another run'):
+        train(dataclasses.replace(base, resume=True, lr=1.0))
+
+
+def test_steps_without_a_finite_loss_end_the_run(base, monkeypatch):
+    def barren(*_, **__):
+        return Outcome((float('nan'),), (float('nan'),), 1)
+
+    train(dataclasses.replace(base, steps=6, time_limit=1e-9))
+    monkeypatch.setattr(loop, 'train_step', barren)
+    with pytest.raises(TrainingError, match='no network had a finite loss in 3 steps'):
+        train(dataclasses.replace(base, max_skipped=3, output=base.output.with_name('barren')))
+    assert (base.output / 'checkpoints').is_dir()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'message'),
+    [
+        ({'dataset': 'nowhere/at-all'}, DataError, 'cannot be loaded'),
+        ({'batch_size': 500}, ConfigError, 'expected at least 500 training images'),
+        ({'init': 'no-such-ghn'}, LookupError, 'no-such-ghn'),
+    ],
+)
+def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    with pytest.raises(error, match=message):
+        train(dataclasses.replace(base, **changes))
+    assert not (base.output / 'results.jsonl').exists()
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'steps': 0},
+        {'hid': 15},
+        {'decoder': 'fc'},
+        {'meta_batch': 3, 'accumulate': 2},
+        {'sampler': 'nothing'},
+        {'sampler_args': {'families': ['alexnet']}},
+        {'sampler_args': 'resnet'},
+        {'held_out': ['alexnet']},
+        {'mixed_precision': 'fp16'},
+        {'ema_decay': 1.0},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(changes):
+    with pytest.raises(ConfigError):
+        TrainOptions(dataset='x', **changes).unseen_families()
+
+
+def test_a_ghn_of_other_classes_cannot_be_evaluated(folder):
+    with pytest.raises(ConfigError, match='classifiers of 1000 classes, but .* has 3'):
+        evaluate(EvaluateOptions(ghn='ghn_tiny_untrained', dataset=str(folder)))
+
+
+# Real processes.
+
+
+def command(options: TrainOptions, *more: str) -> list[str]:
+    recipe = options.output.with_suffix('.yaml')
+    values = {k: v for k, v in options.to_dict().items() if v is not None and k not in ('output', 'resume')}
+    import yaml
+
+    recipe.write_text(yaml.safe_dump({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}))
+    return ['-m', 'timm_ghn.train', '--config', str(recipe), '--output', str(options.output), *more]
+
+
+def environment() -> dict[str, str]:
+    ranks = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ranks and not name.startswith('ACCELERATE_')
+    }
+    return {**kept, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
+
+
+def test_two_processes_equal_one(base, tmp_path):
+    train(base)
+    two = dataclasses.replace(base, output=tmp_path / 'two')
+    port = 20_000 + (os.getpid() + 77) % 20_000
+    launch = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+              '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port)]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launch, *command(two)], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (_, loss), (_, other) in zip(losses(base), losses(two), strict=True):
+        assert loss == pytest.approx(other, rel=1e-3)
+    for name, value in weights(base).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(base, tmp_path):
+    options = dataclasses.replace(base, steps=8)
+    train(options)
+    killed = dataclasses.replace(options, output=tmp_path / 'killed')
+    for attempt in range(3):
+        more = ['--resume'] if attempt else []
+        process = subprocess.Popen(
+            [sys.executable, *command(killed, *more)],
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        if attempt < 2:
+            count = len(list((killed.output / 'checkpoints').glob('step_*[0-9]')))
+            last = max((p.name for p in (killed.output / 'checkpoints').glob('step_*[0-9]')), default='')
+            while process.poll() is None and newest(killed) == last:
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert count >= 0
+        else:
+            assert process.wait() == 0
+    assert same(weights(options), weights(killed))
+    assert losses(options) == losses(killed)
+
+
+def newest(options: TrainOptions) -> str:
+    return max((place.name for place in (options.output / 'checkpoints').glob('step_*[0-9]')), default='')

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_ghn import GHN, GHNConfig, predict
+from timm_ghn.train.blueprints import Blueprints
+from timm_ghn.train.samplers import TimmSampler
+from timm_ghn.train.step import accuracies_of, predict_parameters, train_step
+
+SMALL = {'hid': 16, 'layers': 1, 'heads': 4, 'num_classes': 10, 'rules': 'operators'}
+CONFIGS = {
+    'lowrank': GHNConfig(max_shape=(512, 512, 16, 16), decoder='lowrank', rank=4, codes=8, **SMALL),
+    'graphormer': GHNConfig(max_shape=(16, 16, 7, 7), **SMALL),
+    'gated': GHNConfig(max_shape=(16, 16, 7, 7), gnn='gated', **SMALL),
+    'mlp': GHNConfig(max_shape=(16, 16, 3, 3), gnn='mlp', decoder='mlp', **SMALL),
+}
+
+
+@pytest.fixture(scope='module', params=sorted(CONFIGS))
+def ghn(request):
+    torch.manual_seed(0)
+    return GHN(CONFIGS[request.param])
+
+
+@pytest.fixture(scope='module')
+def architectures():
+    sampler = TimmSampler(('resnet_basic', 'vit', 'convnext', 'mobilenet'), macs=2_000_000, parameters=(5_000, 200_000))
+    rng = np.random.default_rng(1)
+    found = {}
+    while len(found) < 4:
+        architecture = sampler.sample(rng)
+        found.setdefault(architecture.family, architecture)
+    return list(found.values())
+
+
+@pytest.fixture(scope='module')
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def gradients(ghn):
+    found = {name: parameter.grad for name, parameter in ghn.named_parameters() if parameter.grad is not None}
+    ghn.zero_grad(set_to_none=True)
+    return found
+
+
+def test_parameters_predicted_together_are_those_of_predict(ghn, architectures):
+    blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures]
+    with torch.no_grad():
+        together = predict_parameters(ghn, blueprints)
+    for architecture, parameters in zip(architectures, together, strict=True):
+        alone = predict(architecture.build('cpu'), ghn, input_size=32, head='predict').state_dict
+        assert parameters.keys() == alone.keys()
+        for name, value in parameters.items():
+            if 'pos_embed' not in name:  # random tokens are drawn in the order of the networks
+                torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_loss(ghn, architectures, batch):
+    blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures]
+    images, labels = batch
+    outcome = train_step(ghn, blueprints, images, labels)
+    found = gradients(ghn)
+    losses = [
+        F.cross_entropy(blueprint(parameters, images), labels)
+        for blueprint, parameters in zip(blueprints, predict_parameters(ghn, blueprints), strict=True)
+    ]
+    torch.stack(losses).mean().backward()
+    expected = gradients(ghn)
+    assert outcome.losses == pytest.approx([float(loss.detach()) for loss in losses], rel=1e-4)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_networks_in_parts_add_up(ghn, architectures, batch):
+    blueprints = [
+        Blueprints(ghn.config)(architecture) for architecture in architectures if architecture.family != 'vit'
+    ]
+    train_step(ghn, blueprints, *batch)
+    whole = gradients(ghn)
+    for blueprint in blueprints:
+        train_step(ghn, [blueprint], *batch, networks=len(blueprints))
+    scale = max(float(gradient.abs().max()) for gradient in whole.values())
+    for name, gradient in gradients(ghn).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_network_without_a_finite_loss_is_left_out(architectures, batch):
+    torch.manual_seed(0)
+    ghn = GHN(CONFIGS['lowrank'])
+    blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures[:2]]
+    images, labels = batch
+    train_step(ghn, blueprints[:1], images, labels, networks=2)
+    expected = gradients(ghn)
+    name = next(iter(blueprints[1].fixed), None)
+    broken = type(blueprints[1])(**{**vars(blueprints[1]), 'fixed': {**blueprints[1].fixed}})
+    object.__setattr__(broken, 'network', NotFinite(broken.network))
+    outcome = train_step(ghn, [blueprints[0], broken], images, labels)
+    assert outcome.skipped == 1
+    assert np.isnan(outcome.losses[1])
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in gradients(ghn).items():
+        assert gradient.isfinite().all(), (key, name)
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-4 * scale)
+
+
+class NotFinite(torch.nn.Module):
+    """Takes the parameters of a network and computes nothing of use."""
+
+    def __init__(self, network):
+        super().__init__()
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        for name, parameter in network.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, images):
+        return torch.stack([p.sum() for p in self.parameters()]).sum() * torch.full((len(images), 10), float('nan'))
+
+
+def test_blueprints_are_read_back_as_they_were_written(ghn, architectures, tmp_path, batch):
+    first = Blueprints(ghn.config, tmp_path)
+    second = Blueprints(ghn.config, tmp_path)
+    for architecture in architectures:
+        one = first(architecture)
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        two = second(architecture)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files, 'read, not traced again'
+        assert two.plan.rows == one.plan.rows
+        assert accuracies_of(ghn, one, [batch]) == accuracies_of(ghn, two, [batch])
+    damaged = tmp_path / f'{architectures[0].key}.safetensors'
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert Blueprints(ghn.config, tmp_path)(architectures[0]).plan.rows == first(architectures[0]).plan.rows
+
+
+def test_a_network_keeps_no_predicted_parameter(ghn, architectures, batch):
+    blueprint = Blueprints(ghn.config)(architectures[0])
+    train_step(ghn, [blueprint], *batch)
+    gradients(ghn)
+    assert all(parameter.is_meta for parameter in blueprint.network.parameters())

@@ -1,0 +1,120 @@
+"""Small images decoded once and held in memory: what meta-training reads faster than it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import create_transform
+from torch import Tensor
+from tqdm import tqdm
+
+from timm_ghn.data.images import decoded
+from timm_ghn.data.splits import Split
+from timm_ghn.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTensors:
+    """Decoded images.
+
+    Attributes:
+        images_nchw: uint8 (n, channels, side, side).
+        labels_n: int64 (n,).
+        damaged: Images that could not be read; they are left out.
+    """
+
+    images_nchw: Tensor
+    labels_n: Tensor
+    damaged: int
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+    def to(self, device: torch.device) -> ImageTensors:
+        """The same on a device."""
+        return dataclasses.replace(self, images_nchw=self.images_nchw.to(device), labels_n=self.labels_n.to(device))
+
+
+def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = False) -> ImageTensors:
+    """Decode all images of a split.
+
+    Args:
+        split: The rows.
+        size: (channels, height, width); images are resized to it and cut at the centre.
+        progress: Whether to show a bar.
+
+    Raises:
+        DataError: if none can be read.
+    """
+    transform: Any = create_transform(size, crop_pct=1.0, interpolation='bicubic', normalize=False)
+    mode = 'L' if size[0] == 1 else 'RGB'
+    images = torch.empty((len(split), *size), dtype=torch.uint8)
+    good = np.zeros(len(split), dtype=bool)
+    values = split.rows[split.image_column] if hasattr(split.rows, '__getitem__') else ()
+    for row, value in enumerate(tqdm(values, desc='decoding', unit='image', disable=None if progress else True)):
+        image = decoded(value, mode)
+        if image is not None:
+            images[row] = transform(image)
+            good[row] = True
+    if not good.any():
+        raise DataError(f'none of the {len(split)} images can be read')
+    kept = torch.from_numpy(good)
+    if not good.all():
+        images = images[kept]
+    return ImageTensors(images, torch.from_numpy(split.labels)[kept], int((~good).sum()))
+
+
+def normalised(images_nchw: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Bytes as normalised floats, with the mean and std of a data config."""
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(config['mean'], device=images_nchw.device).view(shape)
+    std = torch.tensor(config['std'], device=images_nchw.device).view(shape)
+    return (images_nchw.float() / 255 - mean) / std
+
+
+def augmented(images_nchw: Tensor, rng: np.random.Generator) -> Tensor:
+    """Random crops out of images with an eighth of their side around them, and horizontal flips; bytes stay bytes.
+
+    Args:
+        images_nchw: uint8 (n, channels, side, side).
+        rng: Draws where to crop and what to flip.
+    """
+    count, _, height, width = images_nchw.shape
+    margin = max(1, width // 8)
+    padded = F.pad(images_nchw, (margin,) * 4)
+    tops, lefts = (rng.integers(2 * margin + 1, size=count) for _ in range(2))
+    flips = rng.random(count) < 0.5
+    crops = []
+    for image, top, left, flip in zip(padded.unbind(), tops, lefts, flips, strict=True):
+        crop = image[:, top : top + height, left : left + width]
+        crops.append(crop.flip(2) if flip else crop)
+    return torch.stack(crops)
+
+
+def training_batch(
+    data: ImageTensors, step: int, batch_size: int, *, seed: int, config: Mapping[str, Any], augment: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The images of a step: they depend on the seed and the step alone. Each epoch has an order of its own."""
+    per_epoch = max(1, len(data) // batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng((seed, 1, epoch)).permutation(len(data))
+    rows = torch.from_numpy(order[place * batch_size : (place + 1) * batch_size]).to(data.labels_n.device)
+    images = data.images_nchw[rows]
+    if augment:
+        images = augmented(images, np.random.default_rng((seed, 2, step)))
+    return normalised(images, config), data.labels_n[rows]
+
+
+def evaluation_batches(
+    data: ImageTensors, count: int, batch_size: int, *, seed: int, config: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images to evaluate on, mixed over the classes: the same for each call with the same seed."""
+    order = np.random.default_rng((seed, 3)).permutation(len(data))[:count]
+    for start in range(0, len(order), batch_size):
+        rows = torch.from_numpy(order[start : start + batch_size]).to(data.labels_n.device)
+        yield normalised(data.images_nchw[rows], config), data.labels_n[rows]

@@ -1,0 +1,7 @@
+"""``accelerate launch -m timm_ghn.train`` is the command ``timm-ghn train`` in several processes."""
+
+import sys
+
+from timm_ghn.cli import main
+
+sys.exit(main(['train', *sys.argv[1:]]))

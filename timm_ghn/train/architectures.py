@@ -1,0 +1,197 @@
+"""Architectures as records: what a network is, without its weights, and how to build it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.layers import DropBlock2d, DropPath, PatchDropout
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from timm_ghn.errors import ConfigError
+
+#: Where an architecture may be used, by its :attr:`Architecture.design`.
+SPLITS = ('train', 'val', 'test')
+
+#: Of 100 designs, how many belong to 'val' and how many to 'test'.
+HELD_OUT_PERCENT = 5
+
+#: Makes the network of an architecture on a device.
+Builder = Callable[['Architecture', torch.device], nn.Module]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_family(name: str) -> Callable[[Builder], Builder]:
+    """Function decorator: say how architectures of a family are built.
+
+    Raises:
+        ConfigError: if the name is taken.
+    """
+
+    def register(builder: Builder) -> Builder:
+        if name in _BUILDERS:
+            raise ConfigError(f'expected a new name for a family of architectures (got {name!r}, which is taken)')
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A network without its weights.
+
+    Equal records build equal networks, on any machine; a record can be pickled, hashed and written as JSON.
+
+    Attributes:
+        family: What builds it, a name of :func:`register_family`.
+        options: What the family varies. Values are booleans, numbers, strings, None, and tuples of these.
+        image_size: Side of the images in pixels.
+        num_classes: Number of classes.
+        in_chans: Channels of the images.
+
+    Raises:
+        ConfigError: if an option has another type, or a number is below one.
+    """
+
+    family: str
+    options: Mapping[str, Any] = dataclasses.field(hash=False)
+    image_size: int = 32
+    num_classes: int = 10
+    in_chans: int = 3
+
+    def __post_init__(self) -> None:
+        plain = {name: _plain(name, self.options[name]) for name in sorted(self.options)}
+        object.__setattr__(self, 'options', plain)
+        for field in ('image_size', 'num_classes', 'in_chans'):
+            if getattr(self, field) < 1:
+                raise ConfigError(f'expected {field} to be at least 1 (got {getattr(self, field)})')
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return self.in_chans, self.image_size, self.image_size
+
+    @property
+    def design(self) -> str:
+        """Digest of the family and the options alone: one for all image sizes and numbers of classes."""
+        return _digest([self.family, self.options])
+
+    @property
+    def key(self) -> str:
+        """The family and a digest of everything: a file name under which what is known of it can be kept."""
+        return f'{self.family}-{_digest(self.to_dict())}'
+
+    @property
+    def split(self) -> str:
+        """'train', 'val' or 'test', decided by :attr:`design`.
+
+        It needs no list: whoever samples and with whatever seed, one design always falls on the same side, and so
+        does the same design for other images and classes. What it excludes is one design on both sides, not two that
+        differ by a block; for networks of another kind there are the families that training leaves out.
+        """
+        bucket = int(self.design, 16) % 100
+        if bucket < HELD_OUT_PERCENT:
+            return 'val'
+        return 'test' if bucket < 2 * HELD_OUT_PERCENT else 'train'
+
+    def build(self, device: str | torch.device = 'meta') -> nn.Module:
+        """Make the network, in training mode and without dropout of any kind.
+
+        On the meta device it has no values, nor have its buffers: enough for tracing, not for running. On any other
+        device it is initialised as its class does it.
+
+        Raises:
+            ConfigError: if nothing is known of the family.
+        """
+        if self.family not in _BUILDERS:
+            raise ConfigError(f'expected a family among {", ".join(sorted(_BUILDERS))} (got {self.family!r})')
+        device = torch.device(device)
+        with _uninitialised(device):
+            model = _BUILDERS[self.family](self, device)
+        return _without_dropout(model).train()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """The record that :meth:`to_dict` or its JSON describes.
+
+        Raises:
+            ConfigError: if a field is unknown or missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not {'family', 'options'} <= set(values) <= known:
+            raise ConfigError(f'expected an architecture with the fields {sorted(known)} (got {sorted(values)})')
+        return cls(**values)
+
+    def __str__(self) -> str:
+        options = ', '.join(f'{name}={value!r}' for name, value in self.options.items())
+        channels, height, width = self.input_size
+        return f'{self.family}({options}) for {channels}x{height}x{width} images of {self.num_classes} classes'
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value of an option as JSON gives it back, but for tuples in the place of lists."""
+    if isinstance(value, tuple | list):
+        return tuple(_plain(name, part) for part in value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ConfigError(
+        f'expected option {name} to consist of booleans, numbers, strings and None (got {type(value).__name__})'
+    )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """A network whose training mode has no noise: predicted parameters are not to be regularised."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath | DropBlock2d):
+            module.drop_prob = 0.0
+        elif isinstance(module, PatchDropout):
+            module.prob = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return model
+
+
+class _NoValues(TorchFunctionMode):
+    """Skip what fills tensors: on the meta device there is nothing to fill, and doing so takes most of the time."""
+
+    _FILLING = frozenset(
+        name
+        for name in dir(nn.init)
+        if name.endswith('_') and not name.startswith('_') and callable(getattr(nn.init, name))
+    ) | {'normal_', 'uniform_', 'trunc_normal_', 'zero_', 'fill_', 'erfinv_', 'mul_', 'add_', 'div_', 'clamp_', 'sub_'}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, '__name__', '') in self._FILLING:
+            target = args[0] if args else kwargs.get('tensor')
+            if isinstance(target, torch.Tensor) and target.is_meta:
+                return target
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _uninitialised(device: torch.device) -> Iterator[None]:
+    if device.type != 'meta':
+        yield
+        return
+    with _NoValues():
+        yield

@@ -1,0 +1,155 @@
+"""What training needs of an architecture: its graph, and a network without weights that computes with given ones."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_ghn.errors import CheckpointError
+from timm_ghn.graph.build import trace
+from timm_ghn.graph.records import graph_from_dict, graph_to_dict
+from timm_ghn.graph.structure import Graph
+from timm_ghn.nn.config import GHNConfig
+from timm_ghn.params.plan import ParameterPlan, plan_parameters
+from timm_ghn.train.architectures import Architecture
+from timm_ghn.version import __version__
+
+#: Blueprints that are kept in memory.
+_KEPT = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """An architecture, ready to compute with predicted parameters.
+
+    Attributes:
+        architecture: What it is.
+        graph: Its graph.
+        plan: What the GHN predicts of it.
+        network: The network on the meta device; batch normalisation uses the statistics of each batch.
+        fixed: Tensors that are not predicted: kept parameters with the initialisation of their class, and buffers.
+    """
+
+    architecture: Architecture
+    graph: Graph
+    plan: ParameterPlan
+    network: nn.Module
+    fixed: Mapping[str, Tensor]
+
+    def __call__(self, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """Logits of images, computed with predicted parameters; the network itself stays without."""
+        fixed = {name: tensor.to(images.device) for name, tensor in self.fixed.items()}
+        logits: Tensor = torch.func.functional_call(self.network, {**fixed, **parameters}, (images,))
+        return logits
+
+
+class Blueprints:
+    """Blueprints of architectures: traced once, then read from a folder.
+
+    Args:
+        config: Of the GHN that predicts.
+        folder: Where they are kept, one file for each architecture; None keeps them in memory only.
+    """
+
+    def __init__(self, config: GHNConfig, folder: Path | None = None) -> None:
+        self.config = config
+        self.folder = folder
+        self._memory: collections.OrderedDict[str, Blueprint] = collections.OrderedDict()
+
+    def __call__(self, architecture: Architecture) -> Blueprint:
+        """The blueprint of an architecture.
+
+        Raises:
+            UnsupportedModelError: if it cannot be traced.
+        """
+        key = architecture.key
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
+        path = None if self.folder is None else self.folder / f'{key}.safetensors'
+        found = None if path is None else _read(path, self.config.rules)
+        if found is None:
+            found = _examine(architecture, self.config.rules)
+            if path is not None:
+                _write(path, *found)
+        graph, fixed = found
+        plan = plan_parameters(graph, self.config, head='predict')
+        network = architecture.build('meta').eval().requires_grad_(False)
+        use_batch_statistics_(network)
+        blueprint = Blueprint(architecture, graph, plan, network, fixed)
+        self._memory[key] = blueprint
+        if len(self._memory) > _KEPT:
+            self._memory.popitem(last=False)
+        return blueprint
+
+
+def use_batch_statistics_(network: nn.Module) -> nn.Module:
+    """Let batch normalisation have no running statistics, in place: predicted networks have none (GHN_2, section 4)."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return network
+
+
+def _examine(architecture: Architecture, rules: str) -> tuple[Graph, dict[str, Tensor]]:
+    """Trace an architecture, and initialise what is not predicted, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = architecture.build('cpu').eval()
+    graph = trace(model, input_size=architecture.input_size, rules=rules)
+    plan = plan_parameters(graph, _ANY_GHN, head='predict')
+    use_batch_statistics_(model)
+    parameters = dict(model.named_parameters())
+    fixed = {row.name: parameters[row.name].detach() for row in plan.kept}
+    fixed |= dict(model.named_buffers())
+    return graph, {name: tensor.clone().contiguous() for name, tensor in fixed.items()}
+
+
+#: Which parameters are kept does not depend on the GHN.
+_ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
+
+
+@functools.cache
+def _stamp() -> str:
+    """What a file must come from: another version may trace otherwise."""
+    import timm
+
+    return f'timm_ghn {__version__}, timm {timm.__version__}, torch {torch.__version__}'
+
+
+def _read(path: Path, rules: str) -> tuple[Graph, dict[str, Tensor]] | None:
+    """What a file holds; None where it is missing, damaged, or of other versions."""
+    try:
+        with safe_open(path, 'pt') as file:
+            header = file.metadata() or {}
+            if header.get('stamp') != _stamp() or header.get('rules') != rules:
+                return None
+            return graph_from_dict(json.loads(header['graph'])), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, CheckpointError, KeyError, ValueError):
+        return None
+
+
+def _write(path: Path, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
+    """Write a file, whole; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {'stamp': _stamp(), 'rules': graph.rules, 'graph': json.dumps(graph_to_dict(graph))}
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.safetensors')
+    os.close(handle)
+    try:
+        save_file(dict(fixed), name, metadata=header)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""Accuracy of predicted networks without any training, as the papers report it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from timm_ghn.data.memory import evaluation_batches, load_images
+from timm_ghn.data.splits import DataOptions, load_splits
+from timm_ghn.errors import ConfigError
+from timm_ghn.hub.load import load_ghn
+from timm_ghn.recipes import option, those_of
+from timm_ghn.train.architectures import Architecture
+from timm_ghn.train.blueprints import Blueprints
+from timm_ghn.train.families import FAMILIES
+from timm_ghn.train.samplers import NamesSampler, TimmSampler, evaluation_set
+from timm_ghn.train.step import accuracies_of
+
+#: Headings of the help, by the option that each begins with.
+GROUPS = {'ghn': 'GHN', 'dataset': 'data', 'archs': 'architectures', 'batch_size': 'run'}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Which GHN to evaluate, on which networks and images."""
+
+    ghn: str = option('ghn', 'name or path of a GHN')
+
+    dataset: str = option('', 'name on the Hub, folder, or parquet file')
+    subset: str | None = option(None, 'configuration of a data set that has several')
+    train_split: str = option('train', 'split that gives the classes')
+    val_split: str = option('auto', 'split to evaluate on, or a share of the training split')
+    image_column: str | None = option(None, 'column of images (default: found by its type)')
+    label_column: str | None = option(None, 'column of labels (default: found by its type)')
+    image_size: int = option(32, 'side of the images in pixels')
+    images: int | None = option(None, 'evaluate on so many images, drawn over the classes (default: all)')
+
+    archs: str = option(
+        'families', "'families': drawn test architectures of each family; else names of timm models, comma-separated"
+    )
+    families: str = option('all', "'all', or some of the families, comma-separated")
+    count: int = option(4, 'architectures of each family')
+    small_stem: bool = option(True, 'named models get a stem for small images')
+    max_macs: int = option(30_000_000, 'most multiplications of a drawn architecture for an image')
+
+    batch_size: int = option(64, 'images whose statistics batch normalisation uses')
+    seed: int = option(0, 'of what is drawn')
+    device: str = option('cpu', "where to compute, e.g. 'cuda'")
+    cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
+    json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
+    plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
+
+    def __post_init__(self) -> None:
+        for name in ('count', 'batch_size', 'image_size', 'max_macs'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'expected {name} of at least 1 (got {getattr(self, name)})')
+        _ = self.data, self.chosen_families
+
+    @functools.cached_property
+    def data(self) -> DataOptions:
+        """Those of the data set."""
+        return DataOptions(**those_of(DataOptions, self, ('dataset', 'subset', 'train_split', 'val_split', 'seed',
+                                                          'image_column', 'label_column')))  # fmt: skip
+
+    @functools.cached_property
+    def chosen_families(self) -> tuple[str, ...]:
+        """Families to draw from."""
+        if self.families == 'all':
+            return tuple(FAMILIES)
+        chosen = tuple(name.strip() for name in self.families.split(','))
+        unknown = [name for name in chosen if name not in FAMILIES]
+        if unknown:
+            raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
+        return chosen
+
+    def architectures(self, num_classes: int) -> tuple[Architecture, ...]:
+        """What to evaluate."""
+        if self.archs == 'families':
+            sampler = TimmSampler(self.chosen_families, self.image_size, num_classes, macs=self.max_macs)
+            return evaluation_set(sampler, seed=self.seed, count=self.count, split='test')
+        names = tuple(name.strip() for name in self.archs.split(','))
+        named = NamesSampler(names, self.image_size, num_classes, small_stem=self.small_stem)
+        return tuple(named.architecture(name) for name in named.models)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A predicted network that was never trained.
+
+    Attributes:
+        family: Of the network.
+        name: Its key, or its name in timm.
+        parameters: Their number.
+        top1: Accuracy in percent.
+        loss: Cross-entropy.
+    """
+
+    family: str
+    name: str
+    parameters: int
+    top1: float
+    loss: float
+
+
+def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
+    """Predict networks and measure them; batch normalisation uses the statistics of each batch.
+
+    Raises:
+        ConfigError: if the GHN was trained for another number of classes than the data set has.
+        GHNError: if the GHN, the data or an architecture cannot be had.
+    """
+    device = torch.device(options.device)
+    ghn = load_ghn(options.ghn, device=device)
+    splits = load_splits(options.data)
+    if ghn.config.num_classes != len(splits.classes):
+        raise ConfigError(
+            f'{options.ghn!r} predicts classifiers of {ghn.config.num_classes} classes, but {options.dataset!r} has '
+            f'{len(splits.classes)}: a network that was never trained cannot tell them apart'
+        )
+    data = load_images(splits.val, (3, options.image_size, options.image_size), progress=True).to(device)
+    images = {'mean': ghn.config.mean, 'std': ghn.config.std}
+    count = options.images or len(data)
+    batches = list(evaluation_batches(data, count, options.batch_size, seed=options.seed, config=images))
+    blueprints = Blueprints(ghn.config, options.cache)
+    rows = []
+    for architecture in tqdm(
+        options.architectures(len(splits.classes)), desc='predicting', unit='network', disable=None
+    ):
+        blueprint = blueprints(architecture)
+        top1, loss = accuracies_of(ghn, blueprint, batches)
+        size = sum(row.numel for row in blueprint.plan)
+        name = str(architecture.options.get('name', architecture.key))
+        rows.append(Evaluation(architecture.family, name, size, top1, loss))
+    if options.json is not None:
+        record = {
+            'ghn': options.ghn,
+            'images': min(count, len(data)),
+            'rows': [dataclasses.asdict(row) for row in rows],
+        }
+        options.json.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+    if options.plot is not None:
+        _plot(rows, options.plot, 100 / len(splits.classes))
+    return tuple(rows)
+
+
+def _plot(rows: Sequence[Evaluation], path: Path, chance: float) -> None:
+    """A point for each network, by family."""
+    from timm_ghn.picture import new_figure
+
+    families: dict[str, list[float]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row.top1)
+    figure: Any = new_figure((1.5 + 0.6 * len(families), 3.6))
+    axis = figure.subplots()
+    for place, values in enumerate(families.values()):
+        axis.plot([place] * len(values), values, 'o', color='#00798c', alpha=0.6)
+        axis.plot([place - 0.3, place + 0.3], [sum(values) / len(values)] * 2, color='#d1495b')
+    axis.axhline(chance, color='#999999', linestyle=':', label='chance')
+    axis.set_xticks(range(len(families)), list(families), rotation=40, ha='right', fontsize=8)
+    axis.set_ylabel('accuracy, predicted, no training, %')
+    axis.legend()
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,429 @@
+"""The meta-training loop: sample architectures, predict their parameters, train the GHN, evaluate on unseen ones.
+
+Architectures, images and augmentation of a step depend on the seed and the step alone. Several processes share the
+architectures of a step, on the same images, and average their gradients; a run in two processes therefore equals one
+in a single process, and a run that was killed one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from tqdm import tqdm
+
+from timm_ghn.checkpoints import load_checkpoint, remove_partial, save_checkpoint
+from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images, training_batch
+from timm_ghn.data.splits import load_splits
+from timm_ghn.errors import ConfigError, TrainingError
+from timm_ghn.hub.load import load_ghn
+from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.storage import save_ghn
+from timm_ghn.results import Results, read_results, versions
+from timm_ghn.train.architectures import Architecture
+from timm_ghn.train.blueprints import Blueprints
+from timm_ghn.train.options import OF_CONFIG, TrainOptions
+from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set
+from timm_ghn.train.step import accuracies_of, train_step
+
+CHECKPOINTS = 'checkpoints'
+#: Folder of the trained GHN: its averaged weights, where there are any.
+TRAINED = 'ghn'
+
+#: Normalisation of the images, which the GHN's configuration states.
+IMAGES = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
+
+#: Options that may change when a run goes on.
+_FREE = ('output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'log_steps')
+
+_logger = logging.getLogger('timm_ghn.train')
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: Steps done.
+        skipped: Networks left out so far, because their loss or gradient was not finite.
+        barren: Steps in a row without a finite loss.
+        seconds: Time spent in earlier runs.
+        window: Sums since the last line of the log: losses, shares of images that were right, networks.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    barren: int = 0
+    seconds: float = 0.0
+    window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        output: Folder with results.jsonl, checkpoints, and the GHN in ``ghn``.
+        steps: Steps done.
+        finished: Whether all are; else the run can go on with ``resume``.
+        evaluations: Metrics of each evaluation.
+    """
+
+    output: Path
+    steps: int
+    finished: bool
+    evaluations: tuple[dict[str, Any], ...]
+
+
+def train(options: TrainOptions) -> Result:
+    """Train a GHN; in several processes where ``accelerate launch`` started them.
+
+    Raises:
+        GHNError: if the options, the data, an architecture or the training are at fault.
+    """
+    started = time.monotonic()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=options.mixed_precision,
+        log_with=options.log_with,
+        project_dir=options.output,
+    )
+    folder = options.output / CHECKPOINTS
+    if not options.resume and any(folder.glob('step_*[0-9]')):
+        raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+    if options.meta_batch % (accelerator.num_processes * options.accumulate):
+        raise ConfigError(
+            f'expected meta_batch to be a multiple of {accelerator.num_processes} processes times accumulate '
+            f'{options.accumulate} (got {options.meta_batch})'
+        )
+    with accelerator.main_process_first():
+        splits = load_splits(options.data)
+    size = (3, options.image_size, options.image_size)
+    train_data = load_images(splits.train, size, progress=accelerator.is_main_process).to(accelerator.device)
+    if len(train_data) < options.batch_size:
+        raise ConfigError(f'expected at least {options.batch_size} training images, a batch (got {len(train_data)})')
+    val_data = load_images(splits.val, size).to(accelerator.device)
+    ghn = _ghn(options, len(splits.classes))
+    run = _Run(options, accelerator, ghn, train_data, val_data, len(splits.classes), started)
+    run.facts = {
+        'arguments': options.to_dict(),
+        'config': ghn.config.to_dict(),
+        'parameters': sum(parameter.numel() for parameter in ghn.parameters()),
+        'processes': accelerator.num_processes,
+        'images': {'train': len(train_data), 'val': len(val_data)},
+        'damaged': {'train': train_data.damaged, 'val': val_data.damaged},
+        'versions': versions(),
+        'device': accelerator.device.type,
+    }
+    try:
+        return run.run()
+    finally:
+        accelerator.end_training()
+        accelerator.free_memory()
+
+
+def _ghn(options: TrainOptions, num_classes: int) -> GHN:
+    """The GHN before training."""
+    config = options.config_for(num_classes)
+    if options.init is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            return GHN(config)
+    ghn = load_ghn(options.init)
+    differs = [
+        f'{name} is {getattr(ghn.config, name)!r} there and {getattr(config, name)!r} here'
+        for name in (*OF_CONFIG, 'max_shape', 'num_classes', 'rules')
+        if name != 'name' and getattr(ghn.config, name) != getattr(config, name)
+    ]
+    if differs:
+        raise ConfigError(f'{options.init!r} is another GHN than the options describe: {"; ".join(differs)}')
+    found = GHN(config)
+    found.load_state_dict(ghn.state_dict())
+    return found
+
+
+def rate(options: TrainOptions, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then half a cosine to zero (arXiv 2303.04143, appendix A)."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    passed = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, passed)))
+
+
+class _Run:
+    """A run in progress."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        accelerator: Accelerator,
+        ghn: GHN,
+        train_data: ImageTensors,
+        val_data: ImageTensors,
+        num_classes: int,
+        started: float,
+    ) -> None:
+        self.options = options
+        self.accelerator = accelerator
+        self.started = started
+        self.train_data, self.val_data = train_data, val_data
+        self.sampler: ArchitectureSampler = options.sampler_for(num_classes)
+        self.num_classes = num_classes
+        self.facts: dict[str, Any] = {}
+        self.pool: dict[int, Architecture] = {}  # drawn so far
+        self.progress = Progress()
+        self.blueprints = Blueprints(ghn.config, options.cache or options.output / 'architectures')
+        # Norms, biases and embeddings are not decayed.
+        decayed = [p for n, p in ghn.named_parameters() if p.dim() > 1 and 'embed' not in n]
+        kept = {id(p) for p in decayed}
+        groups = [
+            {'params': decayed, 'weight_decay': options.weight_decay},
+            {'params': [p for p in ghn.parameters() if id(p) not in kept], 'weight_decay': 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99))
+        # Gradients are averaged below: which parameters get one depends on the architectures of a process.
+        self.ghn: GHN = accelerator.prepare_model(ghn, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.average = ModelEmaV3(self.ghn, decay=options.ema_decay, use_warmup=True) if options.ema_decay else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same when the run goes on; the number of processes may change."""
+        return {name: value for name, value in self.options.to_dict().items() if name not in _FREE}
+
+    def run(self) -> Result:
+        """Go on from the last checkpoint, or begin; train to the end."""
+        options, main = self.options, self.accelerator.is_main_process
+        folder = options.output / CHECKPOINTS
+        found = None
+        if options.resume:
+            if main:
+                remove_partial(folder)
+            found = load_checkpoint(folder, self.accelerator, run=self.identity, average=self.average)
+        if found is not None:
+            self.progress = Progress(**found)
+        resume = ('step', self.progress.step) if found else None
+        self.results = Results(options.output, resume=resume) if main else None
+        if options.log_with is not None:
+            self.accelerator.init_trackers('timm_ghn', config={k: str(v) for k, v in options.to_dict().items()})
+        if found is None:
+            self._record('run', self.facts)
+        else:
+            self._say('going on from step %d', self.progress.step)
+        self._train()
+        finished = self.progress.step >= options.steps
+        self._checkpoint()
+        if main:
+            save_ghn(self.shipped, options.output / TRAINED)
+            self._record('end', {'step': self.progress.step, 'finished': finished, 'seconds': self._seconds()})
+        self.accelerator.wait_for_everyone()
+        lines = read_results(options.output / 'results.jsonl')
+        evaluations = tuple(line for line in lines if line['kind'] == 'eval')
+        return Result(options.output, self.progress.step, finished, evaluations)
+
+    def _train(self) -> None:
+        options, progress = self.options, self.progress
+        bar = tqdm(
+            total=options.steps,
+            initial=progress.step,
+            desc='training',
+            unit='step',
+            disable=None if self.accelerator.is_main_process else True,
+        )
+        while progress.step < options.steps and not self._late():
+            self._step(progress.step)
+            progress.step += 1
+            bar.update()
+            if progress.step % options.log_steps == 0:
+                self._log()
+            if progress.step % options.eval_steps == 0 or progress.step == options.steps:
+                self._evaluate()
+            if progress.step % options.checkpoint_steps == 0:
+                self._checkpoint()
+        bar.close()
+
+    def _step(self, step: int) -> None:
+        """Sample, predict, differentiate, and change the GHN."""
+        options, accelerator = self.options, self.accelerator
+        own = self.architectures(step)[accelerator.process_index :: accelerator.num_processes]
+        blueprints = [self.blueprints(architecture) for architecture in own]
+        images, labels = training_batch(
+            self.train_data, step, options.batch_size, seed=options.seed, config=IMAGES, augment=options.augment
+        )
+        part = len(blueprints) // options.accumulate
+        outcomes = [
+            train_step(
+                self.ghn,
+                blueprints[first : first + part],
+                images,
+                labels,
+                networks=options.meta_batch,
+                smoothing=options.smoothing,
+                autocast=accelerator.autocast,
+            )
+            for first in range(0, len(blueprints), part)
+        ]
+        losses = [loss for outcome in outcomes for loss in outcome.losses if not math.isnan(loss)]
+        rights = [share for outcome in outcomes for share in outcome.accuracies if not math.isnan(share)]
+        skipped = sum(outcome.skipped for outcome in outcomes)
+        sums = self._share(torch.tensor([sum(losses), sum(rights), len(losses), skipped], dtype=torch.float64))
+        loss, right, counted, skipped = sums.tolist()
+        self.progress.skipped += int(skipped)
+        self.progress.barren = 0 if counted else self.progress.barren + 1
+        if self.progress.barren >= options.max_skipped:
+            raise TrainingError(
+                f'no network had a finite loss in {self.progress.barren} steps (now {step + 1}); choose a smaller --lr '
+                'or --clip-grad, and go on from the last checkpoint. Checkpoints before it are in the output folder'
+            )
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate(options, step)
+        if counted and math.isfinite(self._clip()):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.ghn, step=step + 1)
+        self.optimizer.zero_grad()
+        window = self.progress.window
+        self.progress.window = [old + new for old, new in zip(window, (loss, right, counted), strict=True)]
+
+    def architectures(self, step: int) -> list[Architecture]:
+        """Those of a step, of all processes."""
+        options = self.options
+        rng = np.random.default_rng((options.seed, 4, step))
+        if not options.pool:
+            return [self.sampler.sample(rng) for _ in range(options.meta_batch)]
+        members = rng.integers(options.pool, size=options.meta_batch)
+        for member in map(int, members):
+            if member not in self.pool:
+                self.pool[member] = self.sampler.sample(np.random.default_rng((options.seed, 5, member)))
+        return [self.pool[int(member)] for member in members]
+
+    def _share(self, values: Tensor) -> Tensor:
+        """Sum over processes of what they counted, and of their gradients."""
+        if self.accelerator.num_processes == 1:
+            return values
+        parameters = [parameter for parameter in self.ghn.parameters() if parameter.requires_grad]
+        flat = torch.cat(
+            [
+                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
+                for parameter in parameters
+            ]
+        )
+        flat = self.accelerator.reduce(flat, reduction='sum')
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        summed: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction='sum')
+        return summed
+
+    def _clip(self) -> float:
+        """Scale the gradient down to the largest norm; the norm that it had."""
+        norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.options.clip_grad)
+        return float(norm)
+
+    @property
+    def shipped(self) -> GHN:
+        """The GHN that is evaluated and saved."""
+        chosen = self.ghn if self.average is None else self.average.module
+        if not isinstance(chosen, GHN):
+            raise TypeError(f'expected a GHN (got {type(chosen).__name__})')
+        return chosen
+
+    def evaluated(self) -> dict[str, tuple[Architecture, ...]]:
+        """Architectures to evaluate: 'known' for designs of trained families, 'unseen' for other families."""
+        options = self.options
+        if isinstance(self.sampler, NamesSampler):
+            return {'known': tuple(self.sampler.architecture(name) for name in self.sampler.models)}
+        if not isinstance(self.sampler, TimmSampler):
+            rng = np.random.default_rng((options.seed, 6))
+            return {'known': tuple(self.sampler.sample(rng) for _ in range(8 * options.eval_count))}
+        groups = {'known': self.sampler.families, 'unseen': options.unseen_families()}
+        return {
+            group: evaluation_set(
+                dataclasses.replace(self.sampler, families=families), seed=0, count=options.eval_count, split='val'
+            )
+            for group, families in groups.items()
+            if families
+        }
+
+    def _evaluate(self) -> None:
+        """Accuracy of predicted networks without any training, the networks shared among the processes."""
+        options, accelerator = self.options, self.accelerator
+        batches = list(
+            evaluation_batches(self.val_data, options.eval_images, options.batch_size, seed=0, config=IMAGES)
+        )
+        ghn = self.shipped.eval()
+        values: dict[str, Any] = {}
+        for group, architectures in self.evaluated().items():
+            found = torch.zeros(len(architectures), dtype=torch.float64, device=accelerator.device)
+            for index, architecture in enumerate(architectures):
+                if index % accelerator.num_processes == accelerator.process_index:
+                    found[index] = accuracies_of(ghn, self.blueprints(architecture), batches)[0]
+            shares = accelerator.reduce(found, reduction='sum').tolist()
+            values[group] = sum(shares) / len(shares)
+            families: dict[str, list[float]] = {}
+            for architecture, share in zip(architectures, shares, strict=True):
+                families.setdefault(architecture.family, []).append(share)
+            values |= {f'{group}/{name}': sum(part) / len(part) for name, part in families.items()}
+        self._record('eval', {'step': self.progress.step, **values, 'seconds': self._seconds()})
+        self._say(
+            'step %d: predicted, no training: %s',
+            self.progress.step,
+            ', '.join(f'{name} {values[name]:.1f} %' for name in ('known', 'unseen') if name in values),
+        )
+        if options.log_with is not None:
+            accelerator.log(values, step=self.progress.step)
+
+    def _log(self) -> None:
+        loss, right, count = self.progress.window
+        self.progress.window = [0.0, 0.0, 0.0]
+        values = {
+            'step': self.progress.step,
+            'loss': loss / max(count, 1),
+            'top1': 100 * right / max(count, 1),
+            'lr': rate(self.options, self.progress.step),
+            'skipped': self.progress.skipped,
+            'seconds': self._seconds(),
+        }
+        self._record('train', values)
+        self._say('step %d: loss %.3f, accuracy in training %.1f %%', values['step'], values['loss'], values['top1'])
+        if self.options.log_with is not None:
+            self.accelerator.log(values, step=self.progress.step)
+
+    def _checkpoint(self) -> None:
+        progress = {**dataclasses.asdict(self.progress), 'seconds': self._seconds()}
+        save_checkpoint(
+            self.options.output / CHECKPOINTS,
+            self.accelerator,
+            progress,
+            run=self.identity,
+            average=self.average,
+            keep=self.options.checkpoint_hist,
+        )
+
+    def _late(self) -> bool:
+        """Whether the time is up; all processes agree."""
+        if self.options.time_limit is None:
+            return False
+        spent = time.monotonic() - self.started
+        late = torch.tensor([float(spent > 60 * self.options.time_limit)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(late, reduction='sum').item() > 0)
+
+    def _seconds(self) -> float:
+        return round(self.progress.seconds + time.monotonic() - self.started, 1)
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        if self.results is not None:
+            self.results.add(kind, values)
+
+    def _say(self, text: str, *values: Any) -> None:
+        if self.accelerator.is_main_process:
+            _logger.info(text, *values)

@@ -1,0 +1,150 @@
+"""Options of a meta-training run: a record that the command line, recipes and Python share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from timm_ghn.data.splits import DataOptions
+from timm_ghn.errors import ConfigError
+from timm_ghn.nn.config import GHNConfig
+from timm_ghn.recipes import option, those_of
+from timm_ghn.train.families import FAMILIES, HELD_OUT
+from timm_ghn.train.samplers import ArchitectureSampler, TimmSampler, build_sampler
+
+#: Headings of the help, by the option that each begins with.
+GROUPS = {'name': 'GHN', 'dataset': 'data', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
+
+PRECISIONS = ('no', 'bf16')
+#: Options that are hyper-parameters of the GHN.
+OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smooth', 'rank', 'codes', 'name')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What GHN to train, on which architectures and images, and how. Every field is an option and a key of a recipe.
+
+    Raises:
+        ConfigError: if options contradict themselves.
+    """
+
+    name: str = option('my_ghn', 'name of the GHN')
+    init: str | None = option(None, 'name or path of a GHN to begin with (default: random weights)')
+    gnn: str = option('graphormer', 'graph network: graphormer, gated or mlp')
+    decoder: str = option('lowrank', 'decoder: lowrank, conv or mlp')
+    hid: int = option(64, 'width of the node embeddings')
+    layers: int = option(2, 'depth of the Graphormer')
+    heads: int = option(4, 'attention heads of the Graphormer')
+    smooth: bool = option(True, 'describe nodes by numbers that vary smoothly with sizes and depth')
+    rank: int = option(16, 'rank of what the decoder lowrank predicts')
+    codes: int = option(64, 'size of its channel codes')
+    max_channels: int = option(2048, 'channels that are decoded at once; more are repeated')
+    max_kernel: int = option(16, 'side of the largest kernel that is decoded as it is')
+    virtual_edges: int = option(50, 'longest path that becomes an edge')
+
+    dataset: str = option('', 'name on the Hub, folder, or parquet file')
+    subset: str | None = option(None, 'configuration of a data set that has several')
+    train_split: str = option('train', "split to train on, e.g. 'train[:90%%]'")
+    val_split: str = option('auto', 'split to evaluate on, or a share of the training split')
+    image_column: str | None = option(None, 'column of images (default: found by its type)')
+    label_column: str | None = option(None, 'column of labels (default: found by its type)')
+    image_size: int = option(32, 'side of the images in pixels')
+    augment: bool = option(True, 'random crops and flips')
+
+    sampler: str = option('timm', 'source of architectures: timm or names')
+    sampler_args: Any = option(None, 'its options, a mapping in a recipe (see timm_ghn.train.samplers)')
+    held_out: Any = option(None, 'families to evaluate on that are never trained (default: of the sampler timm)')
+    pool: int = option(2000, 'number of architectures to train on; 0 for ever new ones')
+    cache: Path | None = option(None, 'folder for traced architectures (default: in the output folder)', metavar='DIR')
+
+    steps: int = option(2000, 'optimiser steps')
+    meta_batch: int = option(4, 'architectures in a step, of all processes')
+    accumulate: int = option(1, 'parts into which the architectures of a process are divided, to save memory')
+    batch_size: int = option(64, 'images in a step; all architectures see the same')
+    lr: float = option(3e-4, 'learning rate of AdamW')
+    weight_decay: float = option(0.01, 'weight decay')
+    warmup_steps: int = option(100, 'steps of linear warm-up; a cosine to zero follows')
+    clip_grad: float = option(1.0, 'largest norm of the gradient')
+    smoothing: float = option(0.0, 'label smoothing')
+    ema_decay: float = option(0.998, 'decay of the averaged weights, which are evaluated and shipped; 0 for none')
+    max_skipped: int = option(50, 'give up after so many steps in a row without a finite loss')
+
+    seed: int = option(0, 'of everything that is drawn')
+    eval_steps: int = option(500, 'steps between evaluations')
+    eval_count: int = option(2, 'architectures of each family to evaluate')
+    eval_images: int = option(512, 'images to evaluate on')
+    log_steps: int = option(20, 'steps between lines of the log')
+    checkpoint_steps: int = option(200, 'steps between checkpoints')
+    checkpoint_hist: int = option(2, 'checkpoints to keep')
+    time_limit: float | None = option(None, 'stop, with a checkpoint, after so many minutes', metavar='MINUTES')
+    mixed_precision: str | None = option(None, 'no or bf16, for the networks (default: as accelerate says)')
+    output: Path = option(Path('train-out'), 'folder for the log, checkpoints and the GHN', metavar='DIR')
+    resume: bool = option(False, 'go on from the last good checkpoint in the output folder')
+    log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
+
+    def __post_init__(self) -> None:
+        positive = (
+            'max_channels', 'max_kernel', 'steps', 'meta_batch', 'accumulate', 'batch_size', 'lr', 'clip_grad',
+            'max_skipped', 'eval_steps', 'eval_count', 'eval_images', 'log_steps', 'checkpoint_steps',
+            'checkpoint_hist',
+        )  # fmt: skip
+        for name in positive + (('time_limit',) if self.time_limit is not None else ()):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f'expected {name} above 0 (got {getattr(self, name)})')
+        for name in ('weight_decay', 'warmup_steps', 'pool', 'seed', 'smoothing', 'ema_decay'):
+            if getattr(self, name) < 0:
+                raise ConfigError(f'expected {name} of 0 or more (got {getattr(self, name)})')
+        for name in ('smoothing', 'ema_decay'):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f'expected {name} below 1 (got {getattr(self, name)})')
+        if self.meta_batch % self.accumulate:
+            raise ConfigError(
+                f'expected meta_batch to be a multiple of accumulate (got {self.meta_batch}, {self.accumulate})'
+            )
+        if self.mixed_precision not in (None, *PRECISIONS):
+            raise ConfigError(
+                f'expected mixed_precision to be one of {", ".join(PRECISIONS)} (got {self.mixed_precision!r})'
+            )
+        # Their own checks.
+        _ = self.data, self.config_for(2), self.sampler_for(2)
+
+    @functools.cached_property
+    def data(self) -> DataOptions:
+        """Those of the data set."""
+        names = ('dataset', 'subset', 'train_split', 'val_split', 'image_column', 'label_column', 'seed')
+        return DataOptions(**those_of(DataOptions, self, names))
+
+    def config_for(self, num_classes: int) -> GHNConfig:
+        """Hyper-parameters of the GHN."""
+        channels, kernel = self.max_channels, self.max_kernel
+        return GHNConfig(
+            max_shape=(channels, channels, kernel, kernel),
+            num_classes=num_classes,
+            rules='operators',
+            trained=True,
+            **those_of(GHNConfig, self, OF_CONFIG),
+        )
+
+    def sampler_for(self, num_classes: int) -> ArchitectureSampler:
+        """Source of the architectures to train on."""
+        own = self.sampler_args or {}
+        if not isinstance(own, dict):
+            raise ConfigError(f'expected sampler_args to be a mapping (got {type(own).__name__})')
+        return build_sampler(self.sampler, {'image_size': self.image_size, 'num_classes': num_classes, **own})
+
+    def unseen_families(self) -> tuple[str, ...]:
+        """Families that are evaluated and never trained."""
+        unseen = HELD_OUT if self.held_out is None else tuple(self.held_out)
+        unknown = [name for name in unseen if name not in FAMILIES]
+        if unknown:
+            raise ConfigError(f'expected held_out to name families among {", ".join(FAMILIES)} (got {unknown})')
+        sampler = self.sampler_for(2)
+        trained = sampler.families if isinstance(sampler, TimmSampler) else ()
+        return tuple(name for name in unseen if name not in trained)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -1,0 +1,142 @@
+"""One step of meta-training: parameters of several networks in one prediction, and the gradient of their losses.
+
+L = 1/m sum_a cross_entropy(a(x; H(a)), y) over the m architectures a of a meta-batch, all on the same images x (arXiv
+2110.13100, equation 2; GHN_SPEC of arXiv 2303.04143 keeps it). The loss of each network is differentiated with respect
+to its parameters by itself, so that only one network's activations exist at a time and one whose loss is not finite can
+be left out; the GHN is differentiated once for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.requests import DecodeRequest
+from timm_ghn.params.fit import fitted
+from timm_ghn.train.blueprints import Blueprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of the networks of a meta-batch.
+
+    Attributes:
+        losses: Cross-entropy of each network, NaN for one that was left out.
+        accuracies: Share of the images that it classifies rightly.
+        skipped: Networks whose loss or gradient was not finite.
+    """
+
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    skipped: int
+
+
+def predict_parameters(ghn: GHN, blueprints: Sequence[Blueprint]) -> list[dict[str, Tensor]]:
+    """Predict the parameters of several networks at once; differentiable.
+
+    Args:
+        ghn: The GHN.
+        blueprints: Of the networks.
+
+    Returns:
+        For each network its predicted parameters by name, all names of a tied one.
+    """
+    parts = [part for blueprint in blueprints for part in blueprint.graph.parts]
+    embeddings_Nd = ghn.encode(parts)
+    requests, places = [], []
+    offset = 0
+    for which, blueprint in enumerate(blueprints):
+        for row in blueprint.plan.predicted:
+            request = row.request
+            if request is not None:
+                # Whatever is fixed at random is that of the network alone.
+                requests.append(DecodeRequest(request.kind, request.node + offset, request.size, salt=request.node))
+                places.append((which, row))
+        offset += sum(map(len, blueprint.graph.parts))
+    found: list[dict[str, Tensor]] = [{} for _ in blueprints]
+    generator = torch.Generator().manual_seed(0)
+    for index, decoded in ghn.decode(embeddings_Nd, requests):
+        which, row = places[index]
+        if row.fit is not None:
+            tensor = fitted(decoded, row.fit, row.shape, generator)
+            found[which].update(dict.fromkeys((row.name, *row.aliases), tensor))
+    return found
+
+
+def train_step(
+    ghn: GHN,
+    blueprints: Sequence[Blueprint],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    networks: int | None = None,
+    smoothing: float = 0.0,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Outcome:
+    """Add the gradient of the mean loss of networks to that of the GHN.
+
+    Args:
+        ghn: The GHN.
+        blueprints: Of the networks.
+        images: A normalised batch (B, channels, height, width).
+        labels: (B,).
+        networks: Number of networks m of the mean, where these are a part of them.
+        smoothing: Label smoothing.
+        autocast: Context in which the networks compute; the GHN itself is always in float32.
+
+    Returns:
+        Losses and accuracies of the networks.
+    """
+    predicted = predict_parameters(ghn, blueprints)
+    share = 1 / (networks or len(blueprints))
+    tensors: list[Tensor] = []
+    gradients: list[Tensor] = []
+    losses, accuracies, skipped = [], [], 0
+    for blueprint, parameters in zip(blueprints, predicted, strict=True):
+        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in parameters.values()}
+        own = {id(tensor): tensor for tensor in parameters.values()}
+        with autocast():
+            logits = blueprint({name: leaves[id(tensor)] for name, tensor in parameters.items()}, images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        found = torch.autograd.grad(loss * share, list(leaves.values()), allow_unused=True)
+        used = [(own[key], gradient) for key, gradient in zip(leaves, found, strict=True) if gradient is not None]
+        # A sum is finite only where all are.
+        if not bool(torch.stack([loss.detach(), *(gradient.sum() for _, gradient in used)]).isfinite().all()):
+            skipped += 1
+            losses.append(float('nan'))
+            accuracies.append(float('nan'))
+            continue
+        tensors += [tensor for tensor, _ in used]
+        gradients += [gradient for _, gradient in used]
+        losses.append(float(loss.detach()))
+        accuracies.append(float((logits.argmax(1) == labels).float().mean()))
+    if tensors:
+        torch.autograd.backward(tensors, gradients)
+    return Outcome(tuple(losses), tuple(accuracies), skipped)
+
+
+@torch.no_grad()
+def accuracies_of(ghn: GHN, blueprint: Blueprint, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Accuracy in percent and cross-entropy of a predicted network that was never trained.
+
+    Args:
+        ghn: The GHN.
+        blueprint: Of the network.
+        batches: Images and labels; batch normalisation uses the statistics of each, as in arXiv 2110.13100.
+    """
+    (parameters,) = predict_parameters(ghn, [blueprint])
+    right = count = 0
+    loss = 0.0
+    for images, labels in batches:
+        logits = blueprint(parameters, images).float()
+        right += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction='sum'))
+        count += len(labels)
+    return 100 * right / count, loss / count
