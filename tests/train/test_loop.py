@@ -26,12 +26,6 @@ CHEAP = {
     'activations': 30_000,
     'attempts': 2000,
 }
-    'families': ['resnet_basic', 'vgg'],
-    'macs': 600_000,
-    'parameters': [1_000, 60_000],
-    'activations': 30_000,
-    'attempts': 2000,
-}
 
 
 @pytest.fixture(scope='module')
