@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -125,9 +126,7 @@ _ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
 @functools.cache
 def _stamp() -> str:
     """What a file must come from: another version may trace otherwise."""
-    import timm
-
-    return f'timm_ghn {__version__}, timm {timm.__version__}, torch {torch.__version__}'
+    return f'timm_ghn {__version__}, timm {version("timm")}, torch {torch.__version__}'
 
 
 def _read(path: Path, rules: str) -> tuple[Graph, dict[str, Tensor]] | None:

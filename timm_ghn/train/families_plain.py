@@ -7,9 +7,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from timm.layers import ClassifierHead, get_act_layer
-from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.densenet import DenseNet
-from timm.models.efficientnet import EfficientNet
+from timm.models.efficientnet import EfficientNet, decode_arch_def
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.vgg import VGG, ConvMlp
 from torch import nn

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -92,8 +94,11 @@ def train(options: TrainOptions) -> Result:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
     started = time.monotonic()
+    shared_gpu = 0 < torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
+        # NCCL refuses several processes on one GPU, which a GHN for small networks needs to keep it busy.
+        kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')] if shared_gpu else None,
         mixed_precision=options.mixed_precision,
         log_with=options.log_with,
         project_dir=options.output,

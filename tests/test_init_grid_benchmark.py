@@ -1,0 +1,68 @@
+"""The grid of initialisations runs, goes on where it stopped, and reports what it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pictures import make_dataset, save_dataset
+
+SCRIPT = Path(__file__).resolve().parents[1] / 'benchmarks' / 'init_grid.py'
+
+
+def run(out: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        '--ghn',
+        'ghn_tiny_untrained',
+        '--dataset',
+        f'colours={folder}',
+        '--models',
+        'test_vit',
+        '--arms',
+        'random',
+        'orth',
+        '--seeds',
+        '2',
+        '--epochs',
+        '2',
+        '--workers',
+        '1',
+        '--out',
+        str(out),
+        '--name',
+        'trial',
+    ]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_every_cell_runs_once_and_is_in_the_table(tmp_path):
+    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
+    out = tmp_path / 'out'
+    done = run(out, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [json.loads(line) for line in (out / 'init_grid-trial.jsonl').read_text().splitlines()]
+    assert {(cell['arm'], cell['seed']) for cell in cells} == {(a, s) for a in ('random', 'orth') for s in (0, 1)}
+    assert all([epoch['epoch'] for epoch in cell['epochs']] == [0, 1, 2] for cell in cells)
+    text = (out / 'init_grid-trial.md').read_text()
+    assert '4 of 4 runs are finished; 0 failed' in text
+    assert str(tmp_path) not in text.replace(str(out), '')
+    assert '| colours | test_vit | ' in text
+    assert (out / 'init_grid-trial.png').stat().st_size > 10_000
+    runs = {path: path.stat().st_mtime_ns for path in (out / 'runs').rglob('results.jsonl')}
+    assert run(out, folder).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / 'runs').rglob('results.jsonl')} == runs
+    assert not list((out / 'runs').rglob('*.safetensors')), 'only the curves are kept'
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
+    done = run(tmp_path / 'out', folder, '--shots', '1000', '--seeds', '1')
+    assert done.returncode == 1
+    assert 'expected 1000 images of each class' in done.stderr
+    assert 'nothing is finished yet' in done.stderr
