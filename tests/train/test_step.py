@@ -121,6 +121,20 @@ class NotFinite(torch.nn.Module):
         return torch.stack([p.sum() for p in self.parameters()]).sum() * torch.full((len(images), 10), float('nan'))
 
 
+def test_the_gradient_of_each_network_is_clipped(ghn, architectures, batch):
+    blueprint = Blueprints(ghn.config)(architectures[0])
+    train_step(ghn, [blueprint], *batch)
+    whole = gradients(ghn)
+    train_step(ghn, [blueprint], *batch, clip=1e9)
+    for name, gradient in gradients(ghn).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-6)
+    train_step(ghn, [blueprint], *batch, clip=1e-3)
+    clipped = gradients(ghn)
+    ratios = [float(clipped[name].norm() / whole[name].norm()) for name in whole if float(whole[name].norm()) > 1e-4]
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-2)
+    assert max(ratios) < 0.1
+
+
 def test_blueprints_are_read_back_as_they_were_written(ghn, architectures, tmp_path, batch):
     first = Blueprints(ghn.config, tmp_path)
     second = Blueprints(ghn.config, tmp_path)

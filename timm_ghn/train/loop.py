@@ -273,6 +273,7 @@ class _Run:
                 images,
                 labels,
                 networks=options.meta_batch,
+                clip=options.clip_network,
                 smoothing=options.smoothing,
                 autocast=accelerator.autocast,
             )

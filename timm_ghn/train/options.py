@@ -67,6 +67,7 @@ class TrainOptions:
     weight_decay: float = option(0.01, 'weight decay')
     warmup_steps: int = option(100, 'steps of linear warm-up; a cosine to zero follows')
     clip_grad: float = option(1.0, 'largest norm of the gradient')
+    clip_network: float = option(1.0, 'largest norm of the gradient of each network')
     smoothing: float = option(0.0, 'label smoothing')
     ema_decay: float = option(0.998, 'decay of the averaged weights, which are evaluated and shipped; 0 for none')
     max_skipped: int = option(50, 'give up after so many steps in a row without a finite loss')
@@ -87,6 +88,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         positive = (
             'max_channels', 'max_kernel', 'steps', 'meta_batch', 'accumulate', 'batch_size', 'lr', 'clip_grad',
+            'clip_network',
             'max_skipped', 'eval_steps', 'eval_count', 'eval_images', 'log_steps', 'checkpoint_steps',
             'checkpoint_hist',
         )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def train_step(
     labels: Tensor,
     *,
     networks: int | None = None,
+    clip: float | None = None,
     smoothing: float = 0.0,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Outcome:
@@ -88,6 +90,8 @@ def train_step(
         images: A normalised batch (B, channels, height, width).
         labels: (B,).
         networks: Number of networks m of the mean, where these are a part of them.
+        clip: Largest norm of the gradient of a network's loss with respect to its parameters. Without it, one deep
+            network without norm layers outweighs all others of a step.
         smoothing: Label smoothing.
         autocast: Context in which the networks compute; the GHN itself is always in float32.
 
@@ -115,12 +119,17 @@ def train_step(
             accuracies.append(float('nan'))
             continue
         tensors += [tensor for tensor, _ in used]
-        gradients += [gradient for _, gradient in used]
+        gradients += _clipped([gradient for _, gradient in used], math.inf if clip is None else clip * share)
         losses.append(float(loss.detach()))
         accuracies.append(float((logits.argmax(1) == labels).float().mean()))
     if tensors:
         torch.autograd.backward(tensors, gradients)
     return Outcome(tuple(losses), tuple(accuracies), skipped)
+
+
+def _clipped(gradients: Sequence[Tensor], limit: float) -> Sequence[Tensor]:
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    return gradients if norm <= limit else [gradient * (limit / norm) for gradient in gradients]
 
 
 def _layout(tensor: Tensor) -> Tensor:
