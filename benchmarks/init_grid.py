@@ -20,6 +20,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import statistics
 import sys
 import warnings
@@ -296,15 +297,19 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
         '',
         *table(_first(found), args.arms),
         '',
-        'Learning rates chosen: '
-        + '; '.join(f'{d} {m} {a}: {summary.lr:g}' for (d, m, a), summary in found.items())
-        + '.',
-        '',
+        *_rates(found, args.lr),
         *[f'- {cell.name}: {error}' for cell, error in errors.items()],
     ]
     stem.with_suffix('.md').write_text('\n'.join(text).rstrip() + '\n', encoding='utf-8')
     draw(found, args.arms, stem.with_suffix('.png'))
     print('\n'.join(table(found, args.arms)))
+
+
+def _rates(found: dict[tuple[str, str, str], Summary], rates: Sequence[float]) -> list[str]:
+    if len(rates) < 2:
+        return [f'Learning rate: {rates[0]:g}.', '']
+    chosen = [f'{dataset} {model} {arm}: {summary.lr:g}' for (dataset, model, arm), summary in found.items()]
+    return [f'Learning rates chosen: {"; ".join(chosen)}.', '']
 
 
 def _first(found: dict[tuple[str, str, str], Summary]) -> dict[tuple[str, str, str], Summary]:
@@ -348,12 +353,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.recipe.setdefault('epochs', args.epochs)
     if args.shots:
         args.recipe['shots'] = args.shots
-    shown = [f'{name}=FOLDER' if part == f'{name}={place}' else part
-             for part in (sys.argv[1:] if argv is None else argv)
-             for name, place in [_pair(part) if '=' in part and ':' not in part else ('', '')]]  # fmt: skip
-    shown = [Path(part).name if part == args.ghn else part for part in shown if part != '--report']
-    args.command = 'python benchmarks/init_grid.py ' + ' '.join(shown)
+    args.command = f'python benchmarks/init_grid.py {shown(sys.argv[1:] if argv is None else argv, args)}'
     return args
+
+
+def shown(argv: Sequence[str], args: argparse.Namespace) -> str:
+    """The command for the report: without folders of this machine, and without what decides no number."""
+    parts = list(argv)
+    for option in ('--out', '--note', '--name', '--workers', '--report'):
+        if option in parts:
+            place = parts.index(option)
+            del parts[place : place + (1 if option == '--report' else 2)]
+    names = {f'{name}={place}': f'{name}=FOLDER' for name, place in args.pairs} | {args.ghn: Path(args.ghn).name}
+    return shlex.join(names.get(part, part) for part in parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
