@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,7 +69,7 @@ def save_checkpoint(
         # torch and safetensors have errors of their own for a full disk.
         written = error
     # No process may go on as if the checkpoint of all were there.
-    failed = _any(accelerator, written is not None)
+    failed = any_process(accelerator, written is not None)
     if accelerator.is_main_process and not failed:
         try:
             if average is not None:
@@ -84,7 +85,7 @@ def save_checkpoint(
                 shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             written = error
-    failed = _any(accelerator, written is not None)
+    failed = any_process(accelerator, written is not None)
     if failed:
         if accelerator.is_main_process:
             remove_partial(folder)
@@ -214,9 +215,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _any(accelerator: Accelerator, value: bool) -> bool:
+def any_process(accelerator: Accelerator, value: bool) -> bool:
     """Whether a value is true in any process; also the point where they wait for one another."""
-    import torch
-
     flag = torch.tensor([float(value)], device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction='sum').item() > 0)

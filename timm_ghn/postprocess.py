@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import trace
-from timm_ghn.nn.config import GHNConfig
-from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
+from timm_ghn.params.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.writable import check_finite, check_storage, check_writable
 
 M = TypeVar('M', bound=nn.Module)
 
 #: What :attr:`PostProcess.scale` can be.
 SCALES = ('unit', 'keep')
-
-#: A plan is made for a GHN. Which parameters are layers does not depend on it, so this one stands for any.
-_ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
 
 
 def _is_integer(value: object) -> bool:
@@ -197,7 +193,7 @@ def postprocess_(
     if chosen is None:
         return model
     if plan is None:
-        plan = plan_parameters(trace(model, input_size=input_size, example_inputs=example_inputs), _ANY_GHN)
+        plan = plan_parameters(trace(model, input_size=input_size, example_inputs=example_inputs), ANY_GHN)
     parameters = dict(model.named_parameters())
     rows = processed_layers(plan, chosen)
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = Fa
     mode = 'L' if size[0] == 1 else 'RGB'
     images = torch.empty((len(split), *size), dtype=torch.uint8)
     good = np.zeros(len(split), dtype=bool)
-    values = split.rows[split.image_column] if hasattr(split.rows, '__getitem__') else ()
+    values = split.rows[split.image_column]
     for row, value in enumerate(tqdm(values, desc='decoding', unit='image', disable=None if progress else True)):
         image = decoded(value, mode)
         if image is not None:
@@ -102,12 +103,18 @@ def training_batch(
     """The images of a step: they depend on the seed and the step alone. Each epoch has an order of its own."""
     per_epoch = max(1, len(data) // batch_size)
     epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, 1, epoch)).permutation(len(data))
+    order = _order(len(data), seed, epoch)
     rows = torch.from_numpy(order[place * batch_size : (place + 1) * batch_size]).to(data.labels_n.device)
     images = data.images_nchw[rows]
     if augment:
         images = augmented(images, np.random.default_rng((seed, 2, step)))
     return normalised(images, config), data.labels_n[rows]
+
+
+@functools.lru_cache(maxsize=1)
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Rows of an epoch; the steps of the epoch share it."""
+    return np.random.default_rng((seed, 1, epoch)).permutation(rows)
 
 
 def evaluation_batches(

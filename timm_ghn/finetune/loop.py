@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_ghn.batchnorm import calibrate_batchnorm_
-from timm_ghn.checkpoints import load_checkpoint, remove_partial, save_checkpoint
 from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, DataError, PredictionError, TrainingError
@@ -48,12 +47,12 @@ from timm_ghn.finetune.setup import (
     updates_per_epoch,
 )
 from timm_ghn.output import write_state_dict
-from timm_ghn.results import CURVES, Results, plot_curves, read_results, versions
+from timm_ghn.results import CURVES, RESULTS, plot_curves, read_results, versions
+from timm_ghn.runs import Run, refuse_to_write_over
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
 AVERAGED_WEIGHTS = 'model_ema.safetensors'
-CHECKPOINTS = 'checkpoints'
 
 #: Options that may change when a run goes on.
 _FREE = (
@@ -79,7 +78,6 @@ class Progress:
         images: Number of these images.
         damaged: Damaged images met in this epoch.
         best: Best accuracy so far, in percent.
-        evaluated: Epochs that were evaluated.
     """
 
     epoch: int = 0
@@ -89,7 +87,6 @@ class Progress:
     images: int = 0
     damaged: int = 0
     best: float = -1.0
-    evaluated: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +114,7 @@ def finetune(options: FinetuneOptions) -> Result:
     """
     started = time.monotonic()
     accelerator = _accelerator(options)
-    folder = options.output / CHECKPOINTS
-    if not options.resume and any(folder.glob('step_*[0-9]')):
-        raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+    refuse_to_write_over(options)
     with accelerator.main_process_first():
         splits = load_splits(options.data)
     num_classes = class_count(options, splits)
@@ -179,7 +174,7 @@ def _lost_processes() -> bool:
     return on_cpu and 'MASTER_PORT' in os.environ and not any(name in os.environ for name in ranks)
 
 
-class _Run:
+class _Run(Run):
     """A run in progress."""
 
     def __init__(
@@ -192,11 +187,9 @@ class _Run:
         num_classes: int,
         started: float,
     ) -> None:
+        super().__init__(options, accelerator, started, _logger)
         self.options = options
-        self.accelerator = accelerator
-        self.started = started
         self.num_classes = num_classes
-        self.facts: dict[str, Any] = {}
         self.progress = Progress()
         self.plain_train = train
         if not isinstance(train.sampler, EpochSampler):
@@ -206,8 +199,8 @@ class _Run:
         self.loss: Callable[[Tensor, Tensor], Tensor] = loss
         optimizer = optimizer_of(options, start.model)
         self.model, self.optimizer, self.train, self.val = accelerator.prepare(start.model, optimizer, train, val)
-        self.updates = updates_per_epoch(len(self.train), options.grad_accum_steps)
-        self.scheduler: Scheduler | None = scheduler_of(options, optimizer, self.updates)
+        updates = updates_per_epoch(len(self.train), options.grad_accum_steps)
+        self.scheduler: Scheduler | None = scheduler_of(options, optimizer, updates)
         self.average: ModelEmaV3 | None = None
         if options.model_ema:
             self.average = ModelEmaV3(self.bare, decay=options.model_ema_decay)
@@ -228,17 +221,10 @@ class _Run:
 
     def run(self) -> Result:
         """Go on from the last checkpoint, or begin; train to the end."""
-        options, main = self.options, self.accelerator.is_main_process
-        folder = options.output / CHECKPOINTS
-        found = None
-        if options.resume:
-            if main:
-                remove_partial(folder)
-            found = load_checkpoint(folder, self.accelerator, run=self.identity, average=self.average)
+        options = self.options
+        found = self._restored(self.identity, self.average, 'epoch')
         if found is not None:
             self.progress = Progress(**found)
-        resume = ('epoch', self.progress.epoch) if found else None
-        self.results = Results(options.output, resume=resume) if main else None
         if options.log_with is not None:
             self.accelerator.init_trackers('timm_ghn', config=_flat(options.to_dict()))
         if found is None:
@@ -266,12 +252,12 @@ class _Run:
             if self.average is not None:
                 self._write(self.average.module, AVERAGED_WEIGHTS)
             self._record('end', {'steps': progress.step, 'finished': finished, 'seconds': self._seconds()})
-            lines = read_results(options.output / 'results.jsonl')
+            lines = read_results(options.output / RESULTS)
             title = f'{options.model}, {options.init}, {Path(options.dataset).name}'
             if not plot_curves(lines, options.output / CURVES, title):
                 self._say('no picture of the curves: matplotlib is not installed')
         self.accelerator.wait_for_everyone()
-        lines = read_results(options.output / 'results.jsonl')
+        lines = read_results(options.output / RESULTS)
         epochs = tuple(line for line in lines if line['kind'] == 'epoch')
         return Result(options.output, epochs, progress.step, finished)
 
@@ -413,14 +399,7 @@ class _Run:
 
     def _checkpoint(self) -> None:
         self._gather_sums()
-        save_checkpoint(
-            self.options.output / CHECKPOINTS,
-            self.accelerator,
-            dataclasses.asdict(self.progress),
-            run=self.identity,
-            average=self.average,
-            keep=self.options.checkpoint_hist,
-        )
+        self._save(dataclasses.asdict(self.progress), self.identity, self.average)
 
     def _gather_sums(self) -> None:
         """Add what all processes did to the progress, which they share."""
@@ -435,12 +414,7 @@ class _Run:
 
     def _stopped(self) -> bool:
         """Whether a limit is met; all processes agree."""
-        if self._out_of_steps():
-            return True
-        if self.options.time_limit is None:
-            return False
-        late = torch.tensor([float(self._seconds() > 60 * self.options.time_limit)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(late, reduction='sum').item() > 0)
+        return self._out_of_steps() or self._late()
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.started, 3)
@@ -454,14 +428,6 @@ class _Run:
 
     def _rate(self) -> float:
         return max(float(group['lr']) for group in self.optimizer.param_groups)
-
-    def _say(self, text: str, *values: Any) -> None:
-        if self.accelerator.is_main_process:
-            _logger.info(text, *values)
-
-    def _record(self, kind: str, values: dict[str, Any]) -> None:
-        if self.results is not None:
-            self.results.add(kind, values)
 
     def _write(self, model: nn.Module, name: str, **more: Any) -> None:
         header = {'architecture': self.options.model, **self.facts['model_args'], **more}

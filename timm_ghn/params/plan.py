@@ -18,6 +18,10 @@ from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.requests import DecodeKind, DecodeRequest
 from timm_ghn.params.fit import Fit, fit_of
 
+#: A plan is made for a GHN. Which parameters are predicted, and which are layers, does not depend on it, so this one
+#: stands for any.
+ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
+
 #: What can be asked of the classifier.
 HEAD_OPTIONS = ('auto', 'predict', 'keep')
 

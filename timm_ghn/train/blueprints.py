@@ -23,7 +23,7 @@ from timm_ghn.graph.build import trace
 from timm_ghn.graph.records import graph_from_dict, graph_to_dict
 from timm_ghn.graph.structure import Graph
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.params.plan import ParameterPlan, plan_parameters
+from timm_ghn.params.plan import ANY_GHN, ParameterPlan, plan_parameters
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.version import __version__
 
@@ -111,16 +111,12 @@ def _examine(architecture: Architecture, rules: str) -> tuple[Graph, dict[str, T
         torch.manual_seed(0)
         model = architecture.build('cpu').eval()
     graph = trace(model, input_size=architecture.input_size, rules=rules)
-    plan = plan_parameters(graph, _ANY_GHN, head='predict')
+    plan = plan_parameters(graph, ANY_GHN, head='predict')
     use_batch_statistics_(model)
     parameters = dict(model.named_parameters())
     fixed = {row.name: parameters[row.name].detach() for row in plan.kept}
     fixed |= dict(model.named_buffers())
     return graph, {name: tensor.clone().contiguous() for name, tensor in fixed.items()}
-
-
-#: Which parameters are kept does not depend on the GHN.
-_ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
 
 
 @functools.cache

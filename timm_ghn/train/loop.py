@@ -8,6 +8,7 @@ in a single process, and a run that was killed one that was not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -24,21 +25,20 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
-from timm_ghn.checkpoints import load_checkpoint, remove_partial, save_checkpoint
 from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images, training_batch
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, TrainingError
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.storage import save_ghn
-from timm_ghn.results import Results, read_results, versions
+from timm_ghn.results import RESULTS, read_results, versions
+from timm_ghn.runs import Run, refuse_to_write_over
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
 from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set
 from timm_ghn.train.step import accuracies_of, train_step
 
-CHECKPOINTS = 'checkpoints'
 #: Folder of the trained GHN: its averaged weights, where there are any.
 TRAINED = 'ghn'
 
@@ -103,9 +103,7 @@ def train(options: TrainOptions) -> Result:
         log_with=options.log_with,
         project_dir=options.output,
     )
-    folder = options.output / CHECKPOINTS
-    if not options.resume and any(folder.glob('step_*[0-9]')):
-        raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+    refuse_to_write_over(options)
     if options.meta_batch % (accelerator.num_processes * options.accumulate):
         raise ConfigError(
             f'expected meta_batch to be a multiple of {accelerator.num_processes} processes times accumulate '
@@ -165,7 +163,7 @@ def rate(options: TrainOptions, step: int) -> float:
     return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, passed)))
 
 
-class _Run:
+class _Run(Run):
     """A run in progress."""
 
     def __init__(
@@ -178,13 +176,10 @@ class _Run:
         num_classes: int,
         started: float,
     ) -> None:
+        super().__init__(options, accelerator, started, _logger)
         self.options = options
-        self.accelerator = accelerator
-        self.started = started
         self.train_data, self.val_data = train_data, val_data
         self.sampler: ArchitectureSampler = options.sampler_for(num_classes)
-        self.num_classes = num_classes
-        self.facts: dict[str, Any] = {}
         self.pool: dict[int, Architecture] = {}  # drawn so far
         self.progress = Progress()
         self.blueprints = Blueprints(ghn.config, options.cache or options.output / 'architectures')
@@ -208,17 +203,10 @@ class _Run:
 
     def run(self) -> Result:
         """Go on from the last checkpoint, or begin; train to the end."""
-        options, main = self.options, self.accelerator.is_main_process
-        folder = options.output / CHECKPOINTS
-        found = None
-        if options.resume:
-            if main:
-                remove_partial(folder)
-            found = load_checkpoint(folder, self.accelerator, run=self.identity, average=self.average)
+        options = self.options
+        found = self._restored(self.identity, self.average, 'step')
         if found is not None:
             self.progress = Progress(**found)
-        resume = ('step', self.progress.step) if found else None
-        self.results = Results(options.output, resume=resume) if main else None
         if options.log_with is not None:
             self.accelerator.init_trackers('timm_ghn', config={k: str(v) for k, v in options.to_dict().items()})
         if found is None:
@@ -228,11 +216,11 @@ class _Run:
         self._train()
         finished = self.progress.step >= options.steps
         self._checkpoint()
-        if main:
+        if self.accelerator.is_main_process:
             save_ghn(self.shipped, options.output / TRAINED)
             self._record('end', {'step': self.progress.step, 'finished': finished, 'seconds': self._seconds()})
         self.accelerator.wait_for_everyone()
-        lines = read_results(options.output / 'results.jsonl')
+        lines = read_results(options.output / RESULTS)
         evaluations = tuple(line for line in lines if line['kind'] == 'eval')
         return Result(options.output, self.progress.step, finished, evaluations)
 
@@ -343,6 +331,7 @@ class _Run:
             raise TypeError(f'expected a GHN (got {type(chosen).__name__})')
         return chosen
 
+    @functools.cached_property
     def evaluated(self) -> dict[str, tuple[Architecture, ...]]:
         """Architectures to evaluate: 'known' for designs of trained families, 'unseen' for other families."""
         options = self.options
@@ -368,7 +357,7 @@ class _Run:
         )
         ghn = self.shipped.eval()
         values: dict[str, Any] = {}
-        for group, architectures in self.evaluated().items():
+        for group, architectures in self.evaluated.items():
             found = torch.zeros(len(architectures), dtype=torch.float64, device=accelerator.device)
             for index, architecture in enumerate(architectures):
                 if index % accelerator.num_processes == accelerator.process_index:
@@ -406,30 +395,7 @@ class _Run:
 
     def _checkpoint(self) -> None:
         progress = {**dataclasses.asdict(self.progress), 'seconds': self._seconds()}
-        save_checkpoint(
-            self.options.output / CHECKPOINTS,
-            self.accelerator,
-            progress,
-            run=self.identity,
-            average=self.average,
-            keep=self.options.checkpoint_hist,
-        )
-
-    def _late(self) -> bool:
-        """Whether the time is up; all processes agree."""
-        if self.options.time_limit is None:
-            return False
-        spent = time.monotonic() - self.started
-        late = torch.tensor([float(spent > 60 * self.options.time_limit)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(late, reduction='sum').item() > 0)
+        self._save(progress, self.identity, self.average)
 
     def _seconds(self) -> float:
         return round(self.progress.seconds + time.monotonic() - self.started, 1)
-
-    def _record(self, kind: str, values: dict[str, Any]) -> None:
-        if self.results is not None:
-            self.results.add(kind, values)
-
-    def _say(self, text: str, *values: Any) -> None:
-        if self.accelerator.is_main_process:
-            _logger.info(text, *values)

@@ -1,0 +1,112 @@
+"""What all runs of training do: go on from a checkpoint, stop in time, say and write down how it goes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import nn
+
+from timm_ghn.checkpoints import any_process, load_checkpoint, remove_partial, save_checkpoint
+from timm_ghn.errors import ConfigError
+from timm_ghn.results import Results
+
+#: Folder of the checkpoints in the output folder.
+CHECKPOINTS = 'checkpoints'
+
+
+class RunOptions(Protocol):
+    """What the options of every run say."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of all that the run writes."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether to go on from the last good checkpoint."""
+
+    @property
+    def time_limit(self) -> float | None:
+        """Minutes after which to stop."""
+
+    @property
+    def checkpoint_hist(self) -> int:
+        """Checkpoints to keep."""
+
+
+def refuse_to_write_over(options: RunOptions) -> None:
+    """Refuse an output folder that holds a run, unless it is to go on.
+
+    Raises:
+        ConfigError: if there are checkpoints.
+    """
+    if not options.resume and any((options.output / CHECKPOINTS).glob('step_*[0-9]')):
+        raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+
+
+class Run:
+    """A run in progress.
+
+    Args:
+        options: Of the run.
+        accelerator: Its processes.
+        started: When it began, of ``time.monotonic``.
+        logger: Where the main process says what it does.
+    """
+
+    def __init__(self, options: RunOptions, accelerator: Accelerator, started: float, logger: logging.Logger) -> None:
+        self._settings = options
+        self.accelerator = accelerator
+        self.started = started
+        self.facts: dict[str, Any] = {}
+        self.results: Results | None = None
+        self._logger = logger
+
+    def _restored(self, identity: dict[str, Any], average: nn.Module | None, entry: str) -> dict[str, Any] | None:
+        """Read the last good checkpoint if the run is to go on, and open the results.
+
+        Args:
+            identity: What must be as it was.
+            average: Gets the averaged weights.
+            entry: Of the progress and of the results: lines behind where the progress stands are dropped.
+
+        Returns:
+            The progress; None for a run that begins.
+        """
+        options, main = self._settings, self.accelerator.is_main_process
+        found = None
+        if options.resume:
+            if main:
+                remove_partial(options.output / CHECKPOINTS)
+            found = load_checkpoint(options.output / CHECKPOINTS, self.accelerator, run=identity, average=average)
+        if main:
+            self.results = Results(options.output, resume=(entry, found[entry]) if found is not None else None)
+        return found
+
+    def _save(self, progress: dict[str, Any], identity: dict[str, Any], average: nn.Module | None) -> None:
+        options = self._settings
+        save_checkpoint(
+            options.output / CHECKPOINTS,
+            self.accelerator,
+            progress,
+            run=identity,
+            average=average,
+            keep=options.checkpoint_hist,
+        )
+
+    def _late(self) -> bool:
+        """Whether the time is up; all processes agree."""
+        limit = self._settings.time_limit
+        return limit is not None and any_process(self.accelerator, time.monotonic() - self.started > 60 * limit)
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        if self.results is not None:
+            self.results.add(kind, values)
+
+    def _say(self, text: str, *values: Any) -> None:
+        if self.accelerator.is_main_process:
+            self._logger.info(text, *values)
