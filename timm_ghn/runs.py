@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -37,6 +40,14 @@ class RunOptions(Protocol):
     def checkpoint_hist(self) -> int:
         """Checkpoints to keep."""
 
+    @property
+    def mixed_precision(self) -> str | None:
+        """Precision of the networks; None as accelerate says."""
+
+    @property
+    def log_with(self) -> str | None:
+        """A tracker."""
+
 
 def refuse_to_write_over(options: RunOptions) -> None:
     """Refuse an output folder that holds a run, unless it is to go on.
@@ -46,6 +57,46 @@ def refuse_to_write_over(options: RunOptions) -> None:
     """
     if not options.resume and any((options.output / CHECKPOINTS).glob('step_*[0-9]')):
         raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+
+
+def build_accelerator(options: RunOptions, module: str, **arguments: Any) -> Accelerator:
+    """The accelerator of a run; in several processes where ``accelerate launch`` started them.
+
+    Args:
+        options: Of the run.
+        module: What was launched, for the warning that processes are missing.
+        **arguments: More of accelerate's.
+
+    Raises:
+        ConfigError: if accelerate refuses the options, or if the tracker is not installed.
+    """
+    if _lost_processes():
+        warnings.warn(
+            'accelerate launch starts one process on a CPU, whatever --num_processes says, unless MPI starts them; '
+            f"'accelerate launch --multi_gpu --num_processes N -m {module}' starts N, on a CPU too",
+            stacklevel=3,
+        )
+    try:
+        accelerator = Accelerator(
+            # Without this, several processes that another launcher started would not find one another on a CPU.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=options.mixed_precision,
+            log_with=options.log_with,
+            project_dir=options.output,
+            **arguments,
+        )
+    except ValueError as error:
+        raise ConfigError(f'accelerate refuses the options: {error}') from error
+    if options.log_with is not None and not accelerator.log_with:
+        raise ConfigError(f'the tracker {options.log_with!r} is not installed; install it, or leave out --log-with')
+    return accelerator
+
+
+def _lost_processes() -> bool:
+    """Whether accelerate launch was asked for several processes on a CPU and started this one alone."""
+    ranks = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
+    on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
+    return on_cpu and 'MASTER_PORT' in os.environ and not any(name in os.environ for name in ranks)
 
 
 class Run:

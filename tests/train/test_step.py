@@ -10,7 +10,7 @@ from timm_ghn.train.step import accuracies_of, predict_parameters, train_step
 
 SMALL = {'hid': 16, 'layers': 1, 'heads': 4, 'num_classes': 10, 'rules': 'operators'}
 CONFIGS = {
-    'lowrank': GHNConfig(max_shape=(512, 512, 16, 16), decoder='lowrank', rank=4, codes=8, **SMALL),
+    'templates': GHNConfig(max_shape=(512, 512, 16, 16), decoder='templates', templates=4, codes=8, **SMALL),
     'graphormer': GHNConfig(max_shape=(16, 16, 7, 7), **SMALL),
     'gated': GHNConfig(max_shape=(16, 16, 7, 7), gnn='gated', **SMALL),
     'mlp': GHNConfig(max_shape=(16, 16, 3, 3), gnn='mlp', decoder='mlp', **SMALL),
@@ -90,7 +90,7 @@ def test_networks_in_parts_add_up(ghn, architectures, batch):
 
 def test_a_network_without_a_finite_loss_is_left_out(architectures, batch):
     torch.manual_seed(0)
-    ghn = GHN(CONFIGS['lowrank'])
+    ghn = GHN(CONFIGS['templates'])
     blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures[:2]]
     images, labels = batch
     train_step(ghn, blueprints[:1], images, labels, networks=2)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def base(folder, cache, tmp_path):
     return TrainOptions(
-        dataset=str(folder), hid=16, layers=1, rank=4, codes=8, max_channels=256, sampler_args=CHEAP, held_out=(),
+        dataset=str(folder), hid=16, layers=1, templates=4, codes=8, max_channels=256, sampler_args=CHEAP, held_out=(),
         pool=6, steps=6, meta_batch=2, batch_size=16, lr=3e-3, warmup_steps=2, eval_steps=6, eval_count=1,
         eval_images=60, log_steps=2, checkpoint_steps=2, cache=cache, output=tmp_path / 'out',
     )  # fmt: skip
@@ -72,7 +73,7 @@ def test_networks_that_were_never_trained_tell_colours_apart(base):
     assert result.finished
     assert result.evaluations[-1]['known'] > 50, 'chance is a third'
     ghn = load_ghn(options.output / 'ghn')
-    assert (ghn.config.decoder, ghn.config.rules, ghn.config.num_classes) == ('lowrank', 'operators', 3)
+    assert (ghn.config.decoder, ghn.config.rules, ghn.config.num_classes) == ('templates', 'operators', 3)
     rows = evaluate(
         EvaluateOptions(
             ghn=str(options.output / 'ghn'),
@@ -185,6 +186,28 @@ def test_options_that_make_no_sense_are_refused(changes):
 def test_a_ghn_of_other_classes_cannot_be_evaluated(folder):
     with pytest.raises(ConfigError, match='classifiers of 1000 classes, but .* has 3'):
         evaluate(EvaluateOptions(ghn='ghn_tiny_untrained', dataset=str(folder)))
+
+
+@pytest.mark.filterwarnings('ignore:`log_with')
+def test_a_tracker_that_is_not_installed_is_named(base):
+    with pytest.raises(ConfigError, match=r"tracker 'comet_ml' is not installed|refuses the options.*comet_ml"):
+        train(dataclasses.replace(base, log_with='comet_ml'))
+    assert not (base.output / 'results.jsonl').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('gnn', 'decoder'), [('graphormer', 'conv'), ('gated', 'conv'), ('mlp', 'mlp')])
+def test_the_published_ghns_learn_too(base, gnn, decoder):
+    options = dataclasses.replace(
+        base, gnn=gnn, decoder=decoder, smooth=False, hid=32, max_channels=32, max_kernel=7, pool=50, steps=300,
+        lr=1e-3, log_steps=50, eval_steps=300, ema_decay=0.9,
+    )  # fmt: skip
+    result = train(options)
+    assert result.finished
+    first, *_, last = (loss for _, loss in losses(options))
+    assert last < 0.9 * first
+    assert last < 0.95 * math.log(3), 'chance'
+    assert result.evaluations[-1]['known'] > 40, 'chance is a third'
 
 
 # Real processes.

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import random
 import time
 import warnings
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from timm_ghn.batchnorm import calibrate_batchnorm_
 from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
-from timm_ghn.errors import ConfigError, DataError, PredictionError, TrainingError
+from timm_ghn.errors import DataError, PredictionError, TrainingError
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import (
     Batch,
@@ -48,7 +47,7 @@ from timm_ghn.finetune.setup import (
 )
 from timm_ghn.output import write_state_dict
 from timm_ghn.results import CURVES, RESULTS, plot_curves, read_results, versions
-from timm_ghn.runs import Run, refuse_to_write_over
+from timm_ghn.runs import Run, build_accelerator, refuse_to_write_over
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
@@ -113,7 +112,14 @@ def finetune(options: FinetuneOptions) -> Result:
         GHNError: if the options, the data, the model or the training are at fault.
     """
     started = time.monotonic()
-    accelerator = _accelerator(options)
+    accelerator = build_accelerator(
+        options,
+        'timm_ghn.finetune',
+        gradient_accumulation_steps=options.grad_accum_steps,
+        dynamo_backend='inductor' if options.torchcompile else None,
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+        step_scheduler_with_optimizer=False,
+    )
     refuse_to_write_over(options)
     with accelerator.main_process_first():
         splits = load_splits(options.data)
@@ -139,39 +145,6 @@ def finetune(options: FinetuneOptions) -> Result:
     finally:
         accelerator.end_training()
         accelerator.free_memory()
-
-
-def _accelerator(options: FinetuneOptions) -> Accelerator:
-    if _lost_processes():
-        warnings.warn(
-            'accelerate launch starts one process on a CPU, whatever --num_processes says, unless MPI starts them; '
-            "'accelerate launch --multi_gpu --num_processes N -m timm_ghn.finetune' starts N, on a CPU too",
-            stacklevel=3,
-        )
-    try:
-        accelerator = Accelerator(
-            # Without this, several processes that another launcher started would not find one another on a CPU.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.grad_accum_steps,
-            log_with=options.log_with,
-            project_dir=options.output,
-            dynamo_backend='inductor' if options.torchcompile else None,
-            dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
-            step_scheduler_with_optimizer=False,
-        )
-    except ValueError as error:
-        raise ConfigError(f'accelerate refuses the options: {error}') from error
-    if options.log_with is not None and not accelerator.log_with:
-        raise ConfigError(f'the tracker {options.log_with!r} is not installed; install it, or leave out --log-with')
-    return accelerator
-
-
-def _lost_processes() -> bool:
-    """Whether accelerate launch was asked for several processes on a CPU and started this one alone."""
-    ranks = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
-    on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    return on_cpu and 'MASTER_PORT' in os.environ and not any(name in os.environ for name in ranks)
 
 
 class _Run(Run):

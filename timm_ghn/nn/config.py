@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DECODERS = ('conv', 'mlp', 'lowrank')
+DECODERS = ('conv', 'mlp', 'templates')
 WINDOWS = ('center', 'corner')
 #: Longest distance that the edge table of the published GHN-3 checkpoints (257 rows, the first two unused) can hold.
 MAX_DISTANCE = 254
@@ -36,10 +36,11 @@ class GHNConfig:
         virtual_edges: Longest shortest path that becomes an edge; 1 for none (arXiv 2110.13100, section 4.1).
         layernorm: Whether the node embeddings are layer-normalised before decoding.
         weight_norm: Whether predictions are scaled by fan-in (arXiv 2110.13100, section 4.2).
-        decoder: 'conv', 'mlp' as in the baseline decoder of the first release, or 'lowrank', which repeats no channels.
+        decoder: 'conv', 'mlp' as in the baseline decoder of the first release, or 'templates', which repeats no
+            channels.
         window: Where a kernel is cut out of the decoded map: 'center' (GHN-3) or 'corner' (GHN-1, GHN-2).
-        rank: Rank of what the decoder 'lowrank' predicts; unused by the others.
-        codes: Size of the channel codes of the decoder 'lowrank'; unused by the others.
+        templates: Number of templates of the decoder 'templates'; unused by the others.
+        codes: Size of its channel codes; unused by the others.
         smooth: Whether nodes are also described by numbers that vary smoothly with sizes and depth.
         rules: Rule set that shapes the graphs that the GHN reads.
         mean: Mean of the images in training, per channel.
@@ -61,7 +62,7 @@ class GHNConfig:
     decoder: str = 'conv'
     window: str = 'center'
     smooth: bool = False
-    rank: int = 16
+    templates: int = 32
     codes: int = 64
     rules: str = 'published'
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -72,7 +73,7 @@ class GHNConfig:
 
     def __post_init__(self) -> None:
         _expect_readable(self.format_version)
-        for field in ('hid', 'num_classes', 'layers', 'heads', 'virtual_edges', 'rank', 'codes'):
+        for field in ('hid', 'num_classes', 'layers', 'heads', 'virtual_edges', 'templates', 'codes'):
             _expect_count(field, getattr(self, field))
         if not isinstance(self.max_shape, tuple) or len(self.max_shape) != 4:
             raise ConfigError(f'expected max_shape of 4 sizes: out, in, height, width (got {self.max_shape!r})')

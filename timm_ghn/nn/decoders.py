@@ -71,20 +71,21 @@ class TensorDecoder(nn.Module, abc.ABC):
     def bound(self, limit: float) -> float:
         """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
 
-    @property
-    @abc.abstractmethod
-    def last(self) -> nn.Linear:
-        """The layer that puts out tensors."""
-
-    @property
-    @abc.abstractmethod
-    def class_predictor(self) -> nn.Linear:
-        """The layer that puts out rows of the classifier."""
+    def rescale_(self) -> None:
+        """Initialise as GHN-3 does, in place; a decoder with an initialisation of its own keeps it."""
 
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`."""
         jobs = [job_of(index, request, self.config) for index, request in requests]
         return self.decode_jobs(z_Nd, jobs, chunk_elements=chunk_elements)
+
+
+@torch.no_grad()
+def _rescale_(*layers: nn.Linear) -> None:
+    """Let last layers begin with small weights and no bias, in place (arXiv 2303.04143)."""
+    for layer in layers:
+        layer.weight.div_(5)
+        layer.bias.zero_()
 
 
 def _enlarge(decoded_oihw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -121,13 +122,17 @@ class ConvDecoder(TensorDecoder):
 
     @property
     def last(self) -> nn.Linear:
-        """See the base class."""
+        """The layer that puts out tensors."""
         return linear_of(self.conv, 2)
 
     @property
     def class_predictor(self) -> nn.Linear:
-        """See the base class."""
+        """The layer that puts out rows of the classifier."""
         return linear_of(self.class_layer_predictor, 1)
+
+    def rescale_(self) -> None:
+        """See the base class."""
+        _rescale_(self.last, self.class_predictor)
 
     def bound(self, limit: float) -> float:
         """See the base class."""
@@ -255,13 +260,17 @@ class MLPDecoder(TensorDecoder):
 
     @property
     def last(self) -> nn.Linear:
-        """See the base class."""
+        """The layer that puts out tensors."""
         return linear_of(self.mlp['fc'], 2)
 
     @property
     def class_predictor(self) -> nn.Linear:
-        """See the base class."""
+        """The layer that puts out rows of the classifier."""
         return linear_of(self.class_layer_predictor, 1)
+
+    def rescale_(self) -> None:
+        """See the base class."""
+        _rescale_(self.last, self.class_predictor)
 
     def bound(self, limit: float) -> float:
         """See the base class."""
@@ -313,6 +322,10 @@ class VectorDecoder(nn.Module):
     def last(self) -> nn.Linear:
         """The layer that puts out vectors."""
         return linear_of(self.fc, 2)
+
+    def rescale_(self) -> None:
+        """Initialise as GHN-3 does, in place."""
+        _rescale_(self.last)
 
     def bound(self, limit: float, class_predictor: nn.Linear) -> float:
         """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_ghn.graph.structure import Graph
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.precision import apply_linear, linear_of
+from timm_ghn.nn.precision import apply_linear
 
 #: Waves over the depth.
 _WAVES = 4
@@ -46,7 +46,7 @@ def node_features(graph: Graph) -> Tensor:
 
 
 class SmoothEncoder(nn.Module):
-    """x = W2 GELU(W1 f) with the features f of :func:`node_features`.
+    """x = W f with the features f of :func:`node_features`; a random W keeps distances between nodes.
 
     Args:
         config: Its ``hid`` is used.
@@ -54,10 +54,9 @@ class SmoothEncoder(nn.Module):
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(_COUNT, 2 * config.hid), nn.GELU(), nn.Linear(2 * config.hid, config.hid))
+        self.net = nn.Linear(_COUNT, config.hid, bias=False)
+        nn.init.normal_(self.net.weight, std=config.hid**-0.5)
 
     def forward(self, features_Nf: Tensor) -> Tensor:
         """Map (N, f) to (N, d)."""
-        features_Nf = features_Nf.to(linear_of(self.net, 0).weight)
-        hidden = nn.functional.gelu(apply_linear(linear_of(self.net, 0), features_Nf))
-        return apply_linear(linear_of(self.net, 2), hidden)
+        return apply_linear(self.net, features_Nf.to(self.net.weight))

@@ -23,11 +23,12 @@ from timm_ghn.nn.decoders import (
     build_decoder,
 )
 from timm_ghn.nn.features import SmoothEncoder, node_features
-from timm_ghn.nn.lowrank import LowRankDecoder, LowRankVectorDecoder
+from timm_ghn.nn.graphormer import Graphormer
 from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, linear_of, look_up
 from timm_ghn.nn.registry import build_gnn
 from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
+from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
 
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
 
@@ -59,20 +60,18 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         self.smooth_enc = SmoothEncoder(config) if config.smooth else None
         self.gnn = build_gnn(config)
         self.decoder: TensorDecoder
-        self.decoder_1d: VectorDecoder | LowRankVectorDecoder
-        if config.decoder == 'lowrank':
-            self.decoder = tensors = LowRankDecoder(config)
-            self.decoder_1d = LowRankVectorDecoder(config, tensors)
+        self.decoder_1d: VectorDecoder | TemplateVectorDecoder
+        if config.decoder == 'templates':
+            self.decoder = tensors = TemplateDecoder(config)
+            self.decoder_1d = TemplateVectorDecoder(config, tensors)
         else:
             self.decoder = build_decoder(config)
             self.decoder_1d = VectorDecoder(config)
             self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(self.decoder_1d.max_size, config.num_classes))
         if config.gnn == 'graphormer':
             self._rescale()
-        if self.smooth_enc is not None:
-            with torch.no_grad():
-                # Louder than the tables, which take longer to learn.
-                linear_of(self.smooth_enc.net, 2).weight.mul_(4)
+        if config.smooth:
+            self._quieten()
 
     @torch.no_grad()
     def _rescale(self) -> None:
@@ -81,13 +80,23 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         The last layers start with small weights and no bias, embeddings with a standard deviation of
         (their width)^-1/2, cut off at +-2.
         """
-        published = isinstance(self.decoder_1d, VectorDecoder)
-        for layer in (self.decoder_1d.last, self.decoder.last, self.decoder.class_predictor) if published else ():
-            layer.weight.div_(5)
-            layer.bias.zero_()
+        for decoder in (self.decoder, self.decoder_1d):
+            decoder.rescale_()
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding) and (published or not name.startswith('decoder')):
+            if isinstance(module, nn.Embedding) and not name.startswith('decoder'):
                 nn.init.trunc_normal_(module.weight, std=module.embedding_dim**-0.5)
+
+    @torch.no_grad()
+    def _quieten(self) -> None:
+        """Let embeddings begin as smooth functions of sizes and depth, in place.
+
+        What tables and random layers add first tells networks apart that should share what they learn.
+        """
+        for name, parameter in self.named_parameters():
+            if name.startswith('shape_enc') or 'centrality' in name or 'input_dist' in name:
+                parameter.mul_(0.1)
+        if isinstance(self.gnn, Graphormer):
+            self.gnn.quieten_()
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +183,7 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         tensors = [job for job in jobs if job[1].kind in _TENSOR_KINDS]
         vectors = [job for job in jobs if job[1].kind not in _TENSOR_KINDS]
         yield from self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements)
-        if isinstance(self.decoder_1d, LowRankVectorDecoder):
+        if isinstance(self.decoder_1d, TemplateVectorDecoder):
             yield from self.decoder_1d.decode(z_Nd, vectors)
             return
         predictor = linear_of(self.bias_class, 1)
@@ -187,7 +196,7 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         overflows. It is NaN or infinite where an embedding or a weight is not finite.
         """
         limit = largest(embeddings_Nd)
-        if isinstance(self.decoder_1d, LowRankVectorDecoder):
+        if isinstance(self.decoder_1d, TemplateVectorDecoder):
             return self.decoder.bound(limit) + self.decoder_1d.bound(limit)
         return self.decoder.bound(limit) + self.decoder_1d.bound(limit, linear_of(self.bias_class, 1))
 

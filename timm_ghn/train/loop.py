@@ -32,7 +32,7 @@ from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.storage import save_ghn
 from timm_ghn.results import RESULTS, read_results, versions
-from timm_ghn.runs import Run, refuse_to_write_over
+from timm_ghn.runs import Run, build_accelerator, refuse_to_write_over
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
@@ -95,13 +95,11 @@ def train(options: TrainOptions) -> Result:
     """
     started = time.monotonic()
     shared_gpu = 0 < torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+    accelerator = build_accelerator(
+        options,
+        'timm_ghn.train',
         # NCCL refuses several processes on one GPU, which a GHN for small networks needs to keep it busy.
         kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')] if shared_gpu else None,
-        mixed_precision=options.mixed_precision,
-        log_with=options.log_with,
-        project_dir=options.output,
     )
     refuse_to_write_over(options)
     if options.meta_batch % (accelerator.num_processes * options.accumulate):

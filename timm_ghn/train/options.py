@@ -19,7 +19,7 @@ GROUPS = {'name': 'GHN', 'dataset': 'data', 'sampler': 'architectures', 'steps':
 
 PRECISIONS = ('no', 'bf16')
 #: Options that are hyper-parameters of the GHN.
-OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smooth', 'rank', 'codes', 'name')
+OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smooth', 'templates', 'codes', 'name')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class TrainOptions:
     name: str = option('my_ghn', 'name of the GHN')
     init: str | None = option(None, 'name or path of a GHN to begin with (default: random weights)')
     gnn: str = option('graphormer', 'graph network: graphormer, gated or mlp')
-    decoder: str = option('lowrank', 'decoder: lowrank, conv or mlp')
+    decoder: str = option('templates', 'decoder: templates, conv or mlp')
     hid: int = option(64, 'width of the node embeddings')
     layers: int = option(2, 'depth of the Graphormer')
     heads: int = option(4, 'attention heads of the Graphormer')
     smooth: bool = option(True, 'describe nodes by numbers that vary smoothly with sizes and depth')
-    rank: int = option(16, 'rank of what the decoder lowrank predicts')
+    templates: int = option(32, 'number of templates of the decoder templates')
     codes: int = option(64, 'size of its channel codes')
     max_channels: int = option(2048, 'channels that are decoded at once; more are repeated')
     max_kernel: int = option(16, 'side of the largest kernel that is decoded as it is')
@@ -63,7 +63,7 @@ class TrainOptions:
     meta_batch: int = option(4, 'architectures in a step, of all processes')
     accumulate: int = option(1, 'parts into which the architectures of a process are divided, to save memory')
     batch_size: int = option(64, 'images in a step; all architectures see the same')
-    lr: float = option(3e-4, 'learning rate of AdamW')
+    lr: float = option(1e-3, 'learning rate of AdamW')
     weight_decay: float = option(0.01, 'weight decay')
     warmup_steps: int = option(100, 'steps of linear warm-up; a cosine to zero follows')
     clip_grad: float = option(1.0, 'largest norm of the gradient')

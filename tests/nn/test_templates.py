@@ -9,7 +9,7 @@ from timm_ghn.nn.requests import DecodeKind, DecodeRequest
 from timm_ghn.nn.storage import save_ghn
 
 CONFIG = GHNConfig(
-    hid=16, max_shape=(96, 96, 7, 7), num_classes=10, layers=1, heads=4, decoder='lowrank', smooth=True, rank=4,
+    hid=16, max_shape=(96, 96, 7, 7), num_classes=10, layers=1, heads=4, decoder='templates', smooth=True, templates=4,
     codes=8, rules='operators',
 )  # fmt: skip
 
