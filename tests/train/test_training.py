@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -74,18 +75,21 @@ def test_networks_that_were_never_trained_tell_colours_apart(base):
     assert result.evaluations[-1]['known'] > 50, 'chance is a third'
     ghn = load_ghn(options.output / 'ghn')
     assert (ghn.config.decoder, ghn.config.rules, ghn.config.num_classes) == ('templates', 'operators', 3)
+    assert (options.output / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    recipe = options.output / 'recipe.yaml'
+    recipe.write_text(json.dumps({'sampler_args': CHEAP}))
     rows = evaluate(
         EvaluateOptions(
             ghn=str(options.output / 'ghn'),
             dataset=options.dataset,
             families='vgg,resnet_basic',
             count=1,
-            max_macs=600_000,
+            recipe=recipe,
             images=60,
         )
     )
     assert {row.family for row in rows} == {'vgg', 'resnet_basic'}
-    assert all(0 <= row.top1 <= 100 and row.parameters > 0 for row in rows)
+    assert all(0 <= row.top1 <= 100 and 0 < row.parameters <= 60_000 for row in rows)
 
 
 @pytest.mark.parametrize('changes', [{}, {'gnn': 'gated', 'decoder': 'conv', 'max_channels': 16, 'max_kernel': 7}])

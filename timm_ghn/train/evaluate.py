@@ -16,10 +16,11 @@ from timm_ghn.data.memory import evaluation_batches, load_images
 from timm_ghn.data.splits import DataOptions, load_splits
 from timm_ghn.errors import ConfigError
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.recipes import option, those_of
+from timm_ghn.recipes import option, read_recipe, those_of
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.families import FAMILIES
+from timm_ghn.train.options import TrainOptions
 from timm_ghn.train.samplers import NamesSampler, TimmSampler, evaluation_set
 from timm_ghn.train.step import accuracies_of
 
@@ -48,7 +49,9 @@ class EvaluateOptions:
     families: str = option('all', "'all', or some of the families, comma-separated")
     count: int = option(4, 'architectures of each family')
     small_stem: bool = option(True, 'named models get a stem for small images')
-    max_macs: int = option(30_000_000, 'most multiplications of a drawn architecture for an image')
+    recipe: Path | None = option(
+        None, 'recipe of a training run: drawn architectures keep to its limits', metavar='FILE'
+    )
 
     batch_size: int = option(64, 'images whose statistics batch normalisation uses')
     seed: int = option(0, 'of what is drawn')
@@ -58,7 +61,7 @@ class EvaluateOptions:
     plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
 
     def __post_init__(self) -> None:
-        for name in ('count', 'batch_size', 'image_size', 'max_macs'):
+        for name in ('count', 'batch_size', 'image_size'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'expected {name} of at least 1 (got {getattr(self, name)})')
         _ = self.data, self.chosen_families
@@ -80,11 +83,18 @@ class EvaluateOptions:
             raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
         return chosen
 
+    def _sampler(self, num_classes: int) -> TimmSampler:
+        if self.recipe is None:
+            return TimmSampler(self.chosen_families, self.image_size, num_classes)
+        sampler = TrainOptions(**{**read_recipe(self.recipe, TrainOptions), 'dataset': '-'}).sampler_for(num_classes)
+        if not isinstance(sampler, TimmSampler):
+            raise ConfigError(f'expected {str(self.recipe)!r} to draw from families of timm (its sampler does not)')
+        return dataclasses.replace(sampler, families=self.chosen_families, image_size=self.image_size)
+
     def architectures(self, num_classes: int) -> tuple[Architecture, ...]:
         """What to evaluate."""
         if self.archs == 'families':
-            sampler = TimmSampler(self.chosen_families, self.image_size, num_classes, macs=self.max_macs)
-            return evaluation_set(sampler, seed=self.seed, count=self.count, split='test')
+            return evaluation_set(self._sampler(num_classes), seed=self.seed, count=self.count, split='test')
         names = tuple(name.strip() for name in self.archs.split(','))
         named = NamesSampler(names, self.image_size, num_classes, small_stem=self.small_stem)
         return tuple(named.architecture(name) for name in named.models)

@@ -31,10 +31,11 @@ from timm_ghn.errors import ConfigError, TrainingError
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.storage import save_ghn
-from timm_ghn.results import RESULTS, read_results, versions
+from timm_ghn.results import CURVES, RESULTS, read_results, versions
 from timm_ghn.runs import Run, build_accelerator, refuse_to_write_over
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
+from timm_ghn.train.curves import plot_training
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
 from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set
 from timm_ghn.train.step import accuracies_of, train_step
@@ -75,7 +76,7 @@ class Result:
     """What came out of a run.
 
     Attributes:
-        output: Folder with results.jsonl, checkpoints, and the GHN in ``ghn``.
+        output: Folder with results.jsonl, curves.png, checkpoints, and the GHN in ``ghn``.
         steps: Steps done.
         finished: Whether all are; else the run can go on with ``resume``.
         evaluations: Metrics of each evaluation.
@@ -219,6 +220,9 @@ class _Run(Run):
             self._record('end', {'step': self.progress.step, 'finished': finished, 'seconds': self._seconds()})
         self.accelerator.wait_for_everyone()
         lines = read_results(options.output / RESULTS)
+        if self.accelerator.is_main_process:
+            title = f'{options.name}: {Path(options.dataset).name}, {self.progress.step} steps'
+            plot_training(lines, options.output / CURVES, title, chance=100 / self.ghn.config.num_classes)
         evaluations = tuple(line for line in lines if line['kind'] == 'eval')
         return Result(options.output, self.progress.step, finished, evaluations)
 

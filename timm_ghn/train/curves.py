@@ -1,0 +1,43 @@
+"""The curves of a meta-training run, from its log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+#: Curves by the kind of the lines and the key that hold them.
+_CURVES = (
+    ('train', 'top1', 'architectures and images of training', '#bbbbbb'),
+    ('eval', 'known', 'held-out designs of the trained families', '#00798c'),
+    ('eval', 'unseen', 'families that were never trained', '#d1495b'),
+)
+
+
+def plot_training(lines: Sequence[dict[str, Any]], path: Path, title: str, *, chance: float) -> bool:
+    """Draw the accuracy of predicted networks over the steps; False where matplotlib is not installed.
+
+    Args:
+        lines: Of the log, see :func:`timm_ghn.results.read_results`.
+        path: The picture; one that exists is replaced.
+        title: Stands above it.
+        chance: Accuracy of guessing, in percent.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7.5, 4), layout='constrained')
+    axis = figure.subplots()
+    for kind, key, label, colour in _CURVES:
+        points = [(line['step'], line[key]) for line in lines if line['kind'] == kind and line.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker='.' if kind == 'eval' else '', color=colour, label=label)
+    axis.axhline(chance, color='black', linestyle=':', linewidth=1, label='chance')
+    axis.set_xlabel('steps')
+    axis.set_ylabel('accuracy, predicted, no training, %')
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    return True
