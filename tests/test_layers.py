@@ -15,7 +15,7 @@ PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
     'version', 'errors', 'graph', 'ops', 'nn', 'params', 'writable', 'postprocess', 'batchnorm', 'diversity', 'hub',
-    'prediction', 'source', 'norms', 'output', 'report', 'picture', 'recipes', 'results',
+    'prediction', 'source', 'norms', 'output', 'report', 'picture', 'recipes', 'results', 'publish',
     'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train', 'cli',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.

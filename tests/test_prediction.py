@@ -377,6 +377,8 @@ def test_a_prediction_says_where_it_comes_from(ghn):
         'timm_ghn': timm_ghn.__version__,
         'rules': 'operators',
         'input_size': [3, 160, 160],
+        'mean': list(ghn.config.mean),
+        'std': list(ghn.config.std),
         'head': 'keep',
         'seed': 3,
         'postprocess': None,

@@ -11,6 +11,7 @@ from timm_ghn.errors import (
     GHNError as GHNError,
     GHNFallbackWarning as GHNFallbackWarning,
     GHNNotFoundError as GHNNotFoundError,
+    HubError as HubError,
     PredictionError as PredictionError,
     UnsafeCheckpointError as UnsafeCheckpointError,
     UnsupportedModelError as UnsupportedModelError,
@@ -24,6 +25,7 @@ from timm_ghn.nn.ghn import GHN as GHN
 from timm_ghn.params.plan import ParameterPlan as ParameterPlan, plan_parameters as plan_parameters
 from timm_ghn.postprocess import PostProcess as PostProcess, postprocess_ as postprocess_
 from timm_ghn.prediction import Prediction as Prediction, ghn_init as ghn_init, predict as predict
+from timm_ghn.publish.push import push_to_hub as push_to_hub
 from timm_ghn.source import register as register, unregister as unregister
 from timm_ghn.version import __version__ as __version__
 

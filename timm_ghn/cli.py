@@ -1,4 +1,4 @@
-"""Command line: ``timm-ghn list | predict | inspect | finetune | train | evaluate | verify``.
+"""Command line: ``timm-ghn list | predict | inspect | finetune | push | train | evaluate | verify``.
 
 Results go to the standard output, progress and errors to the standard error. Exit code 0: done; 1: ``verify`` found a
 network whose norm differs; 2: an error, told in one line.
@@ -29,6 +29,7 @@ _EXAMPLES = {
     'predict': 'timm-ghn predict resnet50 --num-classes 10 -o out.safetensors',
     'inspect': 'timm-ghn inspect convnext_base',
     'finetune': 'timm-ghn finetune --model resnet18 --dataset uoft-cs/cifar10 --image-size 32 --shots 100',
+    'push': 'timm-ghn push out.safetensors user/resnet50.ghn --private',
     'train': 'timm-ghn train --config examples/recipes/ghn_tiny.yaml --dataset uoft-cs/cifar10',
     'evaluate': 'timm-ghn evaluate --ghn train-out/ghn --dataset uoft-cs/cifar10',
     'verify': 'timm-ghn verify ghn3_tm8 --arch resnet50 --arch vit_b_16',
@@ -126,6 +127,15 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     inspect.add_argument('--plot', type=Path, metavar='FILE', help='also draw that into FILE (.png, .pdf or .svg)')
 
     add('finetune', finetune_model, 'Fine-tune a timm model from a predicted, random or pretrained start.')
+    push = add('push', push_model, 'Push a predicted or fine-tuned model to the Hub, with a model card.')
+    push.add_argument('source', type=Path, metavar='FILE|DIR', help="file of 'predict', or output folder of 'finetune'")
+    push.add_argument('repo', metavar='USER/NAME', help='repository on the Hub; it is made if it does not exist')
+    push.add_argument('--private', action='store_true', help='refuse a public repository, make a private one')
+    push.add_argument('--revision', metavar='BRANCH', help='branch; it is made if it does not exist (default: main)')
+    push.add_argument('--create-pr', action='store_true', help='open a pull request instead')
+    push.add_argument('--message', metavar='TEXT', help='first line of the message of the commit')
+    push.add_argument('--license', metavar='ID', help="licence of the model (default: that of the catalogue's GHN)")
+
     add('train', train_ghn, 'Train a GHN on architectures of timm and a data set of images.')
     add('evaluate', evaluate_ghn, 'Accuracy of predicted networks without any training.')
     if argv[:1] and argv[0] in _RUNS:
@@ -329,6 +339,27 @@ def finetune_model(args: argparse.Namespace) -> int:
         result = finetune(options)
     if int(os.environ.get('RANK', 0)) == 0:
         print(result.output)
+    return 0
+
+
+def push_model(args: argparse.Namespace) -> int:
+    """Push a model; the token is that of HF_TOKEN or ``hf auth login``."""
+    from timm_ghn.publish import push_to_hub, read_source
+
+    source = read_source(args.source)
+    commit = push_to_hub(
+        source.model,
+        args.repo,
+        prediction=source.provenance,
+        results=source.training,
+        model_args=source.model_args,
+        license=args.license,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.message,
+    )
+    print(commit.pr_url or commit.commit_url)
     return 0
 
 

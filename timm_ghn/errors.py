@@ -33,6 +33,10 @@ class PredictionError(GHNError, RuntimeError):
     """Values that were predicted, or are to be post-processed, are not finite; the model was left as it was."""
 
 
+class HubError(GHNError, RuntimeError):
+    """The Hub cannot be reached, or refuses what is pushed to it."""
+
+
 class GHNFallbackWarning(UserWarning):
     """The default GHN could not be had, and the one inside the package serves instead."""
 

@@ -225,6 +225,8 @@ def provenance(
         'timm_ghn': __version__,
         'rules': plan.graph.rules,
         'input_size': list(plan.graph.input_size),
+        'mean': list(ghn.config.mean),
+        'std': list(ghn.config.std),
         'head': head,
         'seed': seed,
         'postprocess': None if postprocess is None else postprocess.to_dict(),

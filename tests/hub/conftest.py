@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from fake_hub import FakeHub
+from hub_server import HubServer
 
 from timm_ghn.hub import default, fetch, load
 from timm_ghn.nn import GHN, GHNConfig
@@ -52,6 +55,32 @@ def fake_hub(use_endpoint) -> Iterator[FakeHub]:
     with FakeHub() as hub:
         use_endpoint(hub.endpoint)
         yield hub
+
+
+@pytest.fixture
+def hub(use_endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub that huggingface_hub talks to without Xet, and on whose disk no token is kept.
+
+    Its constants are read from the environment when it is imported, so they are patched; a test that starts a process
+    gives it :func:`hub_server.environment` instead.
+    """
+    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'no-token'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
+    with HubServer(tmp_path / 'hub') as server:
+        use_endpoint(server.endpoint)
+        yield server
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What huggingface_hub would have waited before it tried again, in seconds; it does not wait."""
+    found: list[float] = []
+    clock = types.SimpleNamespace(sleep=found.append, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr('huggingface_hub.utils._http.time', clock)
+    monkeypatch.setattr('huggingface_hub.file_download.time', clock)
+    return found
 
 
 @pytest.fixture

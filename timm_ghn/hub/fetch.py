@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import threading
 import time
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from timm_ghn.errors import GHNNotFoundError
+from timm_ghn.errors import CheckpointError, GHNNotFoundError
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
 SHORT_PATIENCE = 2.5
@@ -17,6 +19,8 @@ SHORT_PATIENCE = 2.5
 RETRY_AFTER = 300.0
 #: What name resolution may take on top of a time limit: no HTTP client bounds it.
 _GRACE = 1.0
+#: Of a SHA-256 in hexadecimal; the names of small files in the cache are shorter.
+_DIGEST_LENGTH = 64
 
 _unreachable: dict[str, tuple[float, Exception]] = {}
 
@@ -66,6 +70,7 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
 
     Raises:
         GHNNotFoundError: if it can be reached neither on the Hub nor in the cache; the cause is chained.
+        CheckpointError: if what was downloaded is not what the Hub has; it does not stay in the cache.
     """
     cached = _cached(file, access)
     if cached is not None and (prefer_cache or access.local_files_only):
@@ -80,7 +85,8 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
     except Exception as error:
         if cached is not None:
             return cached
-        raise _not_found(file, error) from error
+        if access.brief or not _passes(error):
+            raise _not_found(file, error) from error
     try:
         path = hf_hub_download(
             file.repo_id,
@@ -91,7 +97,37 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
         )
     except Exception as error:
         raise _not_found(file, error) from error
+    if Path(path) != cached:
+        _check_digest(Path(path), file)
     return Path(path)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a server was there and may answer soon: for that the client waits, as long as the server says."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (408, 429, 500, 502, 503, 504)
+
+
+def _check_digest(path: Path, file: HubFile) -> None:
+    """Refuse a large file that was damaged on the way. The cache of the Hub names it by the digest that it is to have.
+
+    Raises:
+        CheckpointError: if it has another one.
+    """
+    # One link on: what the cache shares among repositories has a name of another kind behind a second link.
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    if blob.parent.name != 'blobs' or len(blob.name) != _DIGEST_LENGTH:
+        return
+    digest = hashlib.sha256()
+    with blob.open('rb') as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        for place in (blob.resolve(), blob, path):
+            place.unlink(missing_ok=True)
+        raise CheckpointError(
+            f'{file} arrived damaged: its SHA-256 is {digest.hexdigest()} where the Hub names {blob.name}. It was '
+            'removed from the cache; load it again'
+        )
 
 
 def _cached(file: HubFile, access: Access) -> Path | None:
@@ -148,10 +184,15 @@ def _ask_within(url: str, token: str | bool | None, patience: float) -> None:
 
 
 def _not_found(file: HubFile, error: Exception) -> GHNNotFoundError:
+    hint = 'Check the name and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured), or give the path '
+    hint += 'of a file that you have'
+    if isinstance(error, GatedRepoError):
+        hint = f'Ask for access at {constants.ENDPOINT}/{file.repo_id}, then log in (`hf auth login`) or give token=...'
+    elif isinstance(error, RepositoryNotFoundError):
+        hint = f'If {file.repo_id} is private, log in (`hf auth login`), set HF_TOKEN or give token=...; otherwise '
+        hint += 'check the name'
     return GHNNotFoundError(
-        f'{file} is not in the cache and cannot be had from {constants.ENDPOINT} ({in_brief(error)}). Check the name '
-        'and the network (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured), or give the path of a file that '
-        'you have'
+        f'{file} is not in the cache and cannot be had from {constants.ENDPOINT} ({in_brief(error)}). {hint}'
     )
 
 

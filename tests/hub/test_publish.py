@@ -1,0 +1,380 @@
+"""Pushing models: whole commits or none, that timm alone can load, through the real client to a server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer, environment
+from safetensors.torch import load, load_file
+from torch import nn
+
+import timm_ghn
+from timm_ghn import ConfigError, GHNError, HubError, PredictionError, UnsupportedModelError, push_to_hub
+from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.publish.files import check_loads, write_model
+
+# huggingface_hub hands files to its HTTP client in a way that the client discourages.
+pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
+
+REPO = 'user/test.ghn'
+FILES = {'model.safetensors', 'config.json', 'README.md'}
+TOKEN = 'hf_writer'
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    built: nn.Module = timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=10)
+    return built
+
+
+def uploads(hub: HubServer) -> int:
+    return len(hub.asked('^storage PUT'))
+
+
+# What arrives
+
+
+ALONE = """
+import json, sys, timm
+from safetensors.torch import save_file
+for repo_id, file in json.loads(sys.argv[1]).items():
+    save_file(timm.create_model('hf-hub:' + repo_id, pretrained=True).state_dict(), file)
+assert not [name for name in sys.modules if name.startswith('timm_ghn')]
+"""
+
+
+def test_timm_alone_loads_every_tensor(hub: HubServer, tmp_path):
+    built = {
+        'user/resnet.ghn': timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=10),
+        'user/vit.ghn': timm.create_model(f'test_vit.{EMBEDDED}', num_classes=3, img_size=96, class_token=False,
+                                          global_pool='avg'),
+        'user/convnext.ghn': timm.create_model(f'test_convnext.{EMBEDDED}', num_classes=0, in_chans=1),
+        'user/half.ghn': timm.create_model('test_byobnet', num_classes=4).bfloat16(),
+    }  # fmt: skip
+    files = {repo_id: str(tmp_path / repo_id.replace('/', '-')) for repo_id in built}
+    for repo_id, model in built.items():
+        push_to_hub(model, repo_id, token=TOKEN)
+        assert hub.files(repo_id).keys() == FILES
+    command = [sys.executable, '-c', ALONE, json.dumps(files)]
+    subprocess.run(command, env=environment(hub, tmp_path / 'home'), check=True, cwd=tmp_path)
+    for repo_id, model in built.items():
+        found, expected = load_file(files[repo_id]), model.state_dict()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value.to(found[name].dtype)), (repo_id, name)
+
+
+@pytest.mark.parametrize('architecture', timm.list_models('test_*'))
+def test_timm_builds_every_small_model_again_from_its_configuration(architecture, tmp_path):
+    model = timm.create_model(architecture, num_classes=5)
+    config = write_model(model, tmp_path, model_args=None, images=None)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    check_loads(model.state_dict(), tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(UnsupportedModelError, match='1 tensors differ'):
+        check_loads(model.state_dict(), tmp_path)
+
+
+def test_what_is_sent_is_safetensors_json_and_markdown(hub: HubServer, model):
+    push_to_hub(model, REPO, token=TOKEN)
+    files = hub.files(REPO)
+    assert files.keys() == FILES
+    for name, value in load(files['model.safetensors']).items():
+        assert torch.equal(value, model.state_dict()[name])
+    config = json.loads(files['config.json'])
+    assert (config['architecture'], config['num_classes']) == ('test_resnet', 10)
+    assert config['pretrained_cfg']['description'].startswith('Without training: parameters that')
+    assert not {'url', 'file', 'hf_hub_id', 'license', 'paper_ids'} & config['pretrained_cfg'].keys()
+    assert files['README.md'].startswith(b'---\n')
+
+
+def test_the_configuration_is_not_about_the_weights_that_timm_has(hub: HubServer):
+    model = timm.create_model('test_resnet')
+    theirs = dict(model.pretrained_cfg)
+    prediction = timm_ghn.predict(model, EMBEDDED)
+    push_to_hub(timm_ghn.ghn_init(model, EMBEDDED), REPO, prediction=prediction, token=TOKEN)
+    cfg = json.loads(hub.files(REPO)['config.json'])['pretrained_cfg']
+    assert theirs.keys() >= {'license', 'hf_hub_id'}
+    assert not {'license', 'hf_hub_id', 'custom_load'} & cfg.keys()
+    assert cfg['tag'] == 'ghn' != theirs['tag']
+    assert tuple(cfg['mean']) == timm_ghn.load_ghn(EMBEDDED).config.mean != theirs['mean']
+
+
+def test_the_same_twice_makes_no_new_commit(hub: HubServer, model):
+    first = push_to_hub(model, REPO, token=TOKEN)
+    second = push_to_hub(model, REPO, token=TOKEN)
+    assert first.oid == second.oid == hub.repo(REPO)['refs']['main']
+    assert len(hub.commits(REPO)) == 2
+    assert uploads(hub) == 1
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    third = push_to_hub(model, REPO, token=TOKEN, commit_message='another bias')
+    assert third.oid != first.oid
+    assert hub.commits(REPO)[2:] == ['another bias']
+
+
+def test_the_model_stays_as_it_was(hub: HubServer, model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cfg, generator = dict(model.pretrained_cfg), torch.get_rng_state()
+    push_to_hub(model, REPO, token=TOKEN)
+    assert model.pretrained_cfg == cfg
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# Where it goes
+
+
+def test_a_private_repository(hub: HubServer, model):
+    push_to_hub(model, REPO, token=TOKEN, private=True)
+    assert hub.repo(REPO)['private'] is True
+    push_to_hub(model, REPO, token=TOKEN, private=True)
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_a_public_repository_does_not_get_what_was_to_be_private(hub: HubServer, model):
+    hub.put(REPO, {})
+    with pytest.raises(ConfigError, match='is public.*settings'):
+        push_to_hub(model, REPO, token=TOKEN, private=True)
+    assert uploads(hub) == 0
+    assert hub.files(REPO) == {}
+
+
+def test_a_branch_is_made_where_it_does_not_exist(hub: HubServer, model):
+    push_to_hub(model, REPO, token=TOKEN, revision='v1')
+    push_to_hub(model, REPO, token=TOKEN, revision='v1')
+    assert hub.files(REPO) == {}
+    assert hub.files(REPO, 'v1').keys() == FILES
+    assert len(hub.commits(REPO, 'v1')) == 2
+    loaded = timm.create_model(f'hf-hub:{REPO}@v1', pretrained=True)
+    assert torch.equal(loaded.fc.weight, model.fc.weight)
+    assert f'hf-hub:{REPO}@v1'.encode() in hub.files(REPO, 'v1')['README.md']
+
+
+def test_a_pull_request_leaves_the_main_branch_alone(hub: HubServer, model):
+    hub.put(REPO, {'README.md': b'mine'})
+    info = push_to_hub(model, REPO, token='hf_other', create_pr=True)
+    assert info.pr_url == f'{hub.endpoint}/{REPO}/discussions/1'
+    assert hub.files(REPO) == {'README.md': b'mine'}
+    assert hub.files(REPO, 'refs/pr/1').keys() == FILES
+
+
+def test_other_files_of_the_repository_stay(hub: HubServer, model):
+    hub.put(REPO, {'notes.txt': b'mine'})
+    push_to_hub(model, REPO, token=TOKEN)
+    assert hub.files(REPO).keys() == FILES | {'notes.txt'}
+
+
+def test_pickled_files_do_not_stay_beside_it(hub: HubServer, model):
+    hub.put(REPO, {'pytorch_model.bin': b'cos\nsystem\n'})
+    with pytest.raises(ConfigError, match=r'pytorch_model\.bin.*delete'):
+        push_to_hub(model, REPO, token=TOKEN)
+    assert hub.files(REPO).keys() == {'pytorch_model.bin'}
+
+
+# What is refused before anything is sent
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'repo_id': 'test.ghn'}, r"'user/name'"),
+        ({'repo_id': 'user/../../etc'}, 'name on the Hub'),
+        ({'repo_id': 'a/b/c'}, 'name on the Hub'),
+        ({'create_pr': True, 'revision': 'v1'}, 'main branch'),
+        ({'revision': ''}, 'name of a branch'),
+        ({'token': 'hf_secret\nX-Evil: 1'}, 'one word'),
+        ({'token': ''}, 'one word'),
+        ({'results': '/no/such/folder'}, 'output folder'),
+        ({'model_args': {'act_layer': nn.GELU}}, 'configuration'),
+    ],
+)
+def test_a_wrong_argument_is_refused(hub: HubServer, model, arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        push_to_hub(model, **{'repo_id': REPO, 'token': TOKEN, **arguments})
+    assert 'hf_secret' not in str(caught.value)
+    assert not hub.requests
+
+
+def damaged(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.fc.bias[3] = float('nan')
+    return model
+
+
+def changed(model: nn.Module) -> nn.Module:
+    model.fc = nn.Sequential(model.fc, nn.Linear(10, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'error', 'message'),
+    [
+        (damaged, PredictionError, "'fc.bias'.*not finite"),
+        (changed, UnsupportedModelError, r'timm .* this model again|another model.*model_args'),
+        (lambda model: model.to('meta'), UnsupportedModelError, 'meta device'),
+        (lambda _: nn.Linear(2, 2), UnsupportedModelError, r'expected a model of timm.create_model.*Linear'),
+    ],
+    ids=['not finite', 'changed', 'meta', 'not of timm'],
+)
+def test_a_model_that_nobody_could_load_is_refused(hub: HubServer, model, spoil, error, message):
+    with pytest.raises(error, match=message):
+        push_to_hub(spoil(model), REPO, token=TOKEN)
+    assert not hub.requests
+
+
+# What goes wrong on the way
+
+
+def nothing_arrived(hub: HubServer) -> bool:
+    return not hub.exists(REPO) or (hub.commits(REPO) == ['initial commit'] and hub.files(REPO) == {})
+
+
+PUT, COMMIT = r'^/lfs/', r'/commit/'
+
+
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        ({'method': 'PUT', 'path': PUT, 'cut': 1000}, 'push again'),
+        ({'method': 'PUT', 'path': PUT, 'status': 500}, '500.*[Pp]ush again'),
+        ({'method': 'PUT', 'path': PUT, 'status': 429, 'headers': {'Retry-After': '7'}}, '429.*wait'),
+        ({'method': 'PUT', 'path': PUT, 'status': 403}, '403.*write access'),
+        ({'method': 'POST', 'path': '/batch', 'status': 500}, '500'),
+        ({'method': 'POST', 'path': '/preupload/', 'status': 503}, '503'),
+        ({'method': 'POST', 'path': '/verify', 'status': 400}, '400'),
+        ({'method': 'POST', 'path': '/repos/create', 'status': 401}, '401.*hf auth login.*HF_TOKEN'),
+        ({'method': 'POST', 'path': '/repos/create', 'cut': 10}, 'push again'),
+        ({'method': 'POST', 'path': '/validate-yaml', 'status': 500}, 'was not pushed'),
+        ({'method': 'POST', 'path': COMMIT, 'status': 500}, '500'),
+        ({'method': 'POST', 'path': COMMIT, 'status': 429}, '429.*wait'),
+        ({'method': 'POST', 'path': COMMIT, 'cut': 100}, 'push again'),
+    ],
+    ids=lambda value: '-'.join(str(v) for v in value.values()) if isinstance(value, dict) else '',
+)
+def test_a_push_that_fails_leaves_nothing_and_the_next_one_all(
+    hub: HubServer, model, waits, tmp_path, monkeypatch, fault, message
+):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    hub.fail(**fault, times=99)
+    with pytest.raises(HubError, match=message) as caught:
+        push_to_hub(model, REPO, token=TOKEN)
+    assert isinstance(caught.value, GHNError)
+    assert TOKEN not in str(caught.value)
+    assert 'signature' not in str(caught.value)
+    assert nothing_arrived(hub)
+    assert not list(tmp_path.glob('timm_ghn-push-*'))
+    hub.faults.clear()
+    push_to_hub(model, REPO, token=TOKEN)
+    assert hub.files(REPO).keys() == FILES
+    assert len(hub.commits(REPO)) == 2
+
+
+@pytest.mark.parametrize('spoil', [lambda body: body[:-1], lambda body: body[:-1] + b'\0'], ids=['shorter', 'other'])
+def test_weights_that_arrive_damaged_are_not_committed(hub: HubServer, model, waits, monkeypatch, spoil):
+    upload = hub.upload
+    monkeypatch.setattr(hub, 'upload', lambda oid, size, body: upload(oid, size, spoil(body)))
+    with pytest.raises(HubError, match='400 .*checksum'):
+        push_to_hub(model, REPO, token=TOKEN)
+    assert nothing_arrived(hub)
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: HubServer, model):
+    hub.fail('POST', COMMIT, lost=True)
+    with pytest.raises(HubError, match='neither sent nor committed twice'):
+        push_to_hub(model, REPO, token=TOKEN)
+    push_to_hub(model, REPO, token=TOKEN)
+    assert len(hub.commits(REPO)) == 2
+    assert uploads(hub) == 1
+
+
+def test_an_upload_goes_on_after_a_pause_of_the_length_asked_for(hub: HubServer, model, waits):
+    hub.fail('PUT', PUT, status=429, headers={'Retry-After': '7'})
+    hub.fail('PUT', PUT, cut=1000)
+    push_to_hub(model, REPO, token=TOKEN)
+    assert waits[0] >= 7
+    assert uploads(hub) == 3
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_a_large_upload_comes_in_parts_and_only_the_part_that_failed_comes_again(hub: HubServer, model, waits):
+    hub.part_size = 400_000
+    hub.fail('PUT', PUT + '.*/2[?]', cut=1000)
+    push_to_hub(model, REPO, token=TOKEN)
+    parts = [request.path.split('?')[0].split('/')[-1] for request in hub.asked('^storage PUT')]
+    assert parts == ['1', '2', '2', '3', '4']
+    sent = load(hub.files(REPO)['model.safetensors'])
+    assert all(torch.equal(value, sent[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ('token', 'message'),
+    [
+        (None, '401.*hf auth login'),
+        (False, '401.*hf auth login'),
+        ('hf_unknown', '401.*hf auth login'),
+        ('hf_reader', '403.*write access'),
+        ('hf_other', '403.*write access'),
+    ],
+)
+@pytest.mark.parametrize('exists', [False, True])
+def test_who_may_not_write_is_told_what_to_do(hub: HubServer, model, token, message, exists):
+    if exists:
+        hub.put(REPO, {'README.md': b'mine'})
+    with pytest.raises(HubError, match=message):
+        push_to_hub(model, REPO, token=token)
+    assert uploads(hub) == 0
+    assert not exists or hub.files(REPO) == {'README.md': b'mine'}
+
+
+def test_without_a_network_the_error_says_so(model, use_endpoint):
+    use_endpoint('http://127.0.0.1:9')
+    with pytest.raises(HubError, match=r'http://127.0.0.1:9.*refused.*network'):
+        push_to_hub(model, REPO, token=TOKEN)
+
+
+def test_offline_mode_is_named(hub: HubServer, model, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(HubError, match='HF_HUB_OFFLINE is set.*Unset'):
+        push_to_hub(model, REPO, token=TOKEN)
+    assert not hub.requests
+
+
+def test_a_hub_without_xet_is_told_from_a_network_that_fails(hub: HubServer, model, monkeypatch, waits):
+    pytest.importorskip('hf_xet')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_XET', False)
+    with pytest.raises(HubError, match='HF_HUB_DISABLE_XET=1'):
+        push_to_hub(model, REPO, token=TOKEN)
+    assert nothing_arrived(hub)
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, model, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    push_to_hub(model, REPO, token=TOKEN)
+    hub.fail('GET', f'^/api/models/{REPO}$', location=f'{hub.storage}/elsewhere')
+    with pytest.raises(HubError):
+        push_to_hub(model, REPO, token=TOKEN)
+    elsewhere = hub.asked('^storage')
+    assert {request.method for request in elsewhere} == {'PUT', 'GET'}
+    for request in elsewhere:
+        assert 'authorization' not in request.headers
+        assert TOKEN not in str(request.headers)
+    assert hub.asked('^hub POST .*commit')[0].headers['authorization'] == f'Bearer {TOKEN}'
+    assert TOKEN not in caplog.text
+    assert TOKEN not in ''.join(capfd.readouterr())
+    for content in hub.files(REPO).values():
+        assert TOKEN.encode() not in content
+
+
+def test_push_to_hub_is_public():
+    assert timm_ghn.push_to_hub is push_to_hub
+    assert issubclass(HubError, GHNError)

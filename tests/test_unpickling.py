@@ -1,0 +1,142 @@
+"""Nothing that is read is executed: no source of ours unpickles, evaluates or imports what a file says."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent / 'timm_ghn'
+SOURCES = sorted(PACKAGE.rglob('*.py'))
+
+#: Modules whose use is to bring code or arbitrary objects to life. pickletools only describes.
+MODULES = {'pickle', '_pickle', 'cPickle', 'joblib', 'dill', 'cloudpickle', 'marshal', 'shelve', 'runpy', 'code'}
+#: Functions that execute what they are given, by the ends of their names.
+CALLS = {
+    'eval', 'exec', '__import__', 'os.system', 'os.popen', 'yaml.load', 'yaml.full_load', 'yaml.unsafe_load',
+    'yaml.load_all', 'torch.hub.load', 'torch.jit.load', 'torch.package', 'pd.read_pickle', 'pandas.read_pickle',
+    # accelerate unpickles what is registered for it without weights_only.
+    'register_for_checkpointing',
+}  # fmt: skip
+#: Keywords that allow it, and the value that does.
+KEYWORDS = {'trust_remote_code': True, 'allow_pickle': True, 'weights_only': False, 'shell': True}
+#: Calls that unpickle unless they are told otherwise, and what tells them.
+UNLESS = {'torch.load': 'weights_only'}
+#: Where a module whose name is not written in the call is imported; the names are constants of these files.
+IMPORTERS = {'cli.py', 'source.py'}
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of a name; a question mark stands for anything else."""
+    if isinstance(node, ast.Attribute):
+        return f'{dotted(node.value)}.{node.attr}'
+    return node.id if isinstance(node, ast.Name) else '?'
+
+
+def dangers(tree: ast.AST) -> Iterator[str]:
+    """What may execute something that a file says."""
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            aliases |= {alias.asname or alias.name: f'{node.module}.{alias.name}' for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or '']
+            yield from (f'import {name}' for name in names if name.split('.')[0] in MODULES)
+        if isinstance(node, ast.Call):
+            first, _, rest = dotted(node.func).partition('.')
+            name = '.'.join(filter(None, [aliases.get(first, first), rest]))
+            if any(name == call or name.endswith(f'.{call}') for call in CALLS - {'eval', 'exec'}):
+                yield name
+            if name in ('eval', 'exec', 'builtins.eval', 'builtins.exec'):
+                yield name
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            for key, value in given.items():
+                if key in KEYWORDS and not (isinstance(value, ast.Constant) and value.value is not KEYWORDS[key]):
+                    yield f'{name}({key}=...)'
+            if name in UNLESS and UNLESS[name] not in given:
+                yield f'{name} without {UNLESS[name]}'
+            if name.endswith('import_module') and not isinstance(node.args[0], ast.Constant):
+                yield 'import_module'
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_source_executes_what_it_reads(path):
+    found = set(dangers(ast.parse(path.read_text(encoding='utf-8'))))
+    assert found <= ({'import_module'} if path.name in IMPORTERS else set())
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import pickle',
+        'from joblib import load',
+        'import torch\ntorch.load(f)',
+        'from torch import load as read\nread(f)',
+        'import torch\ntorch.load(f, weights_only=False)',
+        'import torch\ntorch.load(f, weights_only=careful)',
+        'import numpy as np\nnp.load(f, allow_pickle=True)',
+        'import yaml\nyaml.load(f)',
+        'from yaml import unsafe_load\nunsafe_load(f)',
+        'eval(text)',
+        'exec(text)',
+        'import os\nos.system(text)',
+        'import subprocess\nsubprocess.run(text, shell=True)',
+        'from datasets import load_dataset\nload_dataset(name, trust_remote_code=True)',
+        'accelerator.register_for_checkpointing(x)',
+        'import importlib\nimportlib.import_module(text)',
+        'import torch\ntorch.hub.load(name)',
+    ],
+)
+def test_the_walk_sees_it(code):
+    assert list(dangers(ast.parse(code)))
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'import torch\ntorch.load(f, weights_only=True)',
+        'import pickletools',
+        'model.eval()',
+        'build(model).eval()',
+        'import yaml\nyaml.safe_load(f)',
+        'import re\nre.compile(text)',
+        "import importlib\nimportlib.import_module('timm')",
+    ],
+)
+def test_the_walk_sees_nothing_where_nothing_is(code):
+    assert not list(dangers(ast.parse(code)))
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_accelerate_does_not_execute_a_checkpoint(tmp_path):
+    # checkpoints.py leaves reading to Accelerator.load_state, which reads torch's files of tensors and numbers only.
+    accelerate = pytest.importorskip('accelerate')
+    marker = tmp_path / 'executed'
+    model = torch.nn.Linear(2, 2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.save_state(str(tmp_path / 'state'))
+    torch.save({'state': Payload(marker)}, tmp_path / 'state' / 'optimizer.bin')
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists()  # the payload works
+    marker.unlink()
+    with pytest.raises(pickle.UnpicklingError, match='[Ww]eights.only'):
+        accelerator.load_state(str(tmp_path / 'state'))
+    assert not marker.exists()
+    accelerator.free_memory()

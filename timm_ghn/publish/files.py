@@ -1,0 +1,212 @@
+"""The files of a model's repository, checked by loading them; and models that other commands wrote to the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import save_for_hf, split_model_name_tag
+from torch import Tensor, nn
+
+from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
+from timm_ghn.output import write_state_dict
+from timm_ghn.publish.facts import WEIGHTS, Facts, Training, read_header
+from timm_ghn.writable import check_finite
+
+CONFIG_FILE = 'config.json'
+WEIGHTS_FILE = 'model.safetensors'
+CARD_FILE = 'README.md'
+
+#: Entries of a pretrained cfg that describe weights which somebody else trained.
+_OF_OTHER_WEIGHTS = (
+    'tag', 'license', 'paper_ids', 'paper_name', 'origin_url', 'description', 'notes', 'custom_load', 'hf_hub_filename',
+)  # fmt: skip
+
+#: What timm's data config says of images, and where the pretrained cfg holds it.
+_IMAGES = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model that ``timm-ghn predict`` or ``timm-ghn finetune`` wrote.
+
+    Attributes:
+        model: With its weights.
+        model_args: What ``timm.create_model`` was given beside the name.
+        provenance: Facts about the prediction; None if it was fine-tuned.
+        training: The run; None if it was not fine-tuned.
+    """
+
+    model: nn.Module
+    model_args: Mapping[str, Any]
+    provenance: Mapping[str, Any] | None
+    training: Training | None
+
+
+def read_source(path: Path) -> Source:
+    """Build a model from a file whose header says what it is.
+
+    Args:
+        path: A file of ``timm-ghn predict``; a file of weights of ``timm-ghn finetune``, or its output folder, which
+            stands for the best weights.
+
+    Raises:
+        ConfigError: if it is no such file.
+        UnsupportedModelError: if timm cannot build the model.
+        CheckpointError: if the weights are not those of the model.
+    """
+    file = path / next(iter(WEIGHTS)) if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(
+            f"expected {str(path)!r} to be a file of 'timm-ghn predict', or the output folder of 'timm-ghn finetune' "
+            f'(there is no file {str(file)!r})'
+        )
+    header = {key: _read(value) for key, value in read_header(file).items()}
+    architecture = header.pop('architecture', None)
+    provenance, run = header.pop('provenance', None), header.pop('timm_ghn', None)
+    if not isinstance(architecture, str) or (provenance is None and run is None):
+        raise ConfigError(
+            f"the header of {str(file)!r} does not say what it holds: it is not a file of 'timm-ghn predict' or "
+            "'timm-ghn finetune'. In Python, timm_ghn.push_to_hub(model, ...) takes any timm model"
+        )
+    for key in ('format', 'epoch', 'top1'):
+        header.pop(key, None)
+    training = Training.read(file) if run is not None else None
+    if training is not None and training.run.get('stem'):
+        raise UnsupportedModelError(
+            f'the stem of {architecture} was changed for small images ({"; ".join(training.run["stem"])}), and timm '
+            'builds it without that: fine-tune with --small-stem off'
+        )
+    # A tag may choose a variant of an architecture, but its weights are not wanted.
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = timm.create_model(architecture, pretrained=False, **header)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f'timm cannot build {architecture!r} with {header}: {error}') from error
+    try:
+        model.load_state_dict(load_file(file), strict=True)
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise CheckpointError(f'{str(file)!r} does not hold the weights of {architecture}: {error}') from error
+    return Source(model, header, provenance, training)
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def check_model(model: nn.Module) -> str:
+    """The architecture of a model whose weights can be published.
+
+    Raises:
+        UnsupportedModelError: if it is not a timm model, or has no weights.
+        PredictionError: if a weight is not finite.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None)
+    architecture = cfg.get('architecture') if isinstance(cfg, Mapping) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UnsupportedModelError(
+            f'expected a model of timm.create_model, which timm can build again (got {type(model).__name__}); '
+            'write others with safetensors.torch.save_model'
+        )
+    for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise UnsupportedModelError(f"'{name}' is on the meta device and has no values: initialise the model first")
+        if value.is_floating_point():
+            try:
+                check_finite(f"'{name}': values", value)
+            except PredictionError as error:
+                raise PredictionError(f'{error}: the model would be of no use, and was not pushed') from error
+    return split_model_name_tag(architecture)[0]
+
+
+def write_model(
+    model: nn.Module, folder: Path, *, model_args: Mapping[str, Any] | None, images: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Write the weights and timm's configuration.
+
+    Args:
+        model: The model.
+        folder: An empty folder.
+        model_args: More that ``timm.create_model`` needs, beside what timm recorded itself.
+        images: timm's data config, if the model was trained with another one than its own.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: if an argument cannot be written.
+    """
+    try:
+        # Neither true nor false: no weights, which are written here, since timm's way refuses tied tensors.
+        none: Any = None
+        save_for_hf(model, str(folder), model_args=dict(model_args or {}) or None, safe_serialization=none)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'timm cannot write the configuration of the model: {error}') from error
+    write_state_dict(model.state_dict(), folder / WEIGHTS_FILE, {})
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
+    if images is not None:
+        cfg = config['pretrained_cfg']
+        cfg |= {key: images[key] for key in _IMAGES if key in images}
+        for key in ('test_input_size', 'test_crop_pct', 'test_pool_size'):
+            cfg.pop(key, None)
+    return config
+
+
+def write_config(config: dict[str, Any], folder: Path, facts: Facts) -> None:
+    """Write the configuration, which tells of these weights and not of those that timm knows."""
+    cfg = dict(config['pretrained_cfg'])
+    if facts.ghn is not None:
+        for key in _OF_OTHER_WEIGHTS:
+            cfg.pop(key, None)
+        made = f'parameters that the graph hypernetwork {facts.ghn} predicted'
+        how = 'Fine-tuned from' if facts.training is not None else 'Without training:' if facts.raw else 'Begun with'
+        said = facts.provenance or {}
+        if facts.training is None and len(said.get('mean', ())) == facts.input_size[0]:
+            # Images as the GHN saw them; timm's configuration is about weights that saw others.
+            cfg |= {key: said[key] for key in ('mean', 'std')}
+        cfg |= {'tag': 'ghn', 'description': f'{how} {made}; see README.md.'}
+    names = list(facts.training.run.get('classes', ())) if facts.training is not None else []
+    if names and len(names) == facts.num_classes:
+        config = {**config, 'label_names': names}
+    text = json.dumps({**config, 'pretrained_cfg': cfg}, indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + '\n', encoding='utf-8')
+
+
+def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Have timm build a model from the files, and compare every tensor.
+
+    Raises:
+        UnsupportedModelError: if it cannot, or another model comes out.
+    """
+    hint = 'give what timm.create_model was given as model_args={...}, and push a model whose layers were not changed'
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    except Exception as error:  # whatever a model's class may raise
+        raise UnsupportedModelError(
+            f'timm cannot build this model again from its configuration ({type(error).__name__}: {error}); {hint}'
+        ) from error
+    wrong = sorted(loaded.keys() ^ state.keys())
+    wrong += [
+        name
+        for name in sorted(loaded.keys() & state.keys())
+        if loaded[name].shape != state[name].shape or not torch.equal(loaded[name], _as(state[name], loaded[name]))
+    ]
+    if wrong:
+        raise UnsupportedModelError(
+            f'timm builds another model from its configuration: {len(wrong)} tensors differ, as {wrong[0]!r}; {hint}'
+        )
+
+
+def _as(value: Tensor, like: Tensor) -> Tensor:
+    return value.detach().to(device=like.device, dtype=like.dtype)
