@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import itertools
+import weakref
 
 import literal
 import pytest
@@ -10,7 +13,9 @@ import torch
 from variants import VARIANTS
 
 from timm_ghn.graph.structure import GraphBatch
+from timm_ghn.nn import gated
 from timm_ghn.nn.gated import GatedGNN, plan_traversal
+from timm_ghn.ops.rows import DenseRows, SparseRows
 
 GATED = [name for name, config in VARIANTS.items() if config.gnn == 'gated']
 
@@ -35,17 +40,128 @@ def test_virtual_edges_matter(make_graph):
     assert not torch.allclose(deep(x, batch), shallow(x, batch), atol=1e-4)
 
 
+@pytest.fixture
+def make_cycle(make_graph):
+    """A graph in which an edge leads back, as a published rule makes them."""
+
+    def make(size):
+        graph = make_graph(size)
+        edges = torch.cat((graph.edges_E2, torch.tensor([[size - 2, 1], [size - 1, size // 2]])))
+        graph = dataclasses.replace(graph, edges_E2=edges)
+        assert not graph.is_acyclic
+        return graph
+
+    return make
+
+
+def passes(ghn, x, batch, layout):
+    """The network on schedules of one layout."""
+    plans = tuple(plan_traversal(batch, ghn.gnn.cutoff, backward=b, like=x, layout=layout) for b in (False, True))
+    batch = GraphBatch(batch.graphs)
+    vars(batch)['_traversals'] = {(ghn.gnn.cutoff, x.device, x.dtype, x.shape[1]): plans}
+    return ghn.gnn(x, batch)
+
+
+@pytest.mark.parametrize('layout', ['dense', 'sparse'])
+@pytest.mark.parametrize('variant', GATED)
+def test_gradients_are_those_of_the_visit_of_single_nodes(variant, layout, make_ghn, make_graph, make_cycle):
+    """Graphs of a batch do not see one another, whatever their depth and whether they have cycles."""
+    config = VARIANTS[variant]
+    ghn = make_ghn(config)
+    weights = dict(ghn.named_parameters())
+    for graphs in ([make_graph(9)], [make_graph(1), make_graph(12), make_graph(5)], [make_graph(7), make_cycle(8)]):
+        sizes = [len(graph) for graph in graphs]
+        x = torch.randn(sum(sizes), config.hid, dtype=torch.float64, requires_grad=True)
+        outer = torch.randn_like(x)
+        found = passes(ghn, x, GraphBatch.of(graphs), layout)
+        alone = [
+            literal.gated(weights, config, graph, part) for graph, part in zip(graphs, x.split(sizes), strict=True)
+        ]
+        assert torch.allclose(found, torch.cat(alone), rtol=0, atol=1e-9)
+        leaves = [x, *ghn.gnn.parameters()]
+        ours, theirs = (torch.autograd.grad(result, leaves, outer) for result in (found, torch.cat(alone)))
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('variant', GATED)
+def test_gradients_pass_the_numerical_check(variant, make_ghn, make_graph, make_cycle):
+    config = dataclasses.replace(VARIANTS[variant], hid=4, heads=1)
+    ghn = make_ghn(config)
+    batch = GraphBatch.of([make_graph(5), make_cycle(4)])
+    names = [name for name, _ in ghn.gnn.named_parameters()]
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(x, *weights):
+        return torch.func.functional_call(ghn.gnn, dict(zip(names, weights, strict=True)), (x, batch))
+
+    assert torch.autograd.gradcheck(function, (x, *ghn.gnn.parameters()))
+
+
 @pytest.mark.parametrize('backward', [False, True])
 def test_edges_lead_from_lower_levels_to_the_level_that_they_update(backward, make_graph):
     batch = GraphBatch.of([make_graph(9), make_graph(24), make_graph(1)])
-    plan = plan_traversal(batch, 50, backward=backward, like=torch.zeros(0))
+    plan = plan_traversal(batch, 50, backward=backward, like=torch.zeros(0, 4))
     assert sorted(plan.order_N.tolist()) == list(range(34))
     assert plan.order_N[plan.rank_N].tolist() == list(range(34))
-    start = edges = 0
-    for level in plan.levels:
-        assert level.sources.stop <= start
-        assert level.weight_nM.shape == (level.size, 2 * (level.sources.stop - level.sources.start))
-        start += level.size
-        edges += int((level.weight_nM > 0).sum())
-    reachable = sum(int((graph.distances_NN(50) > 0).sum()) for graph in batch.graphs)
-    assert (start, edges) == (34, reachable + sum(len(graph.edges_E2) for graph in batch.graphs))
+    level_N = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
+    assert (level_N[plan.edges.source_E // 2] < level_N[plan.edges.target_E]).all()
+    expected = []
+    for graph, offset in zip(batch.graphs, batch.offsets, strict=True):
+        d = graph.distances_NN(50).tolist()
+        for u, v in itertools.product(range(len(graph)), repeat=2):
+            start, end = (v, u) if backward else (u, v)
+            expected += [(start + offset, end + offset, 0, 1.0)] if d[u][v] == 1 else []
+            expected += [(start + offset, end + offset, 1, round(1 / d[u][v], 6))] if d[u][v] else []
+    source, target = plan.order_N[plan.edges.source_E // 2], plan.order_N[plan.edges.target_E]
+    weight = [round(weight, 6) for weight in plan.edges.weight_E.tolist()]
+    found = zip(source.tolist(), target.tolist(), (plan.edges.source_E % 2).tolist(), weight, strict=True)
+    assert sorted(found) == sorted(expected)
+
+
+def test_schedules_are_planned_once_for_a_batch_and_go_with_it(make_graph, monkeypatch):
+    config = VARIANTS['ghn2']
+    network, batch = GatedGNN(config), GraphBatch.of([make_graph(9), make_graph(12)])
+    planned = []
+
+    def counting(*args, **options):
+        planned.append(plan_traversal(*args, **options))
+        return planned[-1]
+
+    monkeypatch.setattr(gated, 'plan_traversal', counting)
+    x = torch.randn(21, config.hid)
+    for _ in range(3):
+        network(x.clone().requires_grad_(), batch).sum().backward()
+    assert len(planned) == 2
+    assert vars(planned[0])['sending'] is planned[0].sending
+    network.double()(x.double(), batch)
+    assert len(planned) == 4
+    plan, gone = weakref.ref(planned[0]), weakref.ref(batch)
+    planned.clear()
+    del batch
+    gc.collect()
+    assert gone() is None
+    assert plan() is None
+
+
+def test_a_batch_that_was_planned_for_inference_can_be_trained_on(make_graph):
+    config = VARIANTS['ghn2']
+    network, batch = GatedGNN(config), GraphBatch.of([make_graph(9), make_graph(12)])
+    x = torch.randn(21, config.hid)
+    with torch.inference_mode():
+        expected = network(x, batch)
+    found = network(x.requires_grad_(), batch)
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert x.grad.abs().min() > 0
+
+
+def test_the_plan_of_many_graphs_holds_edges_and_no_matrices(make_graph):
+    """As matrices, the plan of 32 merged chains would grow with the square of their number."""
+    graphs = [make_graph(60, seed) for seed in range(32)]
+    alone = plan_traversal(GraphBatch.of(graphs[0]), 50, backward=False, like=torch.zeros(0, 32))
+    merged = plan_traversal(GraphBatch.of(graphs), 50, backward=False, like=torch.zeros(0, 32))
+    assert {type(rows) for rows in alone.receiving} == {DenseRows}
+    assert {type(rows) for rows in merged.receiving} == {SparseRows}
+    assert sum(rows.edges.weight_E.numel() for rows in merged.receiving) == len(merged.edges)
+    assert len(merged.receiving) == max(int(graph.forward_levels_N.max()) + 1 for graph in graphs)

@@ -1,0 +1,214 @@
+"""Ways to compute one sum over edges, and the dot products that are the gradient of its factors.
+
+All of them read the same schedule and give the same result to rounding. None of them is differentiable by itself:
+:mod:`timm_ghn.ops.aggregation` puts their gradients together from the two operations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from timm_ghn.ops.edges import Edges
+
+#: Elements of a temporary (edges, d) tensor: a few megabytes, which stay in the cache of a processor.
+CHUNK_ELEMENTS = 2**20
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to sum over edges.
+
+    Attributes:
+        name: What a caller calls it.
+        sums: (messages_Md, edges, weight_E or None) -> (T, d). The messages are contiguous, the factors in the order
+            of the schedule; None stands for those of the schedule, or for 1.
+        dots: (messages_Md, gradient_Td, edges) -> (E,): <m[source[e]], g[target[e]]>.
+        deterministic_on: Types of device on which equal inputs give equal bits.
+        dtypes: Of the messages.
+        missing: What keeps it from running on a type of device, or None.
+    """
+
+    name: str
+    sums: Callable[[Tensor, Edges, Tensor | None], Tensor]
+    dots: Callable[[Tensor, Tensor, Edges], Tensor]
+    deterministic_on: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    missing: Callable[[str], str | None] = lambda device: None
+
+    def problem(self, device: str, dtype: torch.dtype, *, deterministic: bool) -> str | None:
+        """Why it cannot do what is asked, in words that follow its name; None if it can."""
+        if dtype not in self.dtypes:
+            return f'computes in {", ".join(map(str, self.dtypes))} (got {dtype})'
+        if deterministic and device not in self.deterministic_on:
+            return f'is not deterministic on {device}'
+        return self.missing(device)
+
+
+def _chunks(edges: Edges, width: int) -> Iterator[slice]:
+    """Slices of the edges whose messages are a temporary tensor of bounded size."""
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    return (slice(start, start + step) for start in range(0, len(edges), step))
+
+
+def _rows(table: Tensor, index_E: Tensor) -> Tensor:
+    """Rows of a table, in single precision if they are in half: sums are added up in it, as in the other backends."""
+    return table.index_select(0, index_E).to(torch.promote_types(table.dtype, torch.float32))
+
+
+def _carried(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None, part: slice) -> Tensor:
+    """Messages of some edges, with their factors."""
+    carried = _rows(messages_Md, edges.source_E[part])
+    weight_E = edges.weight_E if weight_E is None else weight_E
+    return carried if weight_E is None else carried * weight_E[part, None]
+
+
+def _index_add(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    width = messages_Md.shape[1]
+    total_dtype = torch.promote_types(messages_Md.dtype, torch.float32)
+    total_Td = messages_Md.new_zeros(edges.num_targets, width, dtype=total_dtype)
+    for part in _chunks(edges, width):
+        total_Td.index_add_(0, edges.target_E[part], _carried(messages_Md, edges, weight_E, part))
+    return total_Td.to(messages_Md.dtype)
+
+
+def _gathered_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
+    parts = [
+        (_rows(messages_Md, edges.source_E[part]) * _rows(gradient_Td, edges.target_E[part])).sum(1)
+        for part in _chunks(edges, messages_Md.shape[1])
+    ]
+    return torch.cat(parts).to(messages_Md.dtype)
+
+
+def _bag(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    """An embedding bag is this sum: rows of a table, scaled, added up bag by bag, without a copy for each edge."""
+    weight_E = edges.weight_E if weight_E is None else weight_E
+    scale_by_frequency, mode_sum, sparse, with_end = False, 0, False, True
+    found: Tensor = torch.embedding_bag(
+        messages_Md, edges.source_E, edges.pointer_T1, scale_by_frequency, mode_sum, sparse, weight_E, with_end
+    )[0]
+    return found
+
+
+@functools.cache
+def _accept_csr() -> None:
+    """Torch warns at the first CSR tensor that the layout is in beta state; a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
+
+
+def _matrix(edges: Edges, weight_E: Tensor) -> Tensor:
+    """(T, M) in compressed rows, which the schedule is already."""
+    _accept_csr()
+    size = edges.num_targets, edges.num_sources
+    return torch.sparse_csr_tensor(edges.pointer_T1, edges.source_E, weight_E, size, check_invariants=False)
+
+
+def _csr(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    weight_E = edges.weight_E if weight_E is None else weight_E
+    matrix_TM = _matrix(edges, messages_Md.new_ones(len(edges)) if weight_E is None else weight_E)
+    if messages_Md.device.type == 'cpu':  # torch's own kernel there is faster than MKL's, and knows half precision
+        total: Tensor = torch.sparse.mm(matrix_TM, messages_Md, 'sum')
+        return total
+    return matrix_TM @ messages_Md
+
+
+def _sampled_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
+    """Those elements of the product g m^T that belong to an edge, without a copy of the rows of each edge."""
+    # It knows no half precision, and refuses more edges than there are pairs of nodes.
+    if messages_Md.dtype not in (torch.float32, torch.float64) or len(edges) > edges.num_targets * edges.num_sources:
+        return _gathered_dots(messages_Md, gradient_Td, edges)
+    sampled_TM = _matrix(edges, messages_Md.new_zeros(len(edges)))
+    dots_TM: Tensor = torch.sparse.sampled_addmm(sampled_TM, gradient_Td.contiguous(), messages_Md.T, beta=0)
+    return dots_TM.values()
+
+
+def _dense(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    if weight_E is None and edges.weight_E is not None:
+        return edges.dense_TM @ messages_Md
+    return edges.dense_with(messages_Md.new_ones(len(edges)) if weight_E is None else weight_E) @ messages_Md
+
+
+@functools.cache
+def torch_scatter() -> ModuleType | str:
+    """The package, or why it cannot be used: absent, or built for another torch."""
+    try:
+        return importlib.import_module('torch_scatter')
+    except (ImportError, OSError) as error:
+        return f'needs torch-scatter: {error}'
+
+
+def _scatter_missing(device: str) -> str | None:
+    found = torch_scatter()
+    return found if isinstance(found, str) else None
+
+
+def _segments(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    """torch-scatter's ``segment_csr`` (pytorch-scatter.readthedocs.io): sum of each run of rows."""
+    carried_Ed = _carried(messages_Md, edges, weight_E, slice(None))
+    total_Td: Tensor = _module().segment_csr(carried_Ed, edges.pointer_T1.long(), reduce='sum')
+    return total_Td.to(messages_Md.dtype)
+
+
+def _segment_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
+    """``gather_csr`` repeats the row of a target for each of its edges."""
+    repeated_Ed: Tensor = _module().gather_csr(gradient_Td.contiguous(), edges.pointer_T1.long())
+    return (_rows(messages_Md, edges.source_E) * repeated_Ed).sum(1).to(messages_Md.dtype)
+
+
+def _module() -> ModuleType:
+    found = torch_scatter()
+    if isinstance(found, str):
+        raise ValueError(f"backend 'scatter' {found}")
+    return found
+
+
+@functools.cache
+def _triton_missing(device: str) -> str | None:
+    try:
+        importlib.import_module('triton')
+    except ImportError as error:
+        return f'needs triton: {error}'
+    if device == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1':
+        return None
+    return f'needs a GPU (got {device}), or TRITON_INTERPRET=1 in the environment to be tested without one'
+
+
+def _fused(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    from timm_ghn.ops.fused import fused_sums
+
+    return fused_sums(messages_Md, edges, weight_E)
+
+
+def _fused_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
+    from timm_ghn.ops.fused import fused_dots
+
+    return fused_dots(messages_Md, gradient_Td, edges)
+
+
+#: By name. A GPU adds what index_add scatters in any order, and cuSPARSE promises none; the others add the edges of a
+#: target one after another, or in a tree of fixed shape.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend('index_add', _index_add, _gathered_dots, ('cpu',), _FLOATS),
+        Backend('csr', _csr, _sampled_dots, ('cpu',), _FLOATS),
+        Backend('bag', _bag, _sampled_dots, ('cpu', 'cuda'), _FLOATS),
+        Backend('dense', _dense, _sampled_dots, ('cpu',), _FLOATS),
+        Backend('scatter', _segments, _segment_dots, ('cpu', 'cuda'), _FLOATS, _scatter_missing),
+        Backend(
+            'triton', _fused, _fused_dots, ('cpu', 'cuda'), (torch.float32, torch.bfloat16), missing=_triton_missing
+        ),
+    )
+}

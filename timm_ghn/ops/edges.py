@@ -1,0 +1,178 @@
+"""Edges in the order in which kernels read them, sorted once and used often."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Largest matrix that edges are written out to: half a gigabyte in float32.
+MAX_DENSE_ELEMENTS = 2**27
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edges:
+    """Edges sorted by their targets, as compressed rows: those into target t are at pointer[t] to pointer[t + 1].
+
+    :meth:`of` sorts and checks; the constructor takes what is sorted already, and checks nothing. A schedule is made
+    once for many sums: it keeps what they need, the transpose for their gradients included, for as long as it lives.
+
+    Attributes:
+        source_E: Index (E,), int32 or int64: row of the messages that each edge carries.
+        pointer_T1: (T + 1,) of the same dtype: where the edges into each target begin, and where the last ones end.
+        num_sources: Number M of rows that an edge can carry.
+        weight_E: (E,): factor of each edge in this order, where it is the same in all sums; None for other or no
+            factors.
+        order_E: (E,): position of each edge among those that were given; None if they were in this order.
+    """
+
+    source_E: Tensor
+    pointer_T1: Tensor
+    num_sources: int
+    weight_E: Tensor | None = None
+    order_E: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, source_E: Tensor, target_E: Tensor, *, num_sources: int, num_targets: int, weight_E: Tensor | None = None
+    ) -> Edges:
+        """Sort edges by target. Those of one target keep their order, so that sums are the same each time.
+
+        Args:
+            source_E: int32 or int64 (E,): row of the messages that each edge carries.
+            target_E: The same dtype, (E,): row of the result that each edge adds to, in any order.
+            num_sources: Number M of rows of the messages.
+            num_targets: Number T of rows of the result.
+            weight_E: (E,): factor of each edge, if it is the same in all sums.
+
+        Raises:
+            ValueError: if shapes, dtypes or devices are not the expected ones.
+            IndexError: if an edge names a row outside of 0..M-1 or 0..T-1.
+        """
+        for name, index_E in (('source_E', source_E), ('target_E', target_E)):
+            if index_E.dtype not in (torch.int32, torch.int64) or index_E.dim() != 1:
+                raise ValueError(
+                    f'expected {name} as int32 or int64 of shape (E,) (got {index_E.dtype} {tuple(index_E.shape)})'
+                )
+        if source_E.shape != target_E.shape or source_E.dtype != target_E.dtype or source_E.device != target_E.device:
+            raise ValueError(
+                'expected source_E and target_E of one length, dtype and device '
+                f'(got {_described(source_E)} and {_described(target_E)})'
+            )
+        if weight_E is not None and (weight_E.shape != source_E.shape or weight_E.device != source_E.device):
+            raise ValueError(f'expected weight_E like source_E, {_described(source_E)} (got {_described(weight_E)})')
+        _check_range('source_E', source_E, num_sources)
+        _check_range('target_E', target_E, num_targets)
+        order_E = None
+        if bool((target_E[1:] < target_E[:-1]).any()):
+            target_E, order_E = target_E.sort(stable=True)
+            source_E = source_E[order_E]
+            weight_E = None if weight_E is None else weight_E[order_E]
+        # Strided indices are none that kernels read.
+        source_E, weight_E = source_E.contiguous(), None if weight_E is None else weight_E.contiguous()
+        return cls(source_E, _pointer(target_E, num_targets), num_sources, weight_E, order_E)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Edges]) -> Edges:
+        """The edges of several graphs as those of one: rows of the messages and of the result are numbered through.
+
+        Args:
+            parts: At least one; all with weights that stay the same, or none.
+
+        Raises:
+            ValueError: if only some have weights.
+        """
+        weights = [part.weight_E for part in parts if part.weight_E is not None]
+        if len(weights) not in (0, len(parts)):
+            raise ValueError(f'expected weights of all {len(parts)} schedules or of none (got {len(weights)})')
+        sources, pointers, orders, rows, edges = [], [], [], 0, 0
+        for part in parts:
+            sources.append(part.source_E + rows)
+            pointers.append(part.pointer_T1[:-1] + edges)
+            if part.order_E is None:
+                orders.append(torch.arange(edges, edges + len(part), device=part.source_E.device))
+            else:
+                orders.append(part.order_E + edges)
+            rows, edges = rows + part.num_sources, edges + len(part)
+        last = parts[-1].pointer_T1.new_tensor([edges])
+        in_order = all(part.order_E is None for part in parts)
+        return cls(
+            torch.cat(sources),
+            torch.cat([*pointers, last]),
+            rows,
+            torch.cat(weights) if weights else None,
+            None if in_order else torch.cat(orders),
+        )
+
+    def __len__(self) -> int:
+        return len(self.source_E)
+
+    @property
+    def num_targets(self) -> int:
+        """Number T of rows of a result."""
+        return len(self.pointer_T1) - 1
+
+    @functools.cached_property
+    def choices(self) -> dict[tuple[torch.dtype, int, bool], str]:
+        """Backend that was chosen, by the dtype and width of the messages and whether the factors are its own."""
+        return {}
+
+    @functools.cached_property
+    def target_E(self) -> Tensor:
+        """(E,): row of the result that each edge adds to, ascending."""
+        rows = torch.arange(self.num_targets, dtype=self.source_E.dtype, device=self.source_E.device)
+        return rows.repeat_interleave(self.pointer_T1.diff(), output_size=len(self))
+
+    @functools.cached_property
+    def transposed(self) -> Edges:
+        """The edges from target to source, sorted by source: gradients of messages are sums along them.
+
+        Their :attr:`order_E` are positions in this schedule.
+        """
+        source_E, order_E = self.source_E.sort(stable=True)
+        weight_E = None if self.weight_E is None else self.weight_E[order_E]
+        pointer = _pointer(source_E, self.num_sources)
+        return Edges(self.target_E[order_E], pointer, self.num_targets, weight_E, order_E)
+
+    @functools.cached_property
+    def dense_TM(self) -> Tensor:
+        """(T, M): the matrix that multiplies the messages, where the factors stay the same; equal edges add up."""
+        if self.weight_E is None:
+            raise ValueError('expected edges with factors that stay the same (got none)')
+        return self.dense_with(self.weight_E)
+
+    def dense_with(self, weight_E: Tensor) -> Tensor:
+        """(T, M): the matrix with these factors, in the order of the schedule.
+
+        Raises:
+            ValueError: if it has more than :data:`MAX_DENSE_ELEMENTS` elements.
+        """
+        elements = self.num_targets * self.num_sources
+        if elements > MAX_DENSE_ELEMENTS:
+            raise ValueError(f'expected a matrix of at most {MAX_DENSE_ELEMENTS:,} elements (got {elements:,})')
+        matrix_TM = weight_E.new_zeros(self.num_targets, self.num_sources)
+        return matrix_TM.index_put_((self.target_E.long(), self.source_E.long()), weight_E, accumulate=True)
+
+    def arranged(self, values_E: Tensor) -> Tensor:
+        """Values of the edges as they were given, in the order of the schedule."""
+        return values_E if self.order_E is None else values_E.index_select(0, self.order_E)
+
+
+def _described(tensor: Tensor) -> str:
+    return f'{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}'
+
+
+def _check_range(name: str, index_E: Tensor, limit: int) -> None:
+    if len(index_E):
+        least, most = index_E.aminmax()
+        if least < 0 or most >= limit:
+            raise IndexError(f'expected {name} in 0..{limit - 1} (got {int(least)}..{int(most)})')
+
+
+def _pointer(sorted_E: Tensor, rows: int) -> Tensor:
+    """(rows + 1,): where each row begins. By bisection: counting is not deterministic on a GPU."""
+    row = torch.arange(rows + 1, dtype=sorted_E.dtype, device=sorted_E.device)
+    return torch.searchsorted(sorted_E.contiguous(), row, out_int32=sorted_E.dtype == torch.int32)

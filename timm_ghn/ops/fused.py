@@ -1,0 +1,137 @@
+"""Triton kernels: gather, scale and sum at once, without a tensor of one row for each edge.
+
+They add in float32. A program owns the rows that it writes, so there are no atomic additions and the result is the same
+each time. Indices are masked: a wrong one contributes nothing, and nothing is read out of bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from timm_ghn.ops.edges import Edges
+
+#: Edges that a program of the sum reads at once, and edges that one of the dot products owns.
+_EDGES = 16
+#: Most features that a program reads at once.
+_FEATURES = 128
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    messages,
+    source,
+    pointer,
+    weight,
+    out,
+    num_sources,
+    num_edges,
+    width,
+    WEIGHTED: tl.constexpr,
+    EDGES: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """One target and some features: out[t, :] = sum over e of w[e] m[source[e], :]."""
+    target = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    inside = feature < width
+    begin = tl.maximum(tl.load(pointer + target).to(tl.int64), 0)
+    end = tl.minimum(tl.load(pointer + target + 1).to(tl.int64), num_edges)
+    total = tl.zeros((FEATURES,), dtype=tl.float32)
+    for at in range(begin, end, EDGES):
+        edge = at + tl.arange(0, EDGES)
+        real = edge < end
+        row = tl.load(source + edge, mask=real, other=0).to(tl.int64)
+        real = real & (row >= 0) & (row < num_sources)
+        place = row[:, None] * width + feature[None, :]
+        carried = tl.load(messages + place, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            carried *= tl.load(weight + edge, mask=real, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(carried, 0)
+    tl.store(out + target * width + feature, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dot_kernel(  # type: ignore[no-untyped-def]
+    messages,
+    gradient,
+    source,
+    target,
+    out,
+    num_sources,
+    num_targets,
+    num_edges,
+    width,
+    EDGES: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Some edges: out[e] = <m[source[e], :], g[target[e], :]>."""
+    edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
+    real = edge < num_edges
+    row = tl.load(source + edge, mask=real, other=0).to(tl.int64)
+    column = tl.load(target + edge, mask=real, other=0).to(tl.int64)
+    known = real & (row >= 0) & (row < num_sources) & (column >= 0) & (column < num_targets)
+    total = tl.zeros((EDGES,), dtype=tl.float32)
+    for at in range(0, width, FEATURES):
+        feature = at + tl.arange(0, FEATURES)
+        mask = known[:, None] & (feature < width)[None, :]
+        carried = tl.load(messages + row[:, None] * width + feature[None, :], mask=mask, other=0.0)
+        arriving = tl.load(gradient + column[:, None] * width + feature[None, :], mask=mask, other=0.0)
+        total += tl.sum(carried.to(tl.float32) * arriving.to(tl.float32), 1)
+    tl.store(out + edge, total.to(out.dtype.element_ty), mask=real)
+
+
+def fused_sums(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    """(T, d): the sums of a schedule in one kernel; their gradients are the same kernel on the transposed schedule.
+
+    Args:
+        messages_Md: float32 or bfloat16, contiguous.
+        edges: The schedule.
+        weight_E: Factors in its order; None for its own, or for 1.
+    """
+    width = messages_Md.shape[1]
+    weight_E = edges.weight_E if weight_E is None else weight_E
+    out_Td = messages_Md.new_empty(edges.num_targets, width)
+    features = min(_FEATURES, triton.next_power_of_2(width))
+    _sum_kernel[edges.num_targets, triton.cdiv(width, features)](
+        messages_Md,
+        edges.source_E,
+        edges.pointer_T1,
+        messages_Md if weight_E is None else weight_E.contiguous(),
+        out_Td,
+        edges.num_sources,
+        len(edges),
+        width,
+        WEIGHTED=weight_E is not None,
+        EDGES=_EDGES,
+        FEATURES=features,
+    )
+    return out_Td
+
+
+def fused_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
+    """(E,): the gradient of the factors in one kernel.
+
+    Args:
+        messages_Md: float32 or bfloat16, contiguous.
+        gradient_Td: Gradient of the sums, the same dtype.
+        edges: The schedule.
+    """
+    width = messages_Md.shape[1]
+    out_E = torch.empty(len(edges), dtype=messages_Md.dtype, device=messages_Md.device)
+    _dot_kernel[(triton.cdiv(len(edges), _EDGES),)](
+        messages_Md,
+        gradient_Td.contiguous(),
+        edges.source_E,
+        edges.target_E,
+        out_E,
+        edges.num_sources,
+        edges.num_targets,
+        len(edges),
+        width,
+        EDGES=_EDGES,
+        FEATURES=min(_FEATURES, triton.next_power_of_2(width)),
+    )
+    return out_E

@@ -1,0 +1,120 @@
+"""Sums over some targets of a schedule at a time, for networks that need the ones before the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from timm_ghn.ops.aggregation import dense_is_faster, sparse_backend
+from timm_ghn.ops.backends import Backend
+from timm_ghn.ops.edges import Edges
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseRows:
+    """Consecutive targets of a schedule as a matrix, which reaches from the first source of any of them to the last.
+
+    Attributes:
+        window: Rows of the messages that it multiplies; others lie between those that an edge carries.
+        matrix_nW: (n, W).
+    """
+
+    window: slice
+    matrix_nW: Tensor
+
+    def sum(self, messages_Md: Tensor) -> Tensor:
+        """(n, d): the sums, without a gradient. Rows of the window that no edge carries must be finite."""
+        return self.matrix_nW @ messages_Md[self.window]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseRows:
+    """Consecutive targets of a schedule as edges.
+
+    Attributes:
+        edges: Those into these targets, from all sources.
+        backend: What sums over them.
+    """
+
+    edges: Edges
+    backend: Backend
+
+    def sum(self, messages_Md: Tensor) -> Tensor:
+        """(n, d): the sums, without a gradient."""
+        if not len(self.edges):
+            return messages_Md.new_zeros(self.edges.num_targets, messages_Md.shape[1])
+        return self.backend.sums(messages_Md, self.edges, None)
+
+
+Rows = DenseRows | SparseRows
+
+
+def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, layout: str = 'auto') -> tuple[Rows, ...]:
+    """Cut a schedule into parts of consecutive targets, all dense or all sparse, whichever takes less time.
+
+    Matrices of a few targets reach over few sources in one graph, and are quick. In several graphs that are merged, the
+    sources of the targets of one graph lie among those of the others: the matrices of 64 graphs would be a hundred
+    times as large as the lists of edges.
+
+    Args:
+        edges: The schedule; its factors stay the same.
+        sizes: Number of targets of each part; T in all.
+        like: Messages (M, d) of the device, dtype and number of features that will be summed.
+        layout: ``'dense'``, ``'sparse'`` or ``'auto'``.
+
+    Raises:
+        ValueError: if the sizes do not sum up to T, the schedule has no factors, or the layout is another one.
+    """
+    if layout not in ('auto', 'dense', 'sparse'):
+        raise ValueError(f"expected 'auto', 'dense' or 'sparse' as layout (got {layout!r})")
+    if sum(sizes) != edges.num_targets or edges.weight_E is None:
+        raise ValueError(f'expected factors and parts of {edges.num_targets} targets in all (got {sum(sizes)})')
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    counts = edges.pointer_T1.cpu()[starts].diff().tolist()
+    windows = [_window(source_e) for source_e in edges.source_E.cpu().split(counts)]
+    elements = sum(size * (window.stop - window.start) for size, window in zip(sizes, windows, strict=True))
+    if layout == 'auto':
+        layout = 'dense' if dense_is_faster(elements, len(edges), like.shape[1], calls=len(sizes)) else 'sparse'
+    if layout == 'dense':
+        return tuple(_matrices(edges, starts, windows))
+    return tuple(_lists(edges, starts, counts, like))
+
+
+def _window(source_e: Tensor) -> slice:
+    """From the first source to the last."""
+    if not len(source_e):
+        return slice(0, 0)
+    first, last = source_e.aminmax()
+    return slice(int(first), int(last) + 1)
+
+
+def _matrices(edges: Edges, starts: Sequence[int], windows: Sequence[slice]) -> Iterator[DenseRows]:
+    assert edges.weight_E is not None
+    size_P = torch.tensor(starts, device='cpu').diff()
+    width_P = torch.tensor([window.stop - window.start for window in windows], device='cpu')
+    first_P = torch.tensor([window.start for window in windows], device='cpu')
+    begin_P = (size_P * width_P).cumsum(0) - size_P * width_P
+    # Where row 0 of the schedule and source 0 would be in the matrix of each part, one matrix after another.
+    origin_P = begin_P - torch.tensor(starts[:-1], device='cpu') * width_P - first_P
+    target_E = edges.target_E.cpu()
+    part_E = torch.arange(len(windows), device='cpu').repeat_interleave(size_P)[target_E]
+    place_E = (origin_P[part_E] + target_E * width_P[part_E]).to(edges.source_E.device) + edges.source_E
+    elements = edges.weight_E.new_zeros(int((size_P * width_P).sum()))
+    elements.index_put_((place_E,), edges.weight_E, accumulate=True)
+    matrices = elements.split((size_P * width_P).tolist())
+    for matrix, size, window in zip(matrices, size_P.tolist(), windows, strict=True):
+        yield DenseRows(window, matrix.view(size, window.stop - window.start))
+
+
+def _lists(edges: Edges, starts: Sequence[int], counts: list[int], like: Tensor) -> Iterator[SparseRows]:
+    assert edges.weight_E is not None
+    backend = sparse_backend(like)
+    lists = zip(edges.source_E.split(counts), edges.weight_E.split(counts), strict=True)
+    for start, stop, (source_e, weight_e) in zip(starts[:-1], starts[1:], lists, strict=True):
+        pointer_n1 = edges.pointer_T1[start : stop + 1]
+        yield SparseRows(Edges(source_e, pointer_n1 - pointer_n1[0], edges.num_sources, weight_e), backend)
