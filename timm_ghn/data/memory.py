@@ -18,6 +18,9 @@ from timm_ghn.data.images import decoded
 from timm_ghn.data.splits import Split
 from timm_ghn.errors import DataError
 
+#: What may be done to the images of training.
+AUGMENTATIONS = ('none', 'flip', 'crop')
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageTensors:
@@ -78,36 +81,49 @@ def normalised(images_nchw: Tensor, config: Mapping[str, Any]) -> Tensor:
     return (images_nchw.float() / 255 - mean) / std
 
 
-def augmented(images_nchw: Tensor, rng: np.random.Generator) -> Tensor:
-    """Random crops out of images with an eighth of their side around them, and horizontal flips; bytes stay bytes.
+def augmented(images_nchw: Tensor, rng: np.random.Generator, *, crop: bool = True) -> Tensor:
+    """Horizontal flips, and random crops out of images with an eighth of their side around them; bytes stay bytes.
 
     Args:
         images_nchw: uint8 (n, channels, side, side).
         rng: Draws where to crop and what to flip.
+        crop: Whether to crop.
     """
     count, _, height, width = images_nchw.shape
+    flipped_n = torch.from_numpy(rng.random(count) < 0.5).to(images_nchw.device)
+    images_nchw = torch.where(flipped_n[:, None, None, None], images_nchw.flip(3), images_nchw)
+    if not crop:
+        return images_nchw
     margin = max(1, width // 8)
     padded = F.pad(images_nchw, (margin,) * 4)
     tops, lefts = (rng.integers(2 * margin + 1, size=count) for _ in range(2))
-    flips = rng.random(count) < 0.5
-    crops = []
-    for image, top, left, flip in zip(padded.unbind(), tops, lefts, flips, strict=True):
-        crop = image[:, top : top + height, left : left + width]
-        crops.append(crop.flip(2) if flip else crop)
+    crops = [
+        image[:, top : top + height, left : left + width]
+        for image, top, left in zip(padded.unbind(), tops, lefts, strict=True)
+    ]
     return torch.stack(crops)
 
 
 def training_batch(
-    data: ImageTensors, step: int, batch_size: int, *, seed: int, config: Mapping[str, Any], augment: bool = True
+    data: ImageTensors, step: int, batch_size: int, *, seed: int, config: Mapping[str, Any], augment: str = 'crop'
 ) -> tuple[Tensor, Tensor]:
-    """The images of a step: they depend on the seed and the step alone. Each epoch has an order of its own."""
+    """The images of a step: they depend on the seed and the step alone. Each epoch has an order of its own.
+
+    Args:
+        data: All images.
+        step: Number of the step.
+        batch_size: Images in a step.
+        seed: Of the order and the augmentation.
+        config: With the mean and std to normalise with.
+        augment: One of :data:`AUGMENTATIONS`.
+    """
     per_epoch = max(1, len(data) // batch_size)
     epoch, place = divmod(step, per_epoch)
     order = _order(len(data), seed, epoch)
     rows = torch.from_numpy(order[place * batch_size : (place + 1) * batch_size]).to(data.labels_n.device)
     images = data.images_nchw[rows]
-    if augment:
-        images = augmented(images, np.random.default_rng((seed, 2, step)))
+    if augment != 'none':
+        images = augmented(images, np.random.default_rng((seed, 2, step)), crop=augment == 'crop')
     return normalised(images, config), data.labels_n[rows]
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,8 @@ class TemplateDecoder(TensorDecoder):
         self.channels = nn.Embedding(max(config.max_shape[:2]), codes)
         self.classes = nn.Embedding(config.num_classes, codes)
         self.positions = nn.Embedding(side * side, self.spatial)
-        self.templates = nn.Parameter(torch.empty(config.templates, self.spatial, codes, codes))
+        # One row for each template, (q, a, b) one after the other: a matrix, as optimisers of matrices expect it.
+        self.templates = nn.Parameter(torch.empty(config.templates, self.spatial * codes * codes))
         self.hidden = nn.Linear(hid, 2 * hid)
         self.shares = nn.Linear(2 * hid, config.templates)
         self.scale = nn.Linear(2 * hid, 2)
@@ -131,31 +133,31 @@ class TemplateDecoder(TensorDecoder):
         """Decode tensors whose kernels have one size."""
         nodes = torch.tensor([job.node for job in jobs], device=z_Nd.device)
         hidden_Jh = math.sqrt(2) * torch.sin(apply_linear(self.hidden, z_Nd[nodes]))
-        mixed_Jpab = self._mixtures(hidden_Jh, self._kernel_codes(jobs[0]))
+        mixed_Japb = self._mixtures(hidden_Jh, self._kernel_codes(jobs[0]))
         # Taken apart at once: the gradient of a row by itself would be as large as that of all.
         kept_J, random_J = self._scales(hidden_Jh, jobs)
-        rows = zip(jobs, mixed_Jpab.unbind(), kept_J.unbind(), random_J.unbind(), strict=True)
-        for job, mixed_pab, kept, random in rows:
-            rows_oa = codes.classes(job.classes) if job.classes else codes.channels(job.outputs)
-            weight_poi = rows_oa @ (mixed_pab @ codes.channels(job.inputs).t())
-            scale = kept * weight_poi.square().mean().add(1e-12).rsqrt()
-            weight_oip = weight_poi.permute(1, 2, 0) * scale
-            weight_oip = weight_oip + random * self._random(weight_oip, job.salt)
-            shape = weight_oip.shape[:2] if job.classes else (*weight_oip.shape[:2], *job.size)
-            yield Block(job.index, weight_oip.reshape(shape))
+        rows = zip(jobs, mixed_Japb.unbind(), kept_J.unbind(), random_J.unbind(), strict=True)
+        for job, mixed_apb, kept, random in rows:
+            codes_oa = codes.classes(job.classes) if job.classes else codes.channels(job.outputs)
+            noise = self._random(len(codes_oa) * mixed_apb.shape[1] * job.inputs, job.salt, codes_oa)
+            weight_opi = _Weight.apply(mixed_apb, codes_oa, codes.channels(job.inputs), kept, random, noise)
+            # In memory the channels are last, as convolutions on a CPU are fastest with.
+            weight_oip = weight_opi.transpose(1, 2)
+            yield Block(job.index, weight_oip.flatten(1) if job.classes else weight_oip.unflatten(2, job.size))
 
     def _mixtures(self, hidden_Jh: Tensor, kernel_pq: Tensor) -> Tensor:
-        """M (J, p, a, b) of each node, for the positions of a kernel."""
+        """M (J, a, p, b) of each node, for the positions of a kernel."""
         shares_Jk = apply_linear(self.shares, hidden_Jh)
         shares_Jk = shares_Jk * shares_Jk.square().mean(1, keepdim=True).add(1e-6).rsqrt()
-        templates_kqab = self.templates.to(hidden_Jh.dtype)
+        templates_km = self.templates.to(hidden_Jh.dtype)
         codes = self.config.codes
         if len(kernel_pq) <= self.spatial:
             # Fewer positions than templates have: cut first.
-            cut_kpab = torch.einsum('pq,kqm->kpm', kernel_pq, templates_kqab.flatten(2))
-            return (shares_Jk @ cut_kpab.flatten(1)).view(len(shares_Jk), -1, codes, codes)
-        mixed_Jqm = (shares_Jk @ templates_kqab.flatten(1)).view(len(shares_Jk), self.spatial, -1)
-        return (kernel_pq @ mixed_Jqm).view(len(shares_Jk), -1, codes, codes)
+            cut_kpm = torch.einsum('pq,kqm->kpm', kernel_pq, templates_km.unflatten(1, (self.spatial, -1)))
+            cut_kapb = cut_kpm.unflatten(2, (codes, codes)).transpose(1, 2).flatten(1)
+            return (shares_Jk @ cut_kapb).view(len(shares_Jk), codes, -1, codes)
+        mixed_Jqm = (shares_Jk @ templates_km).view(len(shares_Jk), self.spatial, -1)
+        return (kernel_pq @ mixed_Jqm).view(len(shares_Jk), -1, codes, codes).transpose(1, 2).contiguous()
 
     def _scales(self, hidden_Jh: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
         """g cos(t) and g sin(t) of each tensor."""
@@ -175,19 +177,61 @@ class TemplateDecoder(TensorDecoder):
             grid_hwq = grid_1qhw[0].permute(1, 2, 0)
         return grid_hwq.flatten(0, 1)
 
-    def _random(self, like_oip: Tensor, salt: int) -> Tensor:
-        """A fixed normal tensor of a shape; that of another salt is another one."""
-        if self._source is None or self._source.device != like_oip.device:
+    def _random(self, count: int, salt: int, like: Tensor) -> Tensor:
+        """Fixed normal values (count,); those of another salt are others."""
+        if self._source is None or self._source.device != like.device:
             generator = torch.Generator().manual_seed(SEED)
             drawn = torch.randn(_RANDOM, generator=generator, dtype=torch.float32, device='cpu')
             # Twice, so that what begins near the end goes on at the start.
-            self._source = drawn.to(like_oip.device).repeat(2)
-        count = like_oip.numel()
+            self._source = drawn.to(like.device).repeat(2)
         # Tensors overlap in the source, but begin far apart.
         start = (salt * 7_919_993) % _RANDOM
         repeats = -(-(start + count) // len(self._source))
         source = self._source if repeats == 1 else self._source.repeat(repeats)
-        return source[start : start + count].view(like_oip.shape).to(like_oip.dtype)
+        return source[start : start + count].to(like.dtype)
+
+
+class _Weight(torch.autograd.Function):
+    """k W / rms(W) + s R with W[o, p, i] = sum_ab T[o, a] M[a, p, b] U[i, b], in few operations either way.
+
+    Training decodes hundreds of small tensors a step, whose time is that of the number of operations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed_apb: Tensor, rows_oa: Tensor, columns_ib: Tensor, kept: Tensor, random: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Weight (o, p, i) from mixture, codes, factors k and s, and R (o p i,)."""
+        codes, positions, _ = mixed_apb.shape
+        left_xb = (rows_oa @ mixed_apb.view(codes, -1)).view(-1, codes)
+        weight_xi = left_xb @ columns_ib.t()
+        inverse = weight_xi.square().mean().add_(1e-12).rsqrt_()
+        noise_xi = noise.view_as(weight_xi)
+        ctx.save_for_backward(mixed_apb, rows_oa, columns_ib, left_xb, weight_xi, inverse, noise_xi, kept)
+        return torch.addcmul(weight_xi * (kept * inverse), noise_xi, random).view(-1, positions, len(columns_ib))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_opi: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all but R."""
+        mixed_apb, rows_oa, columns_ib, left_xb, weight_xi, inverse, noise_xi, kept = ctx.saved_tensors
+        gradient_xi = gradient_opi.reshape(weight_xi.shape)
+        along = torch.dot(gradient_xi.flatten(), weight_xi.flatten()) * inverse
+        scale = kept * inverse
+        # What only makes the weight larger is undone by the normalisation.
+        changed_xi = torch.addcmul(
+            gradient_xi * scale, weight_xi, scale * inverse * along, value=-1 / weight_xi.numel()
+        )
+        left_grad_oy = (changed_xi @ columns_ib).view(len(rows_oa), -1)
+        flat_ay = mixed_apb.view(len(mixed_apb), -1)
+        return (
+            (rows_oa.t() @ left_grad_oy).view_as(mixed_apb),
+            left_grad_oy @ flat_ay.t() if ctx.needs_input_grad[1] else None,
+            changed_xi.t() @ left_xb if ctx.needs_input_grad[2] else None,
+            along,
+            torch.dot(gradient_xi.flatten(), noise_xi.flatten()),
+            None,
+        )
 
 
 class _Codes:

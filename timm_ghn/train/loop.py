@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
@@ -48,6 +49,9 @@ IMAGES = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
 
 #: Options that may change when a run goes on.
 _FREE = ('output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'log_steps')
+
+#: Rate of AdamW beside Muon, whose updates are a fifth of its rate.
+_FALLBACK = 0.5
 
 _logger = logging.getLogger('timm_ghn.train')
 
@@ -155,11 +159,46 @@ def _ghn(options: TrainOptions, num_classes: int) -> GHN:
 
 
 def rate(options: TrainOptions, step: int) -> float:
-    """Learning rate of a step: linear warm-up, then half a cosine to zero (arXiv 2303.04143, appendix A)."""
+    """Learning rate of a step.
+
+    After a linear warm-up it is half a cosine to zero (arXiv 2303.04143, appendix A); or, with ``decay_steps``, constant
+    until a linear decay to zero, which learns longer at the full rate, and leaves the number of steps open until then.
+    """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps
+    if options.decay_steps:
+        return options.lr * min(1.0, (options.steps - step) / options.decay_steps)
     passed = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
     return options.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, passed)))
+
+
+def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the templates: it lets rare directions change as fast as common ones.
+
+    Norms, biases and embeddings are not decayed.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        'templates': {'params': [], 'weight_decay': options.weight_decay},
+        'matrices': {'params': [], 'weight_decay': options.weight_decay},
+        'others': {'params': [], 'weight_decay': 0.0},
+    }
+    for name, parameter in ghn.named_parameters():
+        if options.opt == 'muon' and name == 'decoder.templates':
+            kind = 'templates'
+        else:
+            kind = 'matrices' if parameter.dim() > 1 and 'embed' not in name else 'others'
+        groups[kind]['params'].append(parameter)
+    more: dict[str, Any] = {}
+    if options.opt == 'muon':
+        # Said for each group: by its own rule timm takes wide matrices for embeddings.
+        for kind, group in groups.items():
+            group['use_muon'] = kind == 'templates'
+        more = {'momentum': 0.95, 'fallback_lr_scale': _FALLBACK}
+    used = [group for group in groups.values() if group['params']]
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        used, opt=options.opt, lr=options.lr, betas=(0.9, 0.99), **more
+    )
+    return optimizer
 
 
 class _Run(Run):
@@ -182,14 +221,7 @@ class _Run(Run):
         self.pool: dict[int, Architecture] = {}  # drawn so far
         self.progress = Progress()
         self.blueprints = Blueprints(ghn.config, options.cache or options.output / 'architectures')
-        # Norms, biases and embeddings are not decayed.
-        decayed = [p for n, p in ghn.named_parameters() if p.dim() > 1 and 'embed' not in n]
-        kept = {id(p) for p in decayed}
-        groups = [
-            {'params': decayed, 'weight_decay': options.weight_decay},
-            {'params': [p for p in ghn.parameters() if id(p) not in kept], 'weight_decay': 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99))
+        optimizer = _optimizer(options, ghn)
         # Gradients are averaged below: which parameters get one depends on the architectures of a process.
         self.ghn: GHN = accelerator.prepare_model(ghn, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -198,7 +230,9 @@ class _Run(Run):
     @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same when the run goes on; the number of processes may change."""
-        return {name: value for name, value in self.options.to_dict().items() if name not in _FREE}
+        # A constant rate leaves the number of steps open: a run may go on for longer than it was meant to.
+        free = (*_FREE, 'steps') if self.options.decay_steps else _FREE
+        return {name: value for name, value in self.options.to_dict().items() if name not in free}
 
     def run(self) -> Result:
         """Go on from the last checkpoint, or begin; train to the end."""

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from timm_ghn.data.memory import AUGMENTATIONS
 from timm_ghn.data.splits import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.nn.config import GHNConfig
@@ -18,6 +19,7 @@ from timm_ghn.train.samplers import ArchitectureSampler, TimmSampler, build_samp
 GROUPS = {'name': 'GHN', 'dataset': 'data', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
 
 PRECISIONS = ('no', 'bf16')
+OPTIMISERS = ('adamw', 'muon')
 #: Options that are hyper-parameters of the GHN.
 OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smooth', 'templates', 'codes', 'name')
 
@@ -51,7 +53,7 @@ class TrainOptions:
     image_column: str | None = option(None, 'column of images (default: found by its type)')
     label_column: str | None = option(None, 'column of labels (default: found by its type)')
     image_size: int = option(32, 'side of the images in pixels')
-    augment: bool = option(True, 'random crops and flips')
+    augment: str = option('crop', 'none, flip (horizontally), or crop: random crops and flips')
 
     sampler: str = option('timm', 'source of architectures: timm or names')
     sampler_args: Any = option(None, 'its options, a mapping in a recipe (see timm_ghn.train.samplers)')
@@ -63,9 +65,11 @@ class TrainOptions:
     meta_batch: int = option(4, 'architectures in a step, of all processes')
     accumulate: int = option(1, 'parts into which the architectures of a process are divided, to save memory')
     batch_size: int = option(64, 'images in a step; all architectures see the same')
-    lr: float = option(1e-3, 'learning rate of AdamW')
+    opt: str = option('adamw', 'optimiser: adamw, or muon for the templates and adamw for the rest')
+    lr: float = option(1e-3, 'learning rate')
     weight_decay: float = option(0.01, 'weight decay')
-    warmup_steps: int = option(100, 'steps of linear warm-up; a cosine to zero follows')
+    warmup_steps: int = option(100, 'steps of linear warm-up')
+    decay_steps: int = option(0, 'steps of linear decay at the end, after a constant rate; 0 for half a cosine')
     clip_grad: float = option(1.0, 'largest norm of the gradient')
     clip_network: float = option(1.0, 'largest norm of the gradient of each network')
     smoothing: float = option(0.0, 'label smoothing')
@@ -95,7 +99,7 @@ class TrainOptions:
         for name in positive + (('time_limit',) if self.time_limit is not None else ()):
             if not getattr(self, name) > 0:
                 raise ConfigError(f'expected {name} above 0 (got {getattr(self, name)})')
-        for name in ('weight_decay', 'warmup_steps', 'pool', 'seed', 'smoothing', 'ema_decay'):
+        for name in ('weight_decay', 'warmup_steps', 'decay_steps', 'pool', 'seed', 'smoothing', 'ema_decay'):
             if getattr(self, name) < 0:
                 raise ConfigError(f'expected {name} of 0 or more (got {getattr(self, name)})')
         for name in ('smoothing', 'ema_decay'):
@@ -105,9 +109,17 @@ class TrainOptions:
             raise ConfigError(
                 f'expected meta_batch to be a multiple of accumulate (got {self.meta_batch}, {self.accumulate})'
             )
-        if self.mixed_precision not in (None, *PRECISIONS):
+        choices = {'mixed_precision': (None, *PRECISIONS), 'opt': OPTIMISERS, 'augment': AUGMENTATIONS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                names = ', '.join(filter(None, known))
+                raise ConfigError(f'expected {name} to be one of {names} (got {getattr(self, name)!r})')
+        if self.opt == 'muon' and self.decoder != 'templates':
+            raise ConfigError(f"opt 'muon' is for the decoder 'templates' (got the decoder {self.decoder!r})")
+        if self.warmup_steps + self.decay_steps > self.steps:
             raise ConfigError(
-                f'expected mixed_precision to be one of {", ".join(PRECISIONS)} (got {self.mixed_precision!r})'
+                f'expected at least {self.warmup_steps} + {self.decay_steps} steps, to warm up and to decay '
+                f'(got {self.steps})'
             )
         # Their own checks.
         _ = self.data, self.config_for(2), self.sampler_for(2)

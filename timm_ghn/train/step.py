@@ -112,24 +112,22 @@ def train_step(
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         found = torch.autograd.grad(loss * share, list(leaves.values()), allow_unused=True)
         used = [(own[key], gradient) for key, gradient in zip(leaves, found, strict=True) if gradient is not None]
-        # A sum is finite only where all are.
-        if not bool(torch.stack([loss.detach(), *(gradient.sum() for _, gradient in used)]).isfinite().all()):
+        parts = [gradient for _, gradient in used]
+        value, norm = torch.stack([loss.detach(), torch.nn.utils.get_total_norm(parts).to(loss)]).tolist()
+        if not (math.isfinite(value) and math.isfinite(norm)):
             skipped += 1
             losses.append(float('nan'))
             accuracies.append(float('nan'))
             continue
         tensors += [tensor for tensor, _ in used]
-        gradients += _clipped([gradient for _, gradient in used], math.inf if clip is None else clip * share)
-        losses.append(float(loss.detach()))
+        if clip is not None and norm > clip * share:
+            parts = [gradient * (clip * share / norm) for gradient in parts]
+        gradients += parts
+        losses.append(value)
         accuracies.append(float((logits.argmax(1) == labels).float().mean()))
     if tensors:
         torch.autograd.backward(tensors, gradients)
     return Outcome(tuple(losses), tuple(accuracies), skipped)
-
-
-def _clipped(gradients: Sequence[Tensor], limit: float) -> Sequence[Tensor]:
-    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
-    return gradients if norm <= limit else [gradient * (limit / norm) for gradient in gradients]
 
 
 def _layout(tensor: Tensor) -> Tensor:
