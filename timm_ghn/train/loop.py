@@ -161,8 +161,8 @@ def _ghn(options: TrainOptions, num_classes: int) -> GHN:
 def rate(options: TrainOptions, step: int) -> float:
     """Learning rate of a step.
 
-    After a linear warm-up it is half a cosine to zero (arXiv 2303.04143, appendix A); or, with ``decay_steps``, constant
-    until a linear decay to zero, which learns longer at the full rate, and leaves the number of steps open until then.
+    After a linear warm-up it is half a cosine to zero (arXiv 2303.04143, appendix A); or, with ``decay_steps``, it is
+    constant until a linear decay to zero: longer at the full rate, and the number of steps stays open until then.
     """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps
