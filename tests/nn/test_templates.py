@@ -112,3 +112,30 @@ def test_it_is_saved_and_loaded_exactly(ghn, tmp_path):
     for name, value in first.items():
         # What is read lies elsewhere in memory, and a matrix product may round otherwise there.
         torch.testing.assert_close(second[name], value)
+
+
+@pytest.mark.parametrize('size', [(5, 3, 3, 3), (3, 20, 1, 1), (4, 2, 5, 7)])
+def test_the_gradient_of_a_weight_is_that_of_its_formula(size):
+    torch.manual_seed(0)
+    ghn = GHN(CONFIG).double()
+    embedding = torch.randn(1, 16, dtype=torch.float64)
+    names = ('decoder.templates', 'decoder.channels.weight', 'decoder.scale.bias', 'decoder.positions.weight')
+    parameters = dict(ghn.named_parameters())
+
+    def loss():
+        decoded = decode(ghn, embedding, [DecodeRequest(DecodeKind.TENSOR, 0, size)])[0]
+        return (decoded * torch.linspace(-1, 2, decoded.numel(), dtype=torch.float64).view_as(decoded)).sum()
+
+    gradients = torch.autograd.grad(loss(), [parameters[name] for name in names])
+    generator = torch.Generator().manual_seed(1)
+    for name, gradient in zip(names, gradients, strict=True):
+        parameter = parameters[name]
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=step)
+                values.append(float(loss()))
+        with torch.no_grad():
+            parameter.add_(direction, alpha=1e-5)
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-5)

@@ -92,7 +92,14 @@ def test_networks_that_were_never_trained_tell_colours_apart(base):
     assert all(0 <= row.top1 <= 100 and 0 < row.parameters <= 60_000 for row in rows)
 
 
-@pytest.mark.parametrize('changes', [{}, {'gnn': 'gated', 'decoder': 'conv', 'max_channels': 16, 'max_kernel': 7}])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'opt': 'muon', 'decay_steps': 3, 'augment': 'flip'},
+        {'gnn': 'gated', 'decoder': 'conv', 'max_channels': 16, 'max_kernel': 7},
+    ],
+)
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monkeypatch, changes):
     options = dataclasses.replace(base, **changes)
     train(options)
@@ -131,6 +138,51 @@ def test_a_run_goes_on_from_a_ghn(base, tmp_path):
     assert all(torch.allclose(value, weights(more)[name]) for name, value in weights(base).items())
     with pytest.raises(ConfigError, match='another GHN than the options describe: hid is 16 there and 32 here'):
         train(dataclasses.replace(more, hid=32, output=tmp_path / 'wrong'))
+
+
+def test_a_run_goes_on_from_a_ghn_of_other_classes(base, tmp_path):
+    train(base)
+    classes = ('red', 'green')
+    other = save_dataset(tmp_path / 'other', make_dataset(80, classes), make_dataset(40, classes, seed=1))
+    more = dataclasses.replace(
+        base, dataset=str(other), init=str(base.output / 'ghn'), steps=2, lr=1e-30, output=tmp_path / 'more'
+    )
+    train(more)
+    before, after = weights(base), weights(more)
+    assert after['decoder.classes.weight'].shape == (2, 8)
+    del before['decoder.classes.weight']
+    assert all(torch.allclose(value, after[name]) for name, value in before.items())
+
+
+def test_a_constant_rate_decays_at_the_end(base):
+    options = dataclasses.replace(base, lr=1.0, steps=10, warmup_steps=2, decay_steps=4)
+    assert [loop.rate(options, step) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_with_a_constant_rate_a_run_can_be_made_longer(base):
+    short = dataclasses.replace(base, opt='muon', decay_steps=2)
+    train(short)
+    longer = train(dataclasses.replace(short, steps=8, resume=True))
+    assert longer.finished
+    assert longer.steps == 8
+    with pytest.raises(CheckpointError):
+        train(dataclasses.replace(short, steps=8, decay_steps=0, resume=True))
+
+
+def test_muon_changes_templates_in_all_directions(base):
+    """The singular values of an update are alike, as they are not for a gradient; everything else is AdamW's."""
+    ghn = loop._ghn(base, 3)
+    optimizer = loop._optimizer(dataclasses.replace(base, opt='muon'), ghn)
+    before = {name: parameter.detach().clone() for name, parameter in ghn.named_parameters()}
+    for parameter in ghn.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    templates = ghn.decoder.templates
+    templates.grad = templates.grad * torch.logspace(0, -2, len(templates))[:, None]
+    optimizer.step()
+    values = torch.linalg.svdvals(templates.detach() - before['decoder.templates'])
+    assert values.max() < 2 * values.min()
+    hidden = ghn.decoder.hidden.weight.detach() - before['decoder.hidden.weight']
+    assert torch.allclose(hidden.abs(), hidden.abs().mean().expand_as(hidden), rtol=0.1)
 
 
 def test_a_run_of_other_options_is_not_gone_on_with(base):
@@ -180,6 +232,10 @@ def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
         {'held_out': ['alexnet']},
         {'mixed_precision': 'fp16'},
         {'ema_decay': 1.0},
+        {'opt': 'sgd'},
+        {'opt': 'muon', 'decoder': 'conv'},
+        {'augment': 'mirror'},
+        {'steps': 100, 'warmup_steps': 50, 'decay_steps': 51},
     ],
 )
 def test_options_that_make_no_sense_are_refused(changes):

@@ -139,22 +139,26 @@ def train(options: TrainOptions) -> Result:
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
-    """The GHN before training."""
+    """The GHN before training; what depends on the classes is new where another GHN knows other ones."""
     config = options.config_for(num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        found = GHN(config)
     if options.init is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            return GHN(config)
+        return found
     ghn = load_ghn(options.init)
     differs = [
         f'{name} is {getattr(ghn.config, name)!r} there and {getattr(config, name)!r} here'
-        for name in (*OF_CONFIG, 'max_shape', 'num_classes', 'rules')
+        for name in (*OF_CONFIG, 'max_shape', 'rules')
         if name != 'name' and getattr(ghn.config, name) != getattr(config, name)
     ]
     if differs:
         raise ConfigError(f'{options.init!r} is another GHN than the options describe: {"; ".join(differs)}')
-    found = GHN(config)
-    found.load_state_dict(ghn.state_dict())
+    state = found.state_dict()
+    for name, tensor in ghn.state_dict().items():
+        if tensor.shape == state[name].shape:
+            state[name] = tensor
+    found.load_state_dict(state)
     return found
 
 
