@@ -48,3 +48,14 @@ def test_sizes_above_the_vocabulary_take_its_last_row_and_no_shape_takes_the_dum
     assert torch.equal(largest, larger)
     dummies = (encoder.embed_channel.weight[-1], encoder.embed_spatial.weight[-1])
     assert torch.equal(absent, torch.cat((dummies[0], dummies[0], dummies[1], dummies[1])))
+
+
+@pytest.mark.parametrize(('old', 'new'), [(10, 200), (10, 10), (64, 10), (10, 64), (1000, 3)])
+def test_an_encoder_takes_over_the_embeddings_of_one_for_other_classes(old, new):
+    first, second = (
+        ShapeEncoder(GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=classes)) for classes in (old, new)
+    )
+    second.take_(first)
+    others = torch.tensor([[32, 16, 3, 3], [256, 1, 7, 7], [2048, 512, 1, 1], [-1, -1, -1, -1]])
+    assert torch.equal(first(others), second(others))
+    assert torch.equal(first(torch.tensor([[old, 512, 1, 1]])), second(torch.tensor([[new, 512, 1, 1]])))

@@ -97,3 +97,20 @@ class ShapeEncoder(nn.Module):
             dummy = table.num_embeddings - 1
             parts.append(look_up(table, torch.where(shaped_N1, index_N2, dummy)).flatten(1))
         return torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def take_(self, other: ShapeEncoder) -> None:
+        """Take over the embeddings of an encoder for another number of classes, in place.
+
+        Each size takes that of the same size, and the number of classes that of the other's number of classes.
+
+        Args:
+            other: Of the same width and the same largest kernel.
+        """
+        self.embed_spatial.weight.copy_(other.embed_spatial.weight)
+        rows = {size: row for row, size in enumerate(channel_vocabulary(other.num_classes))}
+        taken = [
+            rows[other.num_classes if size == self.num_classes else size]
+            for size in channel_vocabulary(self.num_classes)
+        ]
+        self.embed_channel.weight.copy_(other.embed_channel.weight[[*taken, len(rows)]])

@@ -159,6 +159,7 @@ def _ghn(options: TrainOptions, num_classes: int) -> GHN:
         if tensor.shape == state[name].shape:
             state[name] = tensor
     found.load_state_dict(state)
+    found.shape_enc.take_(ghn.shape_enc)
     return found
 
 
