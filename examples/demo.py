@@ -1,20 +1,33 @@
-"""Create timm models with predicted parameters, save one, and read it back with plain timm.
+"""Start a timm model from predicted parameters and from timm's own, fine-tune both, and draw the two curves.
 
-Usage: python examples/demo.py [GHN]. Without an argument the GHN inside the package predicts: nothing is downloaded.
+Usage: python examples/demo.py [GHN]. Without an argument the GHN inside the package predicts. Nothing is downloaded:
+the images are the handwritten digits that come with scikit-learn.
 """
 
+from __future__ import annotations
+
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 
 import timm_ghn
+from timm_ghn.finetune.loop import finetune
+from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.hub.default import EMBEDDED
 
-EMBEDDED = 'ghn_tiny_untrained'
-MODELS = ('resnet18', 'mobilenetv3_small_100', 'convnext_atto', 'vit_tiny_patch16_224')
+MODEL = 'resnet18'
+SHOTS = 20
+EPOCHS = 15
 FOLDER = Path('demo-out')
+COLOURS = {'random': '#555555', 'ghn': '#d1495b'}
 
 
 def main(ghn_name: str) -> None:
@@ -22,30 +35,71 @@ def main(ghn_name: str) -> None:
     timm_ghn.set_default_ghn(ghn_name)  # what the tag 'ghn' means
     ghn = timm_ghn.load_ghn('ghn')
     trained = 'trained' if ghn.config.trained else 'NOT trained: what it predicts is no better than random weights'
-    print(f'GHN {ghn_name}: {sum(p.numel() for p in ghn.parameters()):,} parameters, {trained}\n')
+    print(f'GHN {ghn_name}: {sum(p.numel() for p in ghn.parameters()):,} parameters, {trained}')
 
-    for name in MODELS:
-        model = timm.create_model(f'{name}.ghn', num_classes=ghn.config.num_classes)
-        totals = timm_ghn.predict(model, ghn).plan.summary()
-        print(
-            f'{name}: predicted {totals["predicted_tensors"]} of {totals["tensors"]} tensors, '
-            f'{totals["predicted_elements"]:,} of {totals["elements"]:,} elements, from {totals["nodes"]} graph nodes'
-        )
-        for reason, kept in totals['kept'].items():
-            print(f'  kept {kept["tensors"]} ({kept["elements"]:,} elements): {reason}')
-
+    model = timm.create_model(f'{MODEL}.ghn', num_classes=10)
+    totals = timm_ghn.predict(model, ghn).plan.summary()
+    print(
+        f'{MODEL}: predicted {totals["predicted_elements"]:,} of {totals["elements"]:,} parameters in one forward pass'
+    )
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f'{MODELS[0]}.safetensors'
-    model = timm.create_model(f'{MODELS[0]}.ghn', num_classes=ghn.config.num_classes)
+    path = FOLDER / f'{MODEL}.safetensors'
     save_file(model.state_dict(), path)
+    check(model, timm.create_model(MODEL, num_classes=10, checkpoint_path=path))
+    print(f'{path}: read by plain timm, outputs are the same\n')
 
-    reloaded = timm.create_model(MODELS[0], num_classes=ghn.config.num_classes, checkpoint_path=path)
-    images = torch.randn(2, 3, 224, 224)
+    dataset = save_digits(FOLDER / 'digits')
+    print(f'{MODEL} on {10 * SHOTS} handwritten digits, {EPOCHS} epochs, from both starts:')
+    curves = {init: fine_tuned(dataset, init) for init in COLOURS}
+    print(f'{"epoch":>8}' + ''.join(f'{init:>10}' for init in curves))
+    for epoch in range(0, EPOCHS + 1, 3):
+        print(f'{epoch:>8}' + ''.join(f'{curve[epoch]:>9.1f}%' for curve in curves.values()))
+    draw(curves, FOLDER / 'curves.png')
+    print(f'The curves: {FOLDER / "curves.png"}')
+
+
+def check(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:
+    """Stop the demo unless two models compute the same."""
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        same = torch.equal(model.eval()(images), reloaded.eval()(images))
-    print(f'\n{path}: read by plain timm, outputs {"are the same" if same else "DIFFER"}')
-    if not same:
-        sys.exit(1)
+        if not torch.equal(model.eval()(images), reloaded.eval()(images)):
+            sys.exit('the reloaded model computes something else')
+
+
+def save_digits(folder: Path) -> Path:
+    """The digits as parquet files of a training and a validation split, as on the Hub."""
+    digits = load_digits()
+    features = Features({'image': Image(), 'label': ClassLabel(names=[str(digit) for digit in range(10)])})
+    images = (digits.images * (255 / 16)).astype('uint8')
+    for split, rows in {'train': slice(0, 1000), 'validation': slice(1000, None)}.items():
+        dataset = Dataset.from_dict({'image': list(images[rows]), 'label': digits.target[rows]}, features=features)
+        dataset.to_parquet(folder / f'{split}-00000.parquet')
+    return folder
+
+
+def fine_tuned(dataset: Path, init: str) -> list[float]:
+    """Accuracy in percent before the training and after each epoch."""
+    output = FOLDER / f'finetune-{init}'
+    shutil.rmtree(output, ignore_errors=True)
+    options: dict[str, Any] = {'image_size': 32, 'small_stem': 'off', 'hflip': 0.0, 'train_crop_mode': 'pad'}
+    result = finetune(
+        FinetuneOptions(
+            model=MODEL, init=init, dataset=str(dataset), shots=SHOTS, epochs=EPOCHS, output=output, **options
+        )
+    )
+    return [epoch['val_top1'] for epoch in result.epochs]
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """Draw the accuracy over the epochs."""
+    figure = Figure(figsize=(6.5, 4), layout='constrained')
+    axis = figure.subplots()
+    for init, curve in curves.items():
+        axis.plot(curve, marker='.', color=COLOURS[init], label={'random': "timm's own start"}.get(init, 'predicted'))
+    axis.set(xlabel='epochs', ylabel='validation accuracy, %', title=f'{MODEL}, {10 * SHOTS} handwritten digits')
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == '__main__':

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import itertools
 import pickle
@@ -15,16 +16,22 @@ from timm_ghn.errors import ConfigError
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.families import HELD_OUT
 from timm_ghn.train.samplers import (
+    MixSampler,
     NamesSampler,
     TimmSampler,
     build_sampler,
     evaluation_set,
+    families_of,
     known_samplers,
+    parts_of,
     register_sampler,
     stream,
 )
 
 FAST = TimmSampler(('vgg', 'resnet_basic'), macs=5_000_000, parameters=(5_000, 200_000))
+
+
+MIX = MixSampler(({'share': 3, 'families': ['vgg'], 'macs': 5_000_000}, {'sampler': 'names', 'names': ['resnet18']}))
 
 
 def take(sampler, count, seed=0, worker=0):
@@ -57,7 +64,7 @@ def test_global_generators_are_left_alone():
 
 
 def test_samplers_survive_pickling():
-    for sampler in (FAST, NamesSampler(('resnet18',))):
+    for sampler in (FAST, NamesSampler(('resnet18',)), MIX):
         assert pickle.loads(pickle.dumps(sampler)) == sampler
 
 
@@ -161,3 +168,33 @@ def test_named_models_are_built_for_small_images(name, small_stem):
     graph = trace(architecture.build(), input_size=architecture.input_size, rules='operators')
     assert graph.num_classes == 7
     assert architecture.build('cpu')(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_a_mixture_draws_from_each_part_by_its_share():
+    drawn = collections.Counter(architecture.family for architecture in take(MIX, 60))
+    assert set(drawn) == {'vgg', 'timm'}
+    assert 35 <= drawn['vgg'] <= 54  # 45 in the mean; beyond three standard deviations in 3 of 1,000 seeds
+    assert parts_of(MIX) == (TimmSampler(('vgg',), macs=5_000_000), NamesSampler(('resnet18',)))
+    assert families_of(MIX) == ('vgg',)
+
+
+def test_the_parts_of_a_mixture_have_its_images_and_classes():
+    mixed = dataclasses.replace(MIX, image_size=64, num_classes=7)
+    assert {(part.image_size, part.num_classes) for part in parts_of(mixed)} == {(64, 7)}
+
+
+@pytest.mark.parametrize(
+    ('parts', 'said'),
+    [
+        ([], 'a list of mappings'),
+        ('vgg', 'a list of mappings'),
+        (['vgg'], 'to be a mapping'),
+        ([{'share': 0}], 'positive number'),
+        ([{'share': 'half'}], 'positive number'),
+        ([{'sampler': 'mux'}], 'expected a sampler among'),
+        ([{'famlies': ['vgg']}], "got \\['famlies'\\]"),
+    ],
+)
+def test_wrong_parts_of_a_mixture_are_refused(parts, said):
+    with pytest.raises(ConfigError, match=said):
+        build_sampler('mix', {'parts': parts})

@@ -38,7 +38,7 @@ from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.curves import plot_training
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
-from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set
+from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set, parts_of
 from timm_ghn.train.step import accuracies_of, train_step
 
 #: Folder of the trained GHN: its averaged weights, where there are any.
@@ -376,19 +376,22 @@ class _Run(Run):
     def evaluated(self) -> dict[str, tuple[Architecture, ...]]:
         """Architectures to evaluate: 'known' for designs of trained families, 'unseen' for other families."""
         options = self.options
-        if isinstance(self.sampler, NamesSampler):
-            return {'known': tuple(self.sampler.architecture(name) for name in self.sampler.models)}
-        if not isinstance(self.sampler, TimmSampler):
-            rng = np.random.default_rng((options.seed, 6))
-            return {'known': tuple(self.sampler.sample(rng) for _ in range(8 * options.eval_count))}
-        groups = {'known': self.sampler.families, 'unseen': options.unseen_families()}
-        return {
-            group: evaluation_set(
-                dataclasses.replace(self.sampler, families=families), seed=0, count=options.eval_count, split='val'
-            )
-            for group, families in groups.items()
-            if families
-        }
+        parts = parts_of(self.sampler)
+        known: list[Architecture] = []
+        for part in parts:
+            if isinstance(part, TimmSampler):
+                known += evaluation_set(part, seed=0, count=options.eval_count, split='val')
+            elif isinstance(part, NamesSampler):
+                known += [part.architecture(name) for name in part.models]
+            else:
+                rng = np.random.default_rng((options.seed, 6))
+                known += [part.sample(rng) for _ in range(8 * options.eval_count)]
+        groups = {'known': tuple(known)}
+        drawn = [part for part in parts if isinstance(part, TimmSampler)]
+        if drawn and options.unseen_families():
+            unseen = dataclasses.replace(drawn[0], families=options.unseen_families())
+            groups['unseen'] = evaluation_set(unseen, seed=0, count=options.eval_count, split='val')
+        return groups
 
     def _evaluate(self) -> None:
         """Accuracy of predicted networks without any training, the networks shared among the processes."""

@@ -13,7 +13,7 @@ from timm_ghn.errors import ConfigError
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.recipes import option, those_of
 from timm_ghn.train.families import FAMILIES, HELD_OUT
-from timm_ghn.train.samplers import ArchitectureSampler, TimmSampler, build_sampler
+from timm_ghn.train.samplers import ArchitectureSampler, build_sampler, families_of
 
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'name': 'GHN', 'dataset': 'data', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
@@ -55,7 +55,7 @@ class TrainOptions:
     image_size: int = option(32, 'side of the images in pixels')
     augment: str = option('crop', 'none, flip (horizontally), or crop: random crops and flips')
 
-    sampler: str = option('timm', 'source of architectures: timm or names')
+    sampler: str = option('timm', 'source of architectures: timm, names or mix')
     sampler_args: Any = option(None, 'its options, a mapping in a recipe (see timm_ghn.train.samplers)')
     held_out: Any = option(None, 'families to evaluate on that are never trained (default: of the sampler timm)')
     pool: int = option(2000, 'number of architectures to train on; 0 for ever new ones')
@@ -154,8 +154,7 @@ class TrainOptions:
         unknown = [name for name in unseen if name not in FAMILIES]
         if unknown:
             raise ConfigError(f'expected held_out to name families among {", ".join(FAMILIES)} (got {unknown})')
-        sampler = self.sampler_for(2)
-        trained = sampler.families if isinstance(sampler, TimmSampler) else ()
+        trained = families_of(self.sampler_for(2))
         return tuple(name for name in unseen if name not in trained)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -277,3 +278,64 @@ def _build_named(architecture: Architecture, device: torch.device) -> nn.Module:
         if small:
             adapt_to_small_images_(model, architecture.image_size, in_chans=architecture.in_chans)
     return model
+
+
+@register_sampler('mix')
+@dataclasses.dataclass(frozen=True)
+class MixSampler:
+    """Several samplers, drawn from by turns: for instance many small networks and a few as large as timm's own.
+
+    Attributes:
+        parts: A mapping for each: its ``share`` of the draws (any positive number, 1 if left out), the name of its
+            ``sampler`` ('timm' if left out), and the options of that.
+        image_size: Side of the images in pixels, for all parts.
+        num_classes: Number of classes.
+        in_chans: Channels of the images.
+
+    Raises:
+        ConfigError: if a part is wrong.
+    """
+
+    parts: tuple[Mapping[str, Any], ...] = dataclasses.field(hash=False)
+    image_size: int = Architecture.image_size
+    num_classes: int = Architecture.num_classes
+    in_chans: int = Architecture.in_chans
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple) or not self.parts:
+            raise ConfigError(f'expected parts to be a list of mappings (got {self.parts!r})')
+        _ = self.members
+
+    @functools.cached_property
+    def members(self) -> tuple[tuple[float, ArchitectureSampler], ...]:
+        """The share of each part, out of 1, and its sampler."""
+        made: list[tuple[float, ArchitectureSampler]] = []
+        for part in self.parts:
+            if not isinstance(part, Mapping):
+                raise ConfigError(f'expected each of parts to be a mapping (got {part!r})')
+            own = dict(part)
+            share, name = own.pop('share', 1), own.pop('sampler', 'timm')
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+                raise ConfigError(f'expected the share of a part to be a positive number (got {share!r})')
+            common = {'image_size': self.image_size, 'num_classes': self.num_classes, 'in_chans': self.in_chans}
+            made.append((share, build_sampler(name, {**common, **own})))
+        whole = sum(share for share, _ in made)
+        return tuple((share / whole, sampler) for share, sampler in made)
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """Draw from one of the parts."""
+        shares = [share for share, _ in self.members]
+        return self.members[int(rng.choice(len(shares), p=shares))][1].sample(rng)
+
+
+def parts_of(sampler: ArchitectureSampler) -> tuple[ArchitectureSampler, ...]:
+    """The samplers that a sampler draws from; that is itself where it is no mixture."""
+    if isinstance(sampler, MixSampler):
+        return tuple(inner for _, member in sampler.members for inner in parts_of(member))
+    return (sampler,)
+
+
+def families_of(sampler: ArchitectureSampler) -> tuple[str, ...]:
+    """Families of timm that a sampler draws from."""
+    parts = (part for part in parts_of(sampler) if isinstance(part, TimmSampler))
+    return tuple(dict.fromkeys(family for part in parts for family in part.families))
