@@ -38,6 +38,7 @@ from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.curves import plot_training
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
+from timm_ghn.train.pool import Pool
 from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set, parts_of
 from timm_ghn.train.step import accuracies_of, train_step
 
@@ -223,9 +224,10 @@ class _Run(Run):
         self.options = options
         self.train_data, self.val_data = train_data, val_data
         self.sampler: ArchitectureSampler = options.sampler_for(num_classes)
-        self.pool: dict[int, Architecture] = {}  # drawn so far
+        cache = options.cache or options.output / 'architectures'
+        self.pool = Pool(self.sampler, options.seed, cache / 'drawn')
         self.progress = Progress()
-        self.blueprints = Blueprints(ghn.config, options.cache or options.output / 'architectures')
+        self.blueprints = Blueprints(ghn.config, cache)
         optimizer = _optimizer(options, ghn)
         # Gradients are averaged below: which parameters get one depends on the architectures of a process.
         self.ghn: GHN = accelerator.prepare_model(ghn, evaluation_mode=True)
@@ -289,8 +291,7 @@ class _Run(Run):
     def _step(self, step: int) -> None:
         """Sample, predict, differentiate, and change the GHN."""
         options, accelerator = self.options, self.accelerator
-        own = self.architectures(step)[accelerator.process_index :: accelerator.num_processes]
-        blueprints = [self.blueprints(architecture) for architecture in own]
+        blueprints = [self.blueprints(architecture) for architecture in self.architectures(step)]
         images, labels = training_batch(
             self.train_data, step, options.batch_size, seed=options.seed, config=IMAGES, augment=options.augment
         )
@@ -331,16 +332,13 @@ class _Run(Run):
         self.progress.window = [old + new for old, new in zip(window, (loss, right, counted), strict=True)]
 
     def architectures(self, step: int) -> list[Architecture]:
-        """Those of a step, of all processes."""
-        options = self.options
+        """Those that this process takes in a step."""
+        options, accelerator = self.options, self.accelerator
         rng = np.random.default_rng((options.seed, 4, step))
+        own = slice(accelerator.process_index, None, accelerator.num_processes)
         if not options.pool:
-            return [self.sampler.sample(rng) for _ in range(options.meta_batch)]
-        members = rng.integers(options.pool, size=options.meta_batch)
-        for member in map(int, members):
-            if member not in self.pool:
-                self.pool[member] = self.sampler.sample(np.random.default_rng((options.seed, 5, member)))
-        return [self.pool[int(member)] for member in members]
+            return [self.sampler.sample(rng) for _ in range(options.meta_batch)][own]
+        return [self.pool[int(member)] for member in rng.integers(options.pool, size=options.meta_batch)[own]]
 
     def _share(self, values: Tensor) -> Tensor:
         """Sum over processes of what they counted, and of their gradients."""
