@@ -154,7 +154,7 @@ class TemplateDecoder(TensorDecoder):
         if len(kernel_pq) <= self.spatial:
             # Fewer positions than templates have: cut first.
             cut_kpm = torch.einsum('pq,kqm->kpm', kernel_pq, templates_km.unflatten(1, (self.spatial, -1)))
-            cut_kapb = cut_kpm.unflatten(2, (codes, codes)).transpose(1, 2).flatten(1)
+            cut_kapb: Tensor = cut_kpm.unflatten(2, (codes, codes)).transpose(1, 2).flatten(1)
             return (shares_Jk @ cut_kapb).view(len(shares_Jk), codes, -1, codes)
         mixed_Jqm = (shares_Jk @ templates_km).view(len(shares_Jk), self.spatial, -1)
         return (kernel_pq @ mixed_Jqm).view(len(shares_Jk), -1, codes, codes).transpose(1, 2).contiguous()
