@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,6 +90,9 @@ class _Parser(argparse.ArgumentParser):
     """Tells a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
+        if re.search(r'-token\b|\bhf_[A-Za-z0-9]{16}', message):
+            # The message would show it, in logs too.
+            message = 'a token is no option, where others could read it: set HF_TOKEN or log in with `hf auth login`'
         raise SystemExit(_fail(f"{message}; see '{self.prog} --help'"))
 
 
@@ -127,8 +131,13 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     inspect.add_argument('--plot', type=Path, metavar='FILE', help='also draw that into FILE (.png, .pdf or .svg)')
 
     add('finetune', finetune_model, 'Fine-tune a timm model from a predicted, random or pretrained start.')
-    push = add('push', push_model, 'Push a predicted or fine-tuned model to the Hub, with a model card.')
-    push.add_argument('source', type=Path, metavar='FILE|DIR', help="file of 'predict', or output folder of 'finetune'")
+    push = add('push', push_model, 'Push a predicted or fine-tuned model, or a GHN, to the Hub, with a model card.')
+    push.add_argument(
+        'source',
+        type=Path,
+        metavar='FILE|DIR',
+        help="file of 'predict', output folder of 'finetune', or folder of a GHN ('ghn' in the output of 'train')",
+    )
     push.add_argument('repo', metavar='USER/NAME', help='repository on the Hub; it is made if it does not exist')
     push.add_argument('--private', action='store_true', help='refuse a public repository, make a private one')
     push.add_argument('--revision', metavar='BRANCH', help='branch; it is made if it does not exist (default: main)')
@@ -339,26 +348,17 @@ def finetune_model(args: argparse.Namespace) -> int:
         result = finetune(options)
     if int(os.environ.get('RANK', 0)) == 0:
         print(result.output)
+        if result.pushed is not None:
+            print(result.pushed)
     return 0
 
 
 def push_model(args: argparse.Namespace) -> int:
-    """Push a model; the token is that of HF_TOKEN or ``hf auth login``."""
-    from timm_ghn.publish import push_to_hub, read_source
+    """Push a model or a GHN; the token is that of HF_TOKEN or ``hf auth login``."""
+    from timm_ghn.publish import Target, push_path
 
-    source = read_source(args.source)
-    commit = push_to_hub(
-        source.model,
-        args.repo,
-        prediction=source.provenance,
-        results=source.training,
-        model_args=source.model_args,
-        license=args.license,
-        private=args.private or None,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.message,
-    )
+    target = Target(args.repo, args.private or None, args.revision, args.create_pr)
+    commit = push_path(args.source, target, license=args.license, commit_message=args.message)
     print(commit.pr_url or commit.commit_url)
     return 0
 

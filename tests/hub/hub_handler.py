@@ -150,7 +150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, query = parts.path, parse_qs(parts.query)
         user, writes = self.who()
         if path == '/api/whoami-v2':
-            return hub.whoami(user)
+            return hub.whoami(user, writes)
         if path == '/api/repos/create':
             return hub.create_repo(user, writes, json.loads(body))
         if path == '/api/validate-yaml':

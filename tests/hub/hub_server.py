@@ -145,10 +145,11 @@ class HubServer:
 
     # Endpoints
 
-    def whoami(self, user: str | None) -> dict[str, Any]:
+    def whoami(self, user: str | None, writes: bool) -> dict[str, Any]:
         if user is None:
             raise Refusal(401, 'Invalid credentials in Authorization header')
-        return {'type': 'user', 'name': user, 'orgs': []}
+        token = {'displayName': 'tests', 'role': 'write' if writes else 'read'}
+        return {'type': 'user', 'name': user, 'orgs': [], 'auth': {'type': 'access_token', 'accessToken': token}}
 
     def create_repo(self, user: str | None, writes: bool, asked: dict[str, Any]) -> dict[str, Any]:
         owner = asked.get('organization') or user

@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 from hub_server import HubServer
+from pictures import make_dataset, save_dataset
 from safetensors.torch import load, load_file, save_file
 
-from timm_ghn import cli
+from timm_ghn import cli, load_ghn
 from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.nn.storage import save_ghn
 from timm_ghn.output import write_state_dict
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
@@ -132,15 +134,25 @@ def test_a_failure_is_told_in_one_line_without_the_token(run, hub: HubServer, mo
     assert err.strip().count('\n') == 0
 
 
-def test_the_readme_about_the_hub_runs(run, hub: HubServer, monkeypatch):
+def test_the_readme_about_the_hub_runs(run, hub: HubServer, monkeypatch, tmp_path):
     monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
     section = README.partition('\n## Use it from the Hub\n')[2].partition('\n## ')[0]
-    commands = [line.partition(' ')[2] for line in section.splitlines() if line.startswith('timm-ghn ')]
+    commands = [
+        line.partition(' ')[2].partition('  #')[0] for line in section.splitlines() if re.match('timm-ghn ', line)
+    ]
     (code,) = re.findall(r'^```py\n(.*?)^```', section, flags=re.MULTILINE | re.DOTALL)
-    assert len(commands) == 2
+    assert [command.split()[0] for command in commands] == ['predict', 'push', 'finetune', 'push']
+    # What the reader has: a data set, and a GHN that was trained. One epoch of a small model will do here.
+    data = save_dataset(tmp_path / 'images', make_dataset(30), make_dataset(9, seed=1))
+    save_ghn(load_ghn(EMBEDDED), tmp_path / 'train-out' / 'ghn')
     for command in commands:
-        assert run(command)[0] == 0, command
+        if command.startswith('finetune '):
+            command = command.replace('--model resnet18', '--model test_resnet').replace('uoft-cs/cifar10', str(data))
+            command = command.replace('--shots 100', '--shots 10') + ' --epochs 1 --batch-size 10'
+        code_of_exit, _, err = run(command)
+        assert code_of_exit == 0, (command, err)
     names: dict[str, object] = {}
     exec(code, names)
-    assert hub.files('user/my-ghn').keys() >= {'config.json', 'model.safetensors'}
+    for name in ('resnet18.ghn', 'resnet18.cifar10', 'my-ghn', 'ghn'):
+        assert hub.files(f'user/{name}').keys() == {'config.json', 'model.safetensors', 'README.md'}
     assert names['model'].num_classes == 10

@@ -34,6 +34,7 @@ from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import DataError, PredictionError, TrainingError
 from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.finetune.push import check_start, check_target, push_when_done
 from timm_ghn.finetune.setup import (
     Batch,
     Start,
@@ -56,7 +57,7 @@ AVERAGED_WEIGHTS = 'model_ema.safetensors'
 #: Options that may change when a run goes on.
 _FREE = (
     'output', 'resume', 'max_steps', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'workers',
-    'val_batch_size', 'torchcompile',
+    'val_batch_size', 'torchcompile', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr', 'hub_license',
 )  # fmt: skip
 
 #: Steps between looks at the loss on a GPU, where looking waits for it.
@@ -97,18 +98,22 @@ class Result:
         epochs: The metrics after each epoch; those of epoch 0 are from before the training.
         steps: Optimiser steps done.
         finished: Whether all epochs are done; else the run can go on with ``resume``.
+        pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
     """
 
     output: Path
     epochs: tuple[dict[str, Any], ...]
     steps: int
     finished: bool
+    pushed: str | None = None
 
 
 def finetune(options: FinetuneOptions) -> Result:
     """Fine-tune a model; in several processes where ``accelerate launch`` started them.
 
     Raises:
+        HubError: if the model is to be pushed and that cannot be done, which is found out before the training where it
+            can be; after it, the weights are on the disk.
         GHNError: if the options, the data, the model or the training are at fault.
     """
     started = time.monotonic()
@@ -121,11 +126,15 @@ def finetune(options: FinetuneOptions) -> Result:
         step_scheduler_with_optimizer=False,
     )
     refuse_to_write_over(options)
+    if accelerator.is_main_process:
+        check_target(options)
     with accelerator.main_process_first():
         splits = load_splits(options.data)
     num_classes = class_count(options, splits)
     with accelerator.main_process_first():
         start = build(options, num_classes)
+    if accelerator.is_main_process:
+        check_start(options, start)
     train, val = loaders(options, splits, start.data_config, accelerator.num_processes)
     run = _Run(options, accelerator, start, train, val, num_classes, started)
     run.facts = {
@@ -136,15 +145,18 @@ def finetune(options: FinetuneOptions) -> Result:
         'splits': list(splits.names),
         'model_args': start.arguments,
         'stem': list(start.edits),
+        'provenance': start.provenance,
         'data_config': {name: _plain(value) for name, value in start.data_config.items()},
         'versions': versions(),
         'device': accelerator.device.type,
     }
+    main = accelerator.is_main_process
     try:
-        return run.run()
+        result = run.run()
     finally:
         accelerator.end_training()
         accelerator.free_memory()
+    return dataclasses.replace(result, pushed=push_when_done(options, finished=result.finished)) if main else result
 
 
 class _Run(Run):

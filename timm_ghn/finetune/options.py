@@ -14,6 +14,7 @@ from timm_ghn.data.images import TransformOptions
 from timm_ghn.data.splits import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.postprocess import PostProcess
+from timm_ghn.publish.send import Target
 from timm_ghn.recipes import option, those_of
 
 #: Values of ``small_stem``.
@@ -21,9 +22,11 @@ SMALL_STEM = ('auto', 'on', 'off')
 #: Values of ``mixed_precision``, which are those of accelerate.
 PRECISIONS = ('no', 'fp16', 'bf16')
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'model': 'start', 'dataset': 'data', 'image_size': 'images', 'epochs': 'training', 'seed': 'run'}
+GROUPS = {'model': 'start', 'dataset': 'data', 'image_size': 'images', 'epochs': 'training', 'seed': 'run',
+          'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
+_OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,13 @@ class FinetuneOptions:
     checkpoint_hist: int = option(2, 'checkpoints to keep')
     log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
 
+    # No token: options are written into results, weights and trackers, and whoever lists the processes reads them.
+    push_to_hub: str | None = option(None, 'push the best weights there when all is done', metavar='USER/NAME')
+    hub_private: bool = option(False, 'refuse a public repository, make a private one')
+    hub_revision: str | None = option(None, 'branch; it is made if it does not exist (default: main)', metavar='BRANCH')
+    hub_create_pr: bool = option(False, 'open a pull request instead')
+    hub_license: str | None = option(None, "licence of the model (default: that of the catalogue's GHN)", metavar='ID')
+
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
@@ -122,7 +132,7 @@ class FinetuneOptions:
         if self.num_classes != 'auto' and not (self.num_classes.isdigit() and int(self.num_classes) > 1):
             raise ConfigError(f"expected num_classes of 2 or more, or 'auto' (got {self.num_classes!r})")
         # Their own checks.
-        _ = self.data, self.transforms, self.post, self.arguments
+        _ = self.data, self.transforms, self.post, self.arguments, self.target
 
     @functools.cached_property
     def data(self) -> DataOptions:
@@ -146,6 +156,16 @@ class FinetuneOptions:
         if chosen is None:
             raise ConfigError(f'there is nothing to change about no post-processing (got {self.postprocess!r})')
         return dataclasses.replace(chosen, **_pairs(', '.join(changes), 'postprocess', PostProcess))
+
+    @functools.cached_property
+    def target(self) -> Target | None:
+        """Where the model is pushed to; None if it is not."""
+        if self.push_to_hub is not None:
+            return Target(self.push_to_hub, self.hub_private or None, self.hub_revision, self.hub_create_pr)
+        given = [name for name in _OF_TARGET if getattr(self, name)]
+        if given:
+            raise ConfigError(f'{given[0]} is about the repository of push_to_hub, which is not given')
+        return None
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:

@@ -22,8 +22,11 @@ from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_t
 from timm_ghn.data.splits import Splits
 from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
+from timm_ghn.graph.build import trace
+from timm_ghn.hub.load import shared_ghn
+from timm_ghn.params.plan import plan_parameters
 from timm_ghn.postprocess import postprocess_
-from timm_ghn.prediction import ghn_init
+from timm_ghn.prediction import ghn_init, provenance
 from timm_ghn.small_images import adapt_to_small_images_, check_reads, size_arguments
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -38,12 +41,14 @@ class Start:
         data_config: timm's data config: input size, mean, std, interpolation, crop.
         arguments: What ``timm.create_model`` was given beside the name.
         edits: Changes of its stem for small images, in words.
+        provenance: Facts about the GHN and its prediction; None for another start.
     """
 
     model: nn.Module
     data_config: dict[str, Any]
     arguments: dict[str, Any]
     edits: tuple[str, ...]
+    provenance: dict[str, Any] | None
 
 
 def class_count(options: FinetuneOptions, splits: Splits) -> int:
@@ -95,8 +100,7 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         side = config['input_size'][-1]
         edits = tuple(map(str, adapt_to_small_images_(model, side, in_chans=config['input_size'][0])))
     check_reads(model, config['input_size'])
-    _initialise(model, options, config)
-    return Start(model, config, arguments, edits)
+    return Start(model, config, arguments, edits, _initialise(model, options, config))
 
 
 def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
@@ -117,12 +121,17 @@ def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, Any]) -> None:
-    if options.init not in OTHER_INITS:
-        size = config['input_size']
-        ghn_init(model, options.init, input_size=size, head=options.head, seed=options.seed, postprocess=options.post)
-    elif options.post is not None:
-        postprocess_(model, options.post, input_size=config['input_size'])
+def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Write the start into the model; gives facts about the prediction, if it is one."""
+    size = config['input_size']
+    if options.init in OTHER_INITS:
+        if options.post is not None:
+            postprocess_(model, options.post, input_size=size)
+        return None
+    ghn = shared_ghn(options.init)
+    ghn_init(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=options.post)
+    plan = plan_parameters(trace(model, input_size=size, rules=ghn.config.rules), ghn.config, head=options.head)
+    return provenance(ghn, plan, head=options.head, seed=options.seed, postprocess=options.post)
 
 
 def loaders(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -28,6 +28,27 @@ PAPERS = (
         'Can We Scale Transformers to Predict Parameters of Diverse ImageNet Models?',
         'Boris Knyazev and Doha Hwang and Simon Lacoste-Julien', 2023,
     ),
+)  # fmt: skip
+
+#: End of a card.
+CITATION = """## Citation
+
+```bibtex
+{% for key, arxiv, title, authors, year in papers -%}
+@article{ {{- key }},
+  title = { {{- title -}} },
+  author = { {{- authors -}} },
+  journal = {arXiv:{{ arxiv }}},
+  year = { {{- year -}} }
+}
+{% endfor -%}
+```
+"""
+
+#: Options of a fine-tuning run that have no part in what comes out of it.
+_FREE = (
+    'output', 'resume', 'workers', 'log_with', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
+    'hub_license',
 )  # fmt: skip
 
 _TEMPLATE = """---
@@ -64,18 +85,6 @@ With timm_ghn {{ version }}{{ remark }}:
 {{ code }}
 ```
 {% endif %}
-## Citation
-
-```bibtex
-{% for key, arxiv, title, authors, year in papers -%}
-@article{ {{- key }},
-  title = { {{- title -}} },
-  author = { {{- authors -}} },
-  journal = {arXiv:{{ arxiv }}},
-  year = { {{- year -}} }
-}
-{% endfor -%}
-```
 """
 
 
@@ -92,11 +101,11 @@ def model_card(facts: Facts) -> ModelCard:
     address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
     card = ModelCard.from_template(
         metadata(facts),
-        template_str=_TEMPLATE,
+        template_str=_TEMPLATE + CITATION,
         name=facts.repo_id.split('/')[1],
         summary=_summary(facts),
         address=address,
-        rows=[(key, str(value).replace('|', r'\|')) for key, value in _rows(facts)],
+        rows=table(_rows(facts)),
         code=code,
         remark=remark,
         version=__version__,
@@ -104,6 +113,11 @@ def model_card(facts: Facts) -> ModelCard:
     )
     found: ModelCard = card
     return found
+
+
+def table(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Rows whose cells a table in Markdown can hold."""
+    return [(key, ' '.join(str(value).split()).replace('|', r'\|')) for key, value in rows]
 
 
 def metadata(facts: Facts) -> ModelCardData:
@@ -263,7 +277,11 @@ def _training_code(training: Training) -> str:
         said['dataset'] = training.dataset
     if os.path.exists(str(said.get('init'))):
         said['init'] = PurePath(str(said['init'])).name
-    for free in ('output', 'resume', 'workers', 'log_with'):
+    entry = entry_of(training.run.get('provenance'))
+    if entry is not None:
+        said['init'] = entry.name  # the default may be another one elsewhere
+    # What says where the run was and where it went. A run that is pushed later is to get the same card.
+    for free in _FREE:
         said.pop(free, None)
     lines = ('from timm_ghn.finetune.loop import finetune', 'from timm_ghn.finetune.options import FinetuneOptions')
     return '\n'.join((*lines, f'finetune(FinetuneOptions({_call(said)}))'))

@@ -27,6 +27,17 @@ from timm_ghn.source import DEFAULT_TAG
 WEIGHTS = {'model_best.safetensors': None, 'model.safetensors': 'val_top1', 'model_ema.safetensors': 'ema_top1'}
 
 
+def is_public(dataset: object) -> bool:
+    """Whether a data set was named as on the Hub, and not as a file or folder."""
+    name = str(dataset)
+    return not os.path.exists(name) and not name.startswith(('.', '~', os.sep)) and name.count('/') <= 1
+
+
+def dataset_name(dataset: object) -> str:
+    """Name of a data set for others: that of the Hub, or the last part of a path."""
+    return str(dataset) if is_public(dataset) else PurePath(str(dataset)).stem
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """A fine-tuning run, and how good the weights are that came out of it.
@@ -49,14 +60,12 @@ class Training:
     @property
     def dataset(self) -> str:
         """Name of the data set: that of the Hub, or the last part of a path."""
-        name = str(self.arguments['dataset'])
-        return name if self.dataset_is_public else PurePath(name).stem
+        return dataset_name(self.arguments['dataset'])
 
     @property
     def dataset_is_public(self) -> bool:
         """Whether the data set was named as on the Hub, and not as a file or folder."""
-        name = str(self.arguments['dataset'])
-        return not os.path.exists(name) and not name.startswith(('.', '~', os.sep)) and name.count('/') <= 1
+        return is_public(self.arguments['dataset'])
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Training:
@@ -208,6 +217,10 @@ def _of_tag(model: nn.Module) -> dict[str, Any] | None:
 
 def _of_training(model: nn.Module, training: Training) -> dict[str, Any] | None:
     """Facts about the start of a run."""
+    recorded = training.run.get('provenance')
+    if isinstance(recorded, Mapping):
+        return dict(recorded)
+    # Runs of before that was recorded name the GHN, and no more.
     said = training.arguments
     if said['init'] in ('random', 'pretrained'):
         return None

@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.output import write_state_dict
 from timm_ghn.publish.facts import WEIGHTS, Facts, Training, read_header
+from timm_ghn.publish.send import CONFIG_FILE, WEIGHTS_FILE
 from timm_ghn.writable import check_finite
-
-CONFIG_FILE = 'config.json'
-WEIGHTS_FILE = 'model.safetensors'
-CARD_FILE = 'README.md'
 
 #: Entries of a pretrained cfg that describe weights which somebody else trained.
 _OF_OTHER_WEIGHTS = (
@@ -65,8 +62,8 @@ def read_source(path: Path) -> Source:
     file = path / next(iter(WEIGHTS)) if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
-            f"expected {str(path)!r} to be a file of 'timm-ghn predict', or the output folder of 'timm-ghn finetune' "
-            f'(there is no file {str(file)!r})'
+            f"expected {str(path)!r} to be a file of 'timm-ghn predict', the output folder of 'timm-ghn finetune' or "
+            f"the folder 'ghn' of 'timm-ghn train' (there is no file {str(file)!r})"
         )
     header = {key: _read(value) for key, value in read_header(file).items()}
     architecture = header.pop('architecture', None)
