@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'timm_ghn'
 ORDER = (
     'version', 'errors', 'graph', 'ops', 'nn', 'params', 'writable', 'postprocess', 'batchnorm', 'diversity', 'hub',
     'prediction', 'source', 'norms', 'output', 'report', 'picture', 'recipes', 'results', 'publish',
-    'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train', 'cli',
+    'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train', 'hub_commands', 'cli',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.
 FACADE = ('__init__', '__main__')

@@ -1,4 +1,4 @@
-"""Command line: ``timm-ghn list | predict | inspect | finetune | push | train | evaluate | verify``.
+"""Command line: ``timm-ghn COMMAND``; ``timm-ghn --help`` lists the commands.
 
 Results go to the standard output, progress and errors to the standard error. Exit code 0: done; 1: ``verify`` found a
 network whose norm differs; 2: an error, told in one line.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from timm_ghn import hub_commands
 from timm_ghn.errors import GHNError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _EXAMPLES = {
     'push': 'timm-ghn push out.safetensors user/resnet50.ghn --private',
     'train': 'timm-ghn train --config examples/recipes/ghn_tiny.yaml --dataset uoft-cs/cifar10',
     'evaluate': 'timm-ghn evaluate --ghn train-out/ghn --dataset uoft-cs/cifar10',
+    **hub_commands.EXAMPLES,
     'verify': 'timm-ghn verify ghn3_tm8 --arch resnet50 --arch vit_b_16',
 }
 
@@ -152,6 +154,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         recipes, kind, groups = _run_options(argv[0])
         recipes.add_arguments(commands.choices[argv[0]], kind, groups)
 
+    hub_commands.add_commands(add)
     verify = add('verify', verify_ghn, 'Compare the norms of predicted torchvision networks with the published ones.')
     verify.add_argument('name', metavar='NAME', help="a GHN of 'timm-ghn list'; it is downloaded where necessary")
     verify.add_argument('--arch', action='append', metavar='ARCH', help='only this network (may be repeated)')
@@ -203,7 +206,13 @@ def list_ghns(args: argparse.Namespace) -> int:
         _print_json({name: entry.to_dict() for name, entry in entries.items()})
         return 0
     rows = [
-        (name, f'{entry.num_parameters:,}', str(entry.config.num_classes), entry.source, entry.description)
+        (
+            name,
+            f'{entry.num_parameters:,}' if entry.num_parameters else '-',
+            str(entry.config.num_classes),
+            entry.source,
+            entry.description,
+        )
         for name, entry in entries.items()
     ]
     _print_lines(aligned(('name', 'parameters', 'classes', 'from', 'what it is'), rows))

@@ -33,7 +33,8 @@ def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | 
         Norm over all parameters for each torchvision network.
 
     Raises:
-        ConfigError: if nothing was published for the GHN, or not for one of ``archs``.
+        ConfigError: if nothing was published for the GHN, or not for one of ``archs``, or if torchvision does not
+            know one of the networks.
     """
     with_norms = sorted(other for other, entry in known.items() if entry.norms)
     if name not in with_norms:
@@ -43,7 +44,11 @@ def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | 
     if missing:
         near = difflib.get_close_matches(missing[0], norms, n=3) or sorted(norms)[:3]
         raise ConfigError(f'no norm was published for {missing[0]!r} (try {", ".join(near)})')
-    return {arch: norms[arch] for arch in archs} if archs else norms
+    chosen = {arch: norms[arch] for arch in archs} if archs else norms
+    unknown = sorted(chosen.keys() - set(torchvision.models.list_models()))
+    if unknown:
+        raise ConfigError(f'torchvision has no network {unknown[0]!r}, of which {name!r} states a norm')
+    return chosen
 
 
 def predicted_norm(arch: str, ghn: GHN) -> float:

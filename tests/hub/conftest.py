@@ -14,7 +14,7 @@ import torch
 from fake_hub import FakeHub
 from hub_server import HubServer
 
-from timm_ghn.hub import default, fetch, load
+from timm_ghn.hub import catalogue, converted, default, fetch, load
 from timm_ghn.nn import GHN, GHNConfig
 
 
@@ -38,9 +38,12 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, use_endpoint) -> Iterator[None]:
-    """An empty cache, no Hub, no choice of a default, nothing remembered."""
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path_factory.mktemp('cache')))
-    monkeypatch.delenv(default.VARIABLE, raising=False)
+    """An empty cache, no Hub, no choice of a default, no GHN of a user, nothing remembered."""
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path_factory.mktemp('cache') / 'hub'))
+    for variable in (default.VARIABLE, catalogue.VARIABLE, converted.VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(catalogue, '_registered', {})
+    monkeypatch.setattr(converted, '_warned', set())
     use_endpoint(f'http://127.0.0.1:{closed_port()}')
     fetch._unreachable.clear()
     load._last.clear()

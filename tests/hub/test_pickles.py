@@ -6,6 +6,7 @@ import argparse
 import builtins
 import collections
 import io
+import lzma
 import os
 import pickle
 import struct
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from official import WRITERS
+from official import WRITERS, official_state
 
 from timm_ghn.errors import CheckpointError, UnsafeCheckpointError
 from timm_ghn.hub import load_ghn
@@ -204,3 +205,88 @@ def test_no_read_is_made_before_it_is_asked_for(tmp_path):
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(CheckpointError, match='ends too early'):
             record.read()
+
+
+# Short files that ask for endless work. Each level of LAUGHS is a tuple of the one before, twice.
+
+LAUGHS = b'\x80\x02)q\x00' + b'h\x00h\x00\x86q\x00' * 60
+DEEP = b'\x80\x02)' + b'\x85' * 500_000
+TENSOR = b'ctorch._utils\n_rebuild_tensor_v2\n'
+DTYPE = b'cnumpy\ndtype\n'
+ARRAY = b'cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81'
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        LAUGHS + b'}h\x00K\x01s.',
+        LAUGHS + b'}(h\x00K\x01u.',
+        LAUGHS + b'(h\x00K\x01d.',
+        LAUGHS + b'ccollections\nOrderedDict\n]h\x00a\x85R.',
+        LAUGHS + b')R.',
+        LAUGHS + b'h\x00}b.',
+        LAUGHS + b'h\x00h\x00\x93.',
+        LAUGHS + b'h\x00Q.',
+        LAUGHS + TENSOR + b'(K\x01K\x00h\x00h\x00tR.',
+        LAUGHS + ARRAY + b'}(X\x05\x00\x00\x00dtypeh\x00u' + b'b.',
+        LAUGHS + ARRAY + b'}(X\x05\x00\x00\x00dtype' + DTYPE + b'h\x00\x85Ru' + b'b.',
+        DEEP + b'q\x01}h\x01K\x01s.',
+        DEEP + b')R.',
+        b'\x80\x02' + TENSOR + b'(K\x01K\x00(\x8a\x08' + b'\xff' * 7 + b'\x7f' + b'2' * 200_000 + b'tq\x01h\x01tR.',
+    ],
+    ids=['key', 'keys', 'dict', 'ordered', 'called', 'state', 'global', 'outside', 'shape', 'dtype', 'code', 'deep key',
+         'deep call', 'rank'],
+)  # fmt: skip
+def test_a_short_file_cannot_ask_for_endless_work(data):
+    began = time.monotonic()
+    with pytest.raises(CheckpointError):
+        read(data)
+    assert time.monotonic() - began < 5
+
+
+def test_containers_that_repeat_others_are_harmless_as_values():
+    assert read(LAUGHS + b'X\x01\x00\x00\x00ah\x00\x86.')[0] == 'a'
+
+
+@pytest.mark.parametrize(
+    'copy',
+    [b'ccollections\nOrderedDict\nh\x01\x85R0', b'ctorch\nSize\nh\x01\x85R0'],
+    ids=['dictionary', 'size'],
+)
+def test_copies_count_as_instructions(copy, monkeypatch):
+    monkeypatch.setattr('timm_ghn.hub.pickles.MAX_STEPS', 50_000)
+    items = b']q\x01(' + b'K\x01K\x02\x86' * 1000 + b'e'
+    assert read(b'\x80\x02' + items + copy * 10 + b'N.') is None
+    with pytest.raises(CheckpointError, match='instructions'):
+        read(b'\x80\x02' + items + copy * 100 + b'N.')
+
+
+def test_nested_pickles_share_their_instructions_with_the_others(tmp_path, monkeypatch):
+    inner = io.BytesIO()
+    torch.save([0] * 2000, inner, _use_new_zipfile_serialization=False)
+    data = inner.getvalue()
+    load = b'ctorch.storage\n_load_from_bytes\nh\x01\x85R0'
+    path = tmp_path / 'ghn.pt'
+    path.write_bytes(b'\x80\x03B' + struct.pack('<I', len(data)) + data + b'q\x01' + load * 200 + b'}.')
+    with open_checkpoint(path) as loaded:
+        assert loaded == {}
+    monkeypatch.setattr('timm_ghn.hub.pickles.MAX_STEPS', 20_000)
+    with pytest.raises(CheckpointError, match='instructions'), open_checkpoint(path):
+        pass
+
+
+@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
+def test_a_configuration_that_repeats_itself_is_refused(tmp_path, small_ghn, writer):
+    shape: tuple[Any, ...] = ()
+    for _ in range(60):
+        shape = (shape, shape)
+    saved = {'state_dict': official_state(small_ghn), 'config': {'max_shape': shape}}
+    with pytest.raises(CheckpointError, match='impossible max_shape'):
+        load_ghn(writer(saved, tmp_path / 'ghn.pt'))
+
+
+def test_compressed_data_cannot_ask_for_much_memory(tmp_path):
+    filters = [{'id': lzma.FILTER_LZMA2, 'dict_size': 1 << 30}]
+    (tmp_path / 'ghn.pt').write_bytes(lzma.compress(b'\x80\x02}.', format=lzma.FORMAT_XZ, filters=filters))
+    with pytest.raises(CheckpointError, match='truncated or damaged: Memory'):
+        load_ghn(tmp_path / 'ghn.pt')

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
-from timm_ghn.hub.pickles import STORAGE_TYPES, Global, Unpickler
-from timm_ghn.hub.records import Source, Span, StorageRecord
+from timm_ghn.hub.pickles import STORAGE_TYPES, Budget, Global, Unpickler
+from timm_ghn.hub.records import Source, Span, StorageRecord, brief
 
 #: First number of the form of ``torch.save`` that is not a zip archive, and of the storages inside joblib dumps.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -36,9 +36,10 @@ _ZIP_HEADER = 30
 _COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
     b'\x1f\x8b': lambda file: gzip.GzipFile(fileobj=file),
     b'BZh': bz2.BZ2File,
-    b'\xfd7zXZ\x00': lzma.LZMAFile,
-    b'\x5d\x00\x00': lzma.LZMAFile,
 }
+_LZMA_MAGICS = (b'\xfd7zXZ\x00', b'\x5d\x00\x00')
+#: Memory that the header of LZMA may ask for, in bytes; its strongest preset needs 65 MiB.
+_LZMA_MEMORY = 256 << 20
 _ZLIB_MAGICS = (b'\x78\x01', b'\x78\x5e', b'\x78\x9c', b'\x78\xda')
 
 
@@ -81,33 +82,36 @@ def _whole(file: BinaryIO, label: str) -> Source:
 
 def _read_stream(source: Source) -> Any:
     """A joblib dump, or the form of ``torch.save`` that starts with a magic number."""
-    machine = Unpickler(source, nested=_read_legacy)
-    loaded = machine.load()
-    if loaded == LEGACY_MAGIC and isinstance(loaded, int):
-        return _read_legacy(source, after_magic=True)
+    budget = Budget()
+    loaded = Unpickler(source, nested=_read_legacy, budget=budget).load()
+    if isinstance(loaded, int) and loaded == LEGACY_MAGIC:
+        return _read_legacy(source, budget, after_magic=True)
     return loaded
 
 
-def _read_legacy(source: Source, *, after_magic: bool = False) -> Any:
+def _read_legacy(source: Source, budget: Budget, *, after_magic: bool = False) -> Any:
     """A magic number, a version, a description of the machine, the object, names of the storages, the storages."""
-    if not after_magic and Unpickler(source).load() != LEGACY_MAGIC:
+    if not after_magic and Unpickler(source, budget=budget).load() != LEGACY_MAGIC:
         raise source.error('nests data that torch.save did not write')
-    if Unpickler(source).load() != LEGACY_PROTOCOL:
+    if Unpickler(source, budget=budget).load() != LEGACY_PROTOCOL:
         raise source.error('is of a version of torch.save that is not known')
-    machine = Unpickler(source).load()
+    machine = Unpickler(source, budget=budget).load()
     if not isinstance(machine, dict) or machine.get('little_endian') is not True:
         raise source.error('was written on a big-endian machine, which is not supported')
     storages: dict[Any, StorageRecord] = {}
 
     def storage(record: tuple[Any, ...]) -> StorageRecord:
         _, kind, key, _, numel, *view = record
+        if not isinstance(key, str):
+            raise source.error('is damaged: it has a storage without a name')
         if any(part is not None for part in view):
             raise source.error('holds a view of a storage, which no GHN file needs')
         return storages.setdefault(key, _storage(source, kind, numel))
 
-    loaded = Unpickler(source, storage=storage).load()
-    keys = Unpickler(source).load()
-    if not isinstance(keys, list) or set(keys) != set(storages):
+    loaded = Unpickler(source, storage=storage, budget=budget).load()
+    keys = Unpickler(source, budget=budget).load()
+    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not named or set(keys) != set(storages):
         raise source.error('is damaged: it does not list the storages that it refers to')
     for key in keys:
         found = storages[key]
@@ -143,9 +147,9 @@ def _read_zip(file: BinaryIO, label: str) -> Any:
 
     def storage(record: tuple[Any, ...]) -> StorageRecord:
         _, kind, key, _, numel = record
-        name = f'{root}data/{key}'
+        name = f'{root}data/{key}' if isinstance(key, str) else ''
         if name not in members:
-            raise whole.error(f'is damaged: its storage {str(key)[:40]} is missing')
+            raise whole.error(f'is damaged: its storage {brief(key)} is missing')
         if name not in storages:
             place = whole.file.tell()
             storages[name] = _storage(whole, kind, numel, _member(whole, members[name]))
@@ -181,6 +185,8 @@ def _expand(file: BinaryIO, head: bytes, label: str) -> BinaryIO | None:
     """Decompress a joblib dump to a file that vanishes when it is closed; None if it is not compressed."""
     if head.startswith(_ZLIB_MAGICS):
         chunks = _inflate(file)
+    elif head.startswith(_LZMA_MAGICS):
+        chunks = _expand_lzma(file)
     else:
         opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
         if opener is None:
@@ -207,5 +213,14 @@ def _inflate(file: BinaryIO) -> Iterator[bytes]:
     while not machine.eof:
         data = machine.unconsumed_tail or file.read(_CHUNK)
         if not data:
+            raise EOFError('the compressed data ends too early')
+        yield machine.decompress(data, _CHUNK)
+
+
+def _expand_lzma(file: BinaryIO) -> Iterator[bytes]:
+    machine = lzma.LZMADecompressor(memlimit=_LZMA_MEMORY)
+    while not machine.eof:
+        data = file.read(_CHUNK) if machine.needs_input else b''
+        if not data and machine.needs_input:
             raise EOFError('the compressed data ends too early')
         yield machine.decompress(data, _CHUNK)

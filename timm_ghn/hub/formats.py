@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 
 from timm_ghn.errors import CheckpointError, ConfigError
 from timm_ghn.hub.checkpoints import open_checkpoint
-from timm_ghn.hub.records import TensorRecord
+from timm_ghn.hub.records import TensorRecord, are_sizes, brief
 from timm_ghn.nn.config import IMAGENET_MEAN, IMAGENET_STD, GHNConfig, Origin
 from timm_ghn.nn.storage import build_ghn, expect_config, file_digest
 
@@ -59,20 +60,61 @@ def read_official(
         UnsafeCheckpointError: if it names anything outside the allow-list.
         CheckpointError: if it is damaged, is no GHN, differs from ``config``, or holds a weight that is not finite.
     """
+    with open_official(path, config=config) as found:
+        ghn = build_ghn(
+            found.config,
+            found.shapes,
+            lambda key: found.weights[key].read(),
+            device=device,
+            dtype=dtype,
+            label=str(path),
+        )
+    ghn.origin = Origin(name=found.config.name, file=str(path), sha256=file_digest(path))
+    return ghn
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialGHN:
+    """An open file of the authors.
+
+    Attributes:
+        config: Its hyper-parameters.
+        weights: Its tensors by our names, still in the file.
+    """
+
+    config: GHNConfig
+    weights: Mapping[str, TensorRecord]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {key: record.shape for key, record in self.weights.items()}
+
+
+@contextlib.contextmanager
+def open_official(path: Path, *, config: GHNConfig | None = None) -> Iterator[OfficialGHN]:
+    """Open a file of the authors and find its hyper-parameters; the weights can be read while it is open.
+
+    Args:
+        path: The file. Nothing in it is executed.
+        config: What the catalogue says of it; inferred from the file if None.
+
+    Raises:
+        GHNNotFoundError: if the file cannot be opened.
+        UnsafeCheckpointError: if it names anything outside the allow-list.
+        CheckpointError: if it is damaged, is no GHN, or differs from ``config``.
+    """
     label = str(path)
     with open_checkpoint(path) as loaded:
         weights, options = _parts(loaded, label)
         weights = our_keys(weights)
-        shapes = {key: record.shape for key, record in weights.items()}
-        inferred = infer_config(shapes, options, label)
+        inferred = infer_config({key: record.shape for key, record in weights.items()}, options, label)
         if config is not None:
             expect_config(inferred, config, label, ignore=NOT_IN_WEIGHTS)
             inferred = config
         elif inferred.name is None:
             inferred = dataclasses.replace(inferred, name=path.stem)
-        ghn = build_ghn(inferred, shapes, lambda key: weights[key].read(), device=device, dtype=dtype, label=label)
-    ghn.origin = Origin(name=inferred.name, file=label, sha256=file_digest(path))
-    return ghn
+        yield OfficialGHN(inferred, weights)
 
 
 def _parts(loaded: Any, label: str) -> tuple[dict[str, TensorRecord], dict[str, Any] | None]:
@@ -84,7 +126,7 @@ def _parts(loaded: Any, label: str) -> tuple[dict[str, TensorRecord], dict[str, 
         raise CheckpointError(f'{label} is no GHN: expected a dictionary of tensors (got {type(loaded).__name__})')
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, TensorRecord):
-            raise CheckpointError(f'{label} is no GHN: expected tensors by name (got {str(key)[:80]!r})')
+            raise CheckpointError(f'{label} is no GHN: expected tensors by name (got {brief(key)})')
     if options is not None and not isinstance(options, dict):
         raise CheckpointError(f'{label} is damaged: its configuration is not a dictionary')
     return loaded, options
@@ -124,7 +166,10 @@ def infer_config(
         decoder = 'mlp' if 'decoder.mlp.fc.0.weight' in shapes else 'conv'
         gnn = _gnn_of(shapes)
         if 'max_shape' in options:
-            max_shape = tuple(options['max_shape'])
+            max_shape = options['max_shape']
+            if not isinstance(max_shape, (tuple, list)) or len(max_shape) != 4 or not are_sizes(max_shape):
+                raise CheckpointError(f'{label} states an impossible max_shape: {brief(max_shape)}')
+            max_shape = tuple(max_shape)
         elif decoder == 'mlp':
             raise CheckpointError(f'{label} has the MLP decoder and no configuration, which would tell its max_shape')
         else:

@@ -14,6 +14,7 @@ import torch
 
 from timm_ghn.errors import GHNFallbackWarning, GHNNotFoundError
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
+from timm_ghn.hub.converted import cache_folder, read_through
 from timm_ghn.hub.default import EMBEDDED, VARIABLE, resolve_default
 from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
 from timm_ghn.hub.formats import read_official
@@ -27,12 +28,32 @@ _PACKAGE = 'timm_ghn'
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
-    """The files of a GHN on this machine, and what is known of where they came from."""
+class Found:
+    """The files of a GHN on this machine, and what is known of where they came from.
+
+    Attributes:
+        path: Folder in our form, its weights, or an official file.
+        entry: Its entry in the catalogue, if it has one.
+        repo_id: Repository on the Hub, if it came from there.
+        cache: Where its conversion is kept, for an official file from the Hub.
+    """
 
     path: Path
     entry: GHNEntry | None = None
     repo_id: str | None = None
+    cache: Path | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is in our form."""
+        return self.path.is_dir() or self.path.suffix == '.safetensors'
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of the repository, if it came from there."""
+        if self.repo_id is None:
+            return None
+        return _commit(self.path / WEIGHTS_FILE if self.path.is_dir() else self.path)
 
 
 def load_ghn(
@@ -55,7 +76,9 @@ def load_ghn(
               Hub nor in its cache, the GHN inside the package serves, with a warning.
             - an existing path: a folder of :meth:`GHN.save_pretrained`, its ``model.safetensors``, or a file of the
               authors of GHN-2 or GHN-3;
-            - a name of the catalogue, e.g. ``'ghn3_tm8'`` (see :func:`timm_ghn.hub.known_ghns`);
+            - a name of :func:`timm_ghn.list_ghns`, e.g. ``'ghn3_tm8'``. An official file from the Hub is converted to
+              our form at first, which is kept and mapped into memory from then on (TIMM_GHN_CACHE names the folder,
+              or is 'off');
             - a repository on the Hub in our form: ``'user/repository'``.
         device: Where to put the weights; the CPU if None.
         dtype: Floating type of the weights; float32 if None.
@@ -74,7 +97,7 @@ def load_ghn(
         ConfigError: if its configuration is wrong, or of a newer version of this package.
     """
     access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
-    return _read(_find(name_or_path, revision, access), device=device, dtype=dtype)
+    return _read(find_files(name_or_path, revision, access), device=device, dtype=dtype)
 
 
 def shared_ghn(
@@ -92,7 +115,7 @@ def shared_ghn(
     For callers that only predict with it: a change would be seen by all of them.
     """
     access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
-    found = _find(name_or_path, revision, access)
+    found = find_files(name_or_path, revision, access)
     return _last.get(found, torch.device(device or 'cpu'), dtype or torch.float32)
 
 
@@ -104,7 +127,7 @@ class _LastGHN:
         self._key: object = None
         self._ghn: GHN | None = None
 
-    def get(self, found: _Found, device: torch.device, dtype: torch.dtype) -> GHN:
+    def get(self, found: Found, device: torch.device, dtype: torch.dtype) -> GHN:
         key = (found, device, dtype, _fingerprint(found.path))
         with self._lock:
             if self._ghn is None or key != self._key:
@@ -126,8 +149,19 @@ def _fingerprint(path: Path) -> tuple[object, ...]:
     return (path.resolve(), *((stat.st_mtime_ns, stat.st_size) for stat in stats if stat is not None))
 
 
-def _find(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> _Found:
-    """Bring the files of a GHN to this machine."""
+def find_files(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Found:
+    """Bring the files of a GHN to this machine.
+
+    Args:
+        name_or_path: As for :func:`load_ghn`.
+        revision: As for :func:`load_ghn`.
+        access: How to reach the Hub.
+
+    Raises:
+        GHNNotFoundError: if there is no such GHN, or it can be reached neither on the Hub nor in the cache.
+        CheckpointError: if what was downloaded is not what the Hub has.
+        ConfigError: if it lies outside the folder of entries that names it.
+    """
     if name_or_path != DEFAULT:
         return _found(locate(name_or_path), revision, access)
     default = resolve_default()
@@ -141,26 +175,36 @@ def _find(name_or_path: str | os.PathLike[str], revision: str | None, access: Ac
         return _found(Place(entry=known_ghns()[EMBEDDED]), None, access)
 
 
-def _found(place: Place, revision: str | None, access: Access) -> _Found:
+def _found(place: Place, revision: str | None, access: Access) -> Found:
     if place.path is not None:
-        return _Found(place.path)
+        return Found(place.path)
     if place.repo_id is not None:
-        return _Found(_fetch_folder(place.repo_id, revision, access), repo_id=place.repo_id)
+        return Found(_fetch_folder(place.repo_id, revision, access), repo_id=place.repo_id)
+    if place.entry is None:
+        raise GHNNotFoundError('no GHN was named')
     entry = place.entry
-    if entry is None or entry.repo_id is None or entry.filename is None:
-        return _Found(entry.folder if entry is not None else Path(), entry)
-    file = HubFile(entry.repo_id, entry.filename, revision or entry.revision)
+    if entry.place is not None:
+        if not entry.place.exists():
+            raise GHNNotFoundError(f'the GHN {entry.name!r} cannot be loaded: {entry.place} does not exist')
+        return Found(entry.place, entry)
     try:
-        return _Found(fetch(file, access), entry, entry.repo_id)
+        return _from_hub(entry, str(entry.repo_id), revision or entry.revision, access)
     except GHNNotFoundError as error:
         raise GHNNotFoundError(f'the GHN {entry.name!r} cannot be loaded: {error}') from error.__cause__
+
+
+def _from_hub(entry: GHNEntry, repo_id: str, revision: str, access: Access) -> Found:
+    if entry.filename is None:
+        return Found(_fetch_folder(repo_id, revision, access), entry, repo_id)
+    path = fetch(HubFile(repo_id, entry.filename, revision), access)
+    return Found(path, entry, repo_id, cache_folder(access.cache_dir))
 
 
 def _fetch_folder(repo_id: str, revision: str | None, access: Access) -> Path:
     try:
         config = fetch(HubFile(repo_id, CONFIG_FILE, revision), access, prefer_cache=False)
     except GHNNotFoundError as error:
-        official = [entry.name for entry in known_ghns().values() if entry.repo_id == repo_id]
+        official = [entry.name for entry in known_ghns().values() if entry.repo_id == repo_id and entry.filename]
         hint = f'. The GHNs of this repository are loaded by name: {", ".join(official)}' if official else ''
         raise GHNNotFoundError(f'{error}{hint}') from error.__cause__
     # The revision of the configuration, so that both files are of one commit.
@@ -174,11 +218,13 @@ def _commit(path: Path) -> str | None:
     return parts[parts.index('snapshots') + 1] if 'snapshots' in parts[:-1] else None
 
 
-def _read(found: _Found, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
+def _read(found: Found, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
     path, entry = found.path, found.entry
     config = None if entry is None else entry.config
-    if path.is_dir() or path.suffix == '.safetensors':
+    if found.is_ours:
         ghn = read_ghn(path, config=config, device=device, dtype=dtype)
+    elif found.cache is not None and entry is not None:
+        ghn = read_through(path, entry, found.cache, revision=found.commit, device=device, dtype=dtype)
     else:
         ghn = read_official(path, config=config, device=device, dtype=dtype)
     assert ghn.origin is not None
@@ -186,7 +232,7 @@ def _read(found: _Found, *, device: torch.device | str | None, dtype: torch.dtyp
         ghn.origin,
         name=ghn.origin.name if entry is None else entry.name,
         repo_id=found.repo_id,
-        revision=None if found.repo_id is None else _commit(path / WEIGHTS_FILE if path.is_dir() else path),
+        revision=found.commit,
         embedded=entry is not None and entry.path is not None,
     )
     return ghn

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 from pathlib import Path
 
 from timm_ghn.errors import GHNNotFoundError
-from timm_ghn.hub.catalogue import GHNEntry, known_ghns
-
-#: The name of the default GHN, whichever that is.
-DEFAULT = 'ghn'
+from timm_ghn.hub.catalogue import known_ghns, refused_ghns
+from timm_ghn.hub.entry import DEFAULT as DEFAULT, REPO, GHNEntry
 
 _FILES = ('.safetensors', '.pt', '.pth', '.pkl', '.joblib', '.bin', '.json', '.gz')
-_REPO = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +43,11 @@ def locate(name_or_path: str | os.PathLike[str]) -> Place:
         known = known_ghns()
         if name in known:
             return Place(entry=known[name])
-        if _REPO.fullmatch(name) and not name.endswith(_FILES):
+        if REPO.fullmatch(name) and not name.endswith(_FILES):
             return Place(repo_id=name)
+        refused = refused_ghns()
+        if name in refused:
+            raise GHNNotFoundError(f'the GHN {name!r} is not known, because its file is wrong: {refused[name]}')
         if not _is_path(name):
             near = difflib.get_close_matches(name, [DEFAULT, *known], n=1, cutoff=0.5)
             hint = f'Did you mean {near[0]!r}? ' if near else ''

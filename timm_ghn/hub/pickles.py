@@ -11,15 +11,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, Any, cast
 
 import torch
 
 from timm_ghn.errors import CheckpointError, UnsafeCheckpointError
-from timm_ghn.hub.records import Source, Span, StorageRecord, TensorRecord, contiguous_stride
+from timm_ghn.hub.records import (
+    MAX_RANK,
+    Source,
+    Span,
+    StorageRecord,
+    TensorRecord,
+    are_sizes,
+    brief,
+    contiguous_stride,
+)
 
-#: Most instructions of one pickle. The largest published GHN has some 10,000.
+#: Most instructions of all pickles of a file, and items that they copy. The largest published GHN has some 10,000.
 MAX_STEPS = 2_000_000
 
 #: Type of a storage by the name of its class in torch.
@@ -80,14 +89,16 @@ class _Array:
 
     def fill(self, state: dict[str, Any], source: Source) -> None:
         dtype = state['dtype']
-        torch_type = _ARRAY_TYPES.get(str(dtype.code)) if isinstance(dtype, _Dtype) else None
+        known = isinstance(dtype, _Dtype) and isinstance(dtype.code, str)
+        torch_type = _ARRAY_TYPES.get(dtype.code) if known else None
         if torch_type is None or dtype.order not in ('<', '|', '='):
-            raise source.error(f'holds an array of a type that no GHN has: {dtype}')
+            shown = f'{brief(dtype.code)}, {brief(dtype.order)}' if isinstance(dtype, _Dtype) else brief(dtype)
+            raise source.error(f'holds an array of a type that no GHN has: {shown}')
         if state['subclass'] != Global('numpy.ndarray'):
             raise source.error('holds an array that is not a plain numpy.ndarray')
-        shape = tuple(state['shape'])
-        if any(type(size) is not int or size < 0 for size in shape):
-            raise source.error(f'holds an array of impossible shape {shape}')
+        shape = state['shape']
+        if not isinstance(shape, tuple) or len(shape) > MAX_RANK or not are_sizes(shape):
+            raise source.error(f'holds an array of impossible shape {brief(shape)}')
         if state.get('numpy_array_alignment_bytes') is not None:
             source.take(source.read(1)[0])
         numel = math.prod(shape)
@@ -97,7 +108,27 @@ class _Array:
         self.tensor = TensorRecord(StorageRecord(torch_type, numel, source, span), 0, shape, stride)
 
 
-LoadBytes = Callable[[Source], Any]
+class Budget:
+    """The instructions that the pickles of a file may still take together.
+
+    Without it, a short file could copy a long container, or read a nested pickle, again and again.
+    """
+
+    def __init__(self) -> None:
+        self.left = MAX_STEPS
+
+    def spend(self, steps: int, source: Source) -> None:
+        """Count steps.
+
+        Raises:
+            CheckpointError: if they are too many.
+        """
+        self.left -= steps
+        if self.left < 0:
+            raise source.error(f'has pickles of more than {MAX_STEPS:,} instructions')
+
+
+LoadBytes = Callable[[Source, Budget], Any]
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
@@ -109,6 +140,7 @@ class Unpickler:
         source: Where the pickle starts; left just behind it.
         storage: Called with the record that a container keeps in place of a storage, for containers that do.
         nested: Called with the bytes that ``torch.storage._load_from_bytes`` would load, where that is allowed.
+        budget: Shared by the pickles of a file.
     """
 
     def __init__(
@@ -117,7 +149,9 @@ class Unpickler:
         *,
         storage: Callable[[tuple[Any, ...]], StorageRecord] | None = None,
         nested: LoadBytes | None = None,
+        budget: Budget | None = None,
     ) -> None:
+        self.budget = budget or Budget()
         self.source, self.storage, self.nested = source, storage, nested
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -140,7 +174,8 @@ class Unpickler:
             raise self.source.error(f'is damaged: {error}') from error
 
     def _run(self) -> Any:
-        for _ in range(MAX_STEPS):
+        while True:
+            self.budget.spend(1, self.source)
             code = self.source.read(1)
             opcode = _OPCODES.get(code.decode('latin-1'))
             if opcode is None:
@@ -155,7 +190,6 @@ class Unpickler:
             if handler is None:
                 raise self.source.error(f'asks for the pickle instruction {opcode.name}, which no checkpoint needs')
             handler(self, self._argument(opcode))
-        raise self.source.error(f'has a pickle of more than {MAX_STEPS:,} instructions')
 
     def _argument(self, opcode: pickletools.OpcodeInfo) -> Any:
         if opcode.name in _LINES:
@@ -188,13 +222,15 @@ class Unpickler:
         """What stands for the result of a call; nothing is called but a maker of records."""
         maker = _MAKERS.get(function.name) if isinstance(function, Global) else None
         if maker is None or not isinstance(arguments, tuple):
-            raise self.source.error(f'calls something that cannot be called: {str(function)[:120]}')
+            shown = function.name if isinstance(function, Global) else brief(function)
+            raise self.source.error(f'calls something that cannot be called: {shown}')
         return maker(self, *arguments)
 
     def build(self, state: Any) -> None:
         """Give the record on top of the stack its state."""
         target = self.stack[-1]
         if isinstance(target, Namespace) and isinstance(state, dict):
+            self.copying(state)
             target.values.update(state)
         elif isinstance(target, _Array):
             target.fill(state, self.source)
@@ -202,11 +238,17 @@ class Unpickler:
         elif isinstance(target, _Dtype):
             target.order = state[1]
         elif type(target) is not dict:  # attributes of an ordered dictionary, such as a state dictionary's versions
-            raise self.source.error(f'sets the state of something that has none: {str(target)[:120]}')
+            raise self.source.error(f'sets the state of something that has none: {brief(target)}')
+
+    def copying(self, items: Any) -> Any:
+        """Count what is copied as instructions."""
+        self.budget.spend(len(items), self.source)
+        return items
 
     def _replace(self, old: object, new: object) -> None:
         self.stack[-1] = new
         for index in reversed(self.memo):  # memoised just before its state was set
+            self.budget.spend(1, self.source)
             if self.memo[index] is old:
                 self.memo[index] = new
                 break
@@ -222,7 +264,7 @@ def _load_from_bytes(machine: Unpickler, data: Span) -> Any:
     if machine.nested is None:
         raise machine.source.error('nests one checkpoint in another')
     place = machine.source.file.tell()
-    loaded = machine.nested(machine.source.part(data))
+    loaded = machine.nested(machine.source.part(data), machine.budget)
     machine.source.file.seek(place)
     return loaded
 
@@ -230,7 +272,15 @@ def _load_from_bytes(machine: Unpickler, data: Span) -> Any:
 def _tensor(machine: Unpickler, storage: Any, start: Any, shape: Any, stride: Any, *_: Any) -> TensorRecord:
     if not isinstance(storage, StorageRecord):
         raise machine.source.error('holds a tensor without a storage')
-    return TensorRecord(storage, start, tuple(shape), tuple(stride))
+    return TensorRecord(storage, start, tuple(machine.copying(shape)), tuple(machine.copying(stride)))
+
+
+def _ordered(machine: Unpickler, items: Any = ()) -> dict[Any, Any]:
+    return dict(_with_plain_keys((key, value) for key, value in machine.copying(items)))
+
+
+def _device(machine: Unpickler, *arguments: Any) -> str:
+    return ':'.join(map(brief, arguments[:2]))
 
 
 def _array_type(machine: Unpickler, code: Any, *_: Any) -> _Dtype:
@@ -240,14 +290,14 @@ def _array_type(machine: Unpickler, code: Any, *_: Any) -> _Dtype:
 #: Every global that a checkpoint may name, and what stands for a call of it (None: a name that cannot be called).
 _MAKERS: dict[str, Callable[..., Any] | None] = {
     'argparse.Namespace': lambda machine: Namespace({}),
-    'collections.OrderedDict': lambda machine, *items: dict(*items),
+    'collections.OrderedDict': _ordered,
     'joblib.numpy_pickle.NumpyArrayWrapper': lambda machine: _Array(),
     'numpy.dtype': _array_type,
     'numpy.ndarray': None,
-    'torch.Size': lambda machine, sizes: tuple(sizes),
+    'torch.Size': lambda machine, sizes: tuple(machine.copying(sizes)),
     'torch._utils._rebuild_parameter': lambda machine, tensor, *_: tensor,
     'torch._utils._rebuild_tensor_v2': _tensor,
-    'torch.device': lambda machine, *arguments: ':'.join(map(str, arguments)),
+    'torch.device': _device,
     'torch.storage._load_from_bytes': _load_from_bytes,
     **dict.fromkeys(STORAGE_TYPES),
 }
@@ -286,7 +336,16 @@ def _tuple(count: int) -> Callable[[Unpickler, object], None]:
 
 
 def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(items[::2], items[1::2], strict=True))
+    return _with_plain_keys(zip(items[::2], items[1::2], strict=True))
+
+
+def _with_plain_keys(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Pairs whose keys are text or numbers: the hash of a tuple may take forever, or more stack than there is."""
+    found = list(pairs)
+    for key, _ in found:
+        if key is not None and not isinstance(key, (str, int, float)):
+            raise TypeError('expected keys that are text or numbers')
+    return found
 
 
 def _set_items(machine: Unpickler, items: list[Any]) -> None:
@@ -318,7 +377,10 @@ def _instance(machine: Unpickler, qualified: str) -> None:
 
 
 def _stack_global(machine: Unpickler, _: object) -> None:
-    machine.stack.append(machine.name('.'.join(str(part) for part in _pop_two(machine))))
+    parts = _pop_two(machine)
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError('expected the name of a global as text')
+    machine.stack.append(machine.name('.'.join(parts)))
 
 
 def _call(machine: Unpickler, _: object) -> None:

@@ -15,6 +15,10 @@ from timm_ghn.errors import CheckpointError
 #: Longest string or number that a pickle may hold, in bytes. Tensors do not count: they are spans of the file.
 MAX_INLINE = 1 << 20
 
+#: Most axes of a tensor, and largest number that describes one. More would only cost time to multiply.
+MAX_RANK = 32
+MAX_SIZE = 1 << 62
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
@@ -103,9 +107,9 @@ class TensorRecord:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        numbers = (self.start, *self.shape, *self.stride)
-        if len(self.shape) != len(self.stride) or any(type(n) is not int or n < 0 for n in numbers):
-            raise self.storage.source.error(f'holds a tensor of impossible shape {self.shape} and stride {self.stride}')
+        if len(self.shape) != len(self.stride) or not are_sizes((self.start, *self.shape[:99], *self.stride[:99])):
+            shown = f'{brief(self.shape)} and stride {brief(self.stride)}'
+            raise self.storage.source.error(f'holds a tensor of impossible shape {shown}')
         numel = math.prod(self.shape)
         last = self.start + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         if numel > self.storage.numel or (numel and last >= self.storage.numel):
@@ -144,6 +148,27 @@ def _read_into(source: Source, offset: int, flat: Tensor) -> None:
         if not count:
             raise source.error('ends too early: it is truncated or damaged')
         target = target[count:]
+
+
+def are_sizes(numbers: Sequence[object]) -> bool:
+    """Whether numbers can be the sizes, or the sizes, strides and start, of a tensor."""
+    return len(numbers) <= 2 * MAX_RANK + 1 and all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
+
+
+def brief(value: object) -> str:
+    """What a message says of a value from a file.
+
+    Containers are told by their type, except for flat ones of a few numbers: one that refers to another twice, and so
+    on for forty levels, would print as 2^40 characters.
+    """
+    if isinstance(value, tuple) and len(value) <= MAX_RANK:
+        inner = [brief(item) if isinstance(item, (int, float, str)) else type(item).__name__ for item in value]
+        return f'({", ".join(inner)})'
+    if isinstance(value, int) and abs(value) > MAX_SIZE:
+        return 'a huge integer'
+    if value is None or isinstance(value, (int, float, str, bytes)):
+        return repr(value[:120] if isinstance(value, (str, bytes)) else value)
+    return type(value).__name__
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ DECODERS = ('conv', 'mlp', 'templates')
 WINDOWS = ('center', 'corner')
 #: Longest distance that the edge table of the published GHN-3 checkpoints (257 rows, the first two unused) can hold.
 MAX_DISTANCE = 254
+#: Most layers; the deepest published GHN has 24. A file could ask for millions, which take long to build.
+MAX_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,8 @@ class GHNConfig:
         _expect_one_of('window', self.window, WINDOWS)
         if self.gnn == 'graphormer' and self.hid % self.heads:
             raise ConfigError(f'expected hid divisible by heads (got hid {self.hid}, heads {self.heads})')
+        if self.layers > MAX_LAYERS:
+            raise ConfigError(f'expected at most {MAX_LAYERS:,} layers (got {self.layers})')
         if self.virtual_edges > MAX_DISTANCE:
             raise ConfigError(f'expected virtual_edges of at most {MAX_DISTANCE} (got {self.virtual_edges})')
         if self.decoder == 'mlp' and self.max_shape[0] != self.max_shape[1]:
@@ -95,13 +99,16 @@ class GHNConfig:
         for field in ('layernorm', 'weight_norm', 'smooth', 'trained'):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f'expected {field} to be true or false (got {getattr(self, field)!r})')
+        if not isinstance(self.rules, str) or not isinstance(self.name, (str, type(None))):
+            raise ConfigError(f'expected rules and name as text (got {self.rules!r} and {self.name!r})')
         self._check_images()
 
     def _check_images(self) -> None:
         for field in ('mean', 'std'):
             values = getattr(self, field)
             numbers = isinstance(values, tuple) and all(isinstance(value, (int, float)) for value in values)
-            if not numbers or len(values) != 3 or not all(math.isfinite(value) for value in values):
+            # Compared before it is asked whether it is finite: an integer may be beyond the range of floats.
+            if not numbers or len(values) != 3 or not all(abs(v) < 2**63 and math.isfinite(v) for v in values):
                 raise ConfigError(f'expected {field} of 3 finite numbers, one for each channel (got {values!r})')
         if min(self.std) <= 0:
             raise ConfigError(f'expected a positive std for each channel (got {self.std})')

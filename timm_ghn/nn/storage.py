@@ -58,7 +58,12 @@ def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype 
     with _replacing(folder / WEIGHTS_FILE) as path:
         save_file(state, path, metadata={'format': 'pt'})
     with _replacing(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(ghn.config.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
+        write_config(ghn.config, path)
+
+
+def write_config(config: GHNConfig, path: Path) -> None:
+    """Write a configuration as the folder of a GHN has it."""
+    path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
 @contextlib.contextmanager
@@ -81,6 +86,7 @@ def read_ghn(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     config: GHNConfig | None = None,
+    origin: Origin | None = None,
 ) -> GHN:
     """Read what :func:`save_ghn` wrote. No weight is initialised first, so the peak of memory is one copy of them.
 
@@ -89,6 +95,7 @@ def read_ghn(
         device: Where to put the weights; the CPU if None.
         dtype: Floating type of the weights; float32 if None, whatever the file has.
         config: What the folder's configuration must say, its name aside, if known.
+        origin: Where the weights came from; this file if None, of which the digest is then computed.
 
     Returns:
         The GHN, in evaluation mode.
@@ -117,7 +124,7 @@ def read_ghn(
             ghn = build_ghn(found, shapes, file.get_tensor, device=device, dtype=dtype, label=str(weights))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
-    ghn.origin = Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
+    ghn.origin = origin or Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
     return ghn
 
 
@@ -143,20 +150,11 @@ def build_ghn(
     Raises:
         CheckpointError: if keys or shapes differ from the configuration's, or if a weight is not finite.
     """
-    from timm_ghn.nn.ghn import GHN
-
-    _expect_plausible(config, shapes, label)
-    try:
-        with torch.device('meta'):
-            ghn = GHN(config)
-    except RuntimeError as error:
-        raise CheckpointError(f'{label} has a configuration of impossible sizes: {config}') from error
-    _expect_shapes({key: tuple(value.shape) for key, value in ghn.state_dict().items()}, shapes, label)
+    ghn = empty_ghn(config, shapes, label)
     weights: dict[str, Tensor] = {}
     for key in ghn.state_dict():
         tensor = read(key)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f'{label} holds {key} as {tensor.dtype}, expected a floating type')
+        expect_floating(key, tensor.dtype, label)
         tensor = tensor.to(device=device or 'cpu', dtype=dtype or torch.float32)
         expect_finite(key, tensor, label)
         weights[key] = tensor
@@ -164,10 +162,45 @@ def build_ghn(
     return ghn.eval()
 
 
+def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> GHN:
+    """Make a GHN on the meta device for tensors of a file, once it is known that all of them fit.
+
+    Args:
+        config: Its hyper-parameters.
+        shapes: Shape of every tensor of the file.
+        label: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: if keys or shapes differ from the configuration's.
+    """
+    from timm_ghn.nn.ghn import GHN
+
+    _expect_plausible(config, shapes, label)
+    try:
+        with torch.device('meta'):
+            ghn = GHN(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's for sizes of more than 64 bits
+        raise CheckpointError(f'{label} has a configuration of impossible sizes: {config}') from error
+    _expect_shapes({key: tuple(value.shape) for key, value in ghn.state_dict().items()}, shapes, label)
+    return ghn
+
+
+def expect_floating(key: str, dtype: torch.dtype, label: str) -> None:
+    """Refuse numbers of other types.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    if not dtype.is_floating_point:
+        raise CheckpointError(f'{label} holds {key} as {dtype}, expected a floating type')
+
+
 def _expect_plausible(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
     """Refuse a configuration that is far larger than the file before anything of that size is built."""
     limit = sum(math.prod(shape) for shape in shapes.values())
     largest = max(config.hid, config.num_classes, *config.max_shape)
+    if config.decoder == 'templates':
+        largest = max(largest, config.templates, config.codes)
     if config.layers > len(shapes) or largest > limit:
         raise CheckpointError(f'{label} holds {limit:,} numbers, far fewer than its configuration needs: {config}')
 

@@ -1,0 +1,207 @@
+"""Whatever a file holds, reading it ends in a GHN or in an error of ours; nothing in it runs, hangs or takes memory.
+
+``pytest -m slow tests/hub/test_fuzz.py`` runs 25,000 cases; the default run 400.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import joblib
+import pytest
+from official import WRITERS, official_state, options
+
+if sys.platform != 'linux':
+    pytest.skip('its limits are those of Linux', allow_module_level=True)
+
+from fuzz import (
+    CANARY,
+    compressed_mutation,
+    limits,
+    mutate_json,
+    mutate_safetensors,
+    payloads,
+    pickle_mutation,
+    run_cases,
+    zip_mutation,
+)
+
+from timm_ghn.errors import GHNError
+from timm_ghn.hub import catalogue, load_ghn
+from timm_ghn.hub.converted import read_through
+from timm_ghn.hub.entry import GHNEntry, read_users_entry
+from timm_ghn.nn import GHN, GHNConfig
+from timm_ghn.nn.storage import save_ghn
+
+OFFICIAL = ('torch', 'legacy', 'joblib', 'zlib', 'lzma', 'bz2')
+TARGETS = ('config', 'header', 'entry', 'record', *OFFICIAL)
+#: Cases of each target: 10 targets make 25,000.
+MANY = 2500
+FEW = 40
+
+
+def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, seed: int) -> dict[str, int]:
+    limited = {'cases': cases, 'seed': seed, 'expected': GHNError, 'marker': marker}
+    if target in ('config', 'header'):
+        save_ghn(ghn, tmp_path / 'ghn')
+        name, mutate = {
+            'config': ('config.json', mutate_json),
+            'header': ('model.safetensors', mutate_safetensors),
+        }[target]
+        return run_cases(tmp_path / 'ghn' / name, mutate, lambda: load_ghn(tmp_path / 'ghn'), **limited)
+    if target == 'entry':
+        return fuzz_entries(tmp_path, ghn, limited)
+    if target == 'record':
+        return fuzz_records(tmp_path, ghn, limited)
+    path = tmp_path / 'ghn.pt'
+    state = official_state(ghn)
+    # Half of the official files state their configuration.
+    saved = {'state_dict': state, 'config': options(ghn), 'epoch': 3} if target in ('torch', 'legacy') else state
+    if target in ('zlib', 'lzma', 'bz2'):
+        joblib.dump(saved, path, compress=(target, 1))
+    else:
+        WRITERS[target](saved, path)
+    if target in ('zlib', 'lzma', 'bz2'):
+        mutate = compressed_mutation(marker, target)
+    else:
+        mutate = zip_mutation(marker) if target == 'torch' else pickle_mutation(marker)
+    return run_cases(path, mutate, lambda: load_ghn(path), **limited)
+
+
+def fuzz_entries(tmp_path: Path, ghn: GHN, limited: dict[str, object]) -> dict[str, int]:
+    """Files of a user's folder, alone and as the catalogue reads them; what comes of them is printed as in the list."""
+    path = tmp_path / 'mine.json'
+    config = {key: value for key, value in ghn.config.to_dict().items() if key != 'name'}
+    record = {
+        'name': 'mine', 'description': 'x', 'format': 'joblib', 'repo_id': 'user/repo', 'filename': 'ghn.pt',
+        'revision': 'main', 'license': 'mit', 'num_parameters': 5, 'paper': 'https://arxiv.org',
+        'norms': {'vgg11': 1.5},
+        'config': config,
+    }  # fmt: skip
+    path.write_text(json.dumps(record))
+
+    def read() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            users = catalogue._read_users.__wrapped__(((str(tmp_path), (('mine.json', 0, 0),)),))
+        if not users.refused:
+            entry = users.entries['mine']
+            assert f'{entry.num_parameters or 0:,}{entry.config.num_classes}{entry.source}{entry.description}'
+            assert json.loads(json.dumps(entry.to_dict()))
+            assert entry.place is None or entry.place.is_relative_to(tmp_path)
+        read_users_entry(path)
+
+    return run_cases(path, mutate_json, read, **limited)
+
+
+def fuzz_records(tmp_path: Path, ghn: GHN, limited: dict[str, object]) -> dict[str, int]:
+    """The record of a conversion: whatever it says, the GHN is the one of the official file."""
+    path = WRITERS['joblib'](official_state(ghn), tmp_path / 'ghn.pt')
+    entry = GHNEntry('mine', '', 'joblib', ghn.config, repo_id='user/repo', filename='ghn.pt')
+    read_through(path, entry, tmp_path / 'cache')
+    (place,) = (tmp_path / 'cache').iterdir()
+    expected = ghn.state_dict()
+
+    def read() -> None:
+        found = read_through(path, entry, tmp_path / 'cache').state_dict()
+        assert all(found[key].equal(value) for key, value in expected.items())
+
+    return run_cases(place / 'converted.json', mutate_json, read, **limited)
+
+
+def expect_both(target: str, ended: dict[str, int]) -> None:
+    """Some mutations must have been refused, else they are too tame; a changed record is always replaced."""
+    refused = sum(count for how, count in ended.items() if how != 'read')
+    assert bool(refused) != (target == 'record'), ended
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_a_few_hundred_cases(target, tmp_path, small_ghn, marker):
+    expect_both(target, fuzz(target, tmp_path, small_ghn, marker, cases=FEW, seed=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', TARGETS)
+def test_many_cases(target, tmp_path, small_ghn, marker):
+    ended = fuzz(target, tmp_path, small_ghn, marker, cases=MANY, seed=1)
+    assert sum(ended.values()) == MANY
+    expect_both(target, ended)
+
+
+# That the fuzzing would notice
+
+
+def test_a_payload_that_runs_is_noticed(tmp_path, marker):
+    path = tmp_path / 'file'
+    path.write_bytes(payloads(marker)[0] + b'.')
+    with pytest.raises(AssertionError, match='executed'):
+        run_cases(
+            path,
+            lambda rng, data: data,
+            lambda: pickle.loads(path.read_bytes()),
+            cases=1, seed=0, expected=GHNError, marker=marker,
+        )  # fmt: skip
+    assert marker.exists()
+    assert any(event.startswith('os.system') for event in CANARY.sung)
+
+
+@pytest.mark.parametrize(
+    ('read', 'match'),
+    [
+        (lambda: bytearray(4 << 30), 'MemoryError'),
+        (lambda: {}['x'], 'KeyError'),
+        (lambda: [None for _ in iter(int, 1)], 'TooSlowError|MemoryError'),
+        (lambda: sys.exit(3), 'SystemExit'),
+    ],
+    ids=['memory', 'crash', 'endless', 'exit'],
+)
+def test_what_must_not_happen_is_noticed(tmp_path, marker, monkeypatch, read, match):
+    monkeypatch.setattr('fuzz.MAX_SECONDS', 0.5)
+    path = tmp_path / 'file'
+    path.touch()
+    with pytest.raises(AssertionError, match=f'seed 7, case 0: ({match})'):
+        run_cases(path, lambda rng, data: data, read, cases=1, seed=7, expected=GHNError, marker=marker)
+
+
+# Sizes that lie
+
+
+def test_sizes_that_no_memory_holds_are_refused_at_once(tmp_path, small_ghn, marker):
+    save_ghn(small_ghn, tmp_path / 'ghn')
+    path = tmp_path / 'ghn' / 'config.json'
+    record = json.loads(path.read_text())
+    huge = [
+        {'hid': 10**12}, {'num_classes': 10**12}, {'layers': 10**12}, {'heads': 10**12}, {'max_shape': [10**6] * 4},
+        {'max_shape': [8, 8, 10**6, 10**6]}, {'decoder': 'templates', 'templates': 10**12, 'codes': 10**12},
+        {'decoder': 'templates', 'codes': 10**6}, {'hid': 4 * 10**5, 'heads': 1}, {'layers': 10**5},
+        {'mean': [10**400, 0, 0]}, {'std': [1, 1, 10**400]},
+    ]  # fmt: skip
+    with limits():
+        for changes in huge:
+            path.write_text(json.dumps(record | changes))
+            with pytest.raises(GHNError):
+                load_ghn(tmp_path / 'ghn')
+
+
+def test_sizes_up_to_those_of_the_file_cost_little(tmp_path, marker):
+    """A configuration that the file is just large enough for: the GHN is built without memory before it is refused."""
+    config = GHNConfig(hid=8, max_shape=(8, 8, 3, 3), num_classes=5, layers=2, heads=2)
+    save_ghn(GHN(config), tmp_path / 'ghn')
+    path = tmp_path / 'ghn' / 'config.json'
+    record = json.loads(path.read_text())
+    code = (
+        'import sys, resource, time; from timm_ghn import load_ghn, GHNError\n'
+        'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; began = time.monotonic()\n'
+        'try: load_ghn(sys.argv[1])\n'
+        'except GHNError: pass\n'
+        'else: raise SystemExit("was read")\n'
+        'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)'
+    )
+    path.write_text(json.dumps(record | {'num_classes': 10_000, 'hid': 9_000, 'heads': 8, 'layers': 40}))
+    run = subprocess.run([sys.executable, '-c', code, str(path.parent)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 300_000, 'kB'
