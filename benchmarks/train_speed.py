@@ -1,8 +1,10 @@
 """Networks per second in meta-training, against a loop that takes one network at a time and traces it each time.
 
-    python benchmarks/train_speed.py
+    python benchmarks/train_speed.py [--processes 2]
 
-Both train the same GHN on the same architectures and random images, in turns and with the same number of threads.
+Both train the same GHN on the same architectures and random images, in turns and on the same cores: with several
+processes, 'ours' is as many of one thread, which share the networks of a step and add up their gradients, and
+'straightforward' is one process with as many threads.
 'straightforward' builds each network with its initialisation, traces it, predicts it alone and differentiates it
 together with the GHN; 'ours' is timm_ghn.train's step, its architectures traced before as in any but the first epoch of
 a run. Times are wall-clock seconds of --repeat rounds; the least of each kind counts.
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +87,76 @@ def stages(
     return ', '.join(f'{name} {spent[name] / whole:.0%}' for name in names)
 
 
+def reduce_gradients(ghn: GHN) -> None:
+    """Add up the gradients of all processes, as training does."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in ghn.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+
+
+def worker(rank: int, args: argparse.Namespace, folder: str, seconds: multiprocessing.Queue[float]) -> None:
+    """One of several processes of training; the first tells how long each round took."""
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=args.processes
+    )
+    torch.set_num_threads(1)
+    work = Work(args)
+
+    def ours() -> None:
+        for group in work.groups():
+            own = [work.blueprints(architecture) for architecture in group[rank :: args.processes]]
+            train_step(work.ghn, own, work.images, work.labels, networks=len(group))
+            reduce_gradients(work.ghn)
+
+    for _ in range(args.repeat):
+        torch.distributed.barrier()
+        spent = timed(ours, work.ghn)
+        if rank == 0:
+            seconds.put(spent)
+    torch.distributed.destroy_process_group()
+
+
+def in_processes(args: argparse.Namespace) -> float:
+    """Least seconds of a round of training in several processes."""
+    context = multiprocessing.get_context('spawn')
+    seconds = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=worker, args=(rank, args, folder, seconds)) for rank in range(args.processes)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit('a process failed')
+    return min(float(seconds.get()) for _ in range(args.repeat))
+
+
+class Work:
+    """What both loops train: a GHN, architectures that are traced, and a batch."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        options = TrainOptions(**{**read_recipe(args.config, TrainOptions), 'dataset': 'random'})
+        torch.manual_seed(0)
+        self.ghn = GHN(options.config_for(10)).to(args.device)
+        sampler = options.sampler_for(10)
+        rng = np.random.default_rng(0)
+        self.architectures = [sampler.sample(rng) for _ in range(args.count)]
+        self.meta_batch: int = args.meta_batch
+        side = options.image_size
+        self.images = torch.randn(args.batch_size, 3, side, side, device=args.device)
+        self.labels = torch.randint(10, (args.batch_size,), device=args.device)
+        self.blueprints = Blueprints(self.ghn.config)
+        for architecture in self.architectures:
+            self.blueprints(architecture)
+
+    def groups(self) -> list[list[Architecture]]:
+        """The architectures of each step."""
+        firsts = range(0, len(self.architectures), self.meta_batch)
+        return [self.architectures[first : first + self.meta_batch] for first in firsts]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--config', type=Path, default=RECIPE)
@@ -91,40 +165,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--batch-size', type=int, default=64)
     parser.add_argument('--repeat', type=int, default=3)
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--processes', type=int, default=1, help='of one thread each, for ours (default: 1)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, help='Markdown file to write')
     args = parser.parse_args(argv)
+    if args.processes > 1:
+        args.threads = args.processes
     torch.set_num_threads(args.threads)
-    options = TrainOptions(**{**read_recipe(args.config, TrainOptions), 'dataset': 'random'})
-    torch.manual_seed(0)
-    ghn = GHN(options.config_for(10)).to(args.device)
-    sampler = options.sampler_for(10)
-    rng = np.random.default_rng(0)
-    architectures = [sampler.sample(rng) for _ in range(args.count)]
-    side = options.image_size
-    images = torch.randn(args.batch_size, 3, side, side, device=args.device)
-    labels = torch.randint(10, (args.batch_size,), device=args.device)
-    blueprints = Blueprints(ghn.config)
-    for architecture in architectures:
-        blueprints(architecture)
+    work = Work(args)
+    ghn, batch = work.ghn, (work.images, work.labels)
 
     def ours() -> None:
-        for first in range(0, len(architectures), args.meta_batch):
-            group = architectures[first : first + args.meta_batch]
-            train_step(ghn, [blueprints(architecture) for architecture in group], images, labels)
+        for group in work.groups():
+            train_step(ghn, [work.blueprints(architecture) for architecture in group], *batch)
 
     best = {'straightforward': float('inf'), 'ours': float('inf')}
     for _ in range(args.repeat):
-        best['straightforward'] = min(
-            best['straightforward'], timed(lambda: straightforward(ghn, architectures, images, labels), ghn)
-        )
-        best['ours'] = min(best['ours'], timed(ours, ghn))
-    rates = {name: len(architectures) / seconds for name, seconds in best.items()}
+        slow = timed(lambda: straightforward(ghn, work.architectures, *batch), ghn)
+        best['straightforward'] = min(best['straightforward'], slow)
+        if args.processes == 1:
+            best['ours'] = min(best['ours'], timed(ours, ghn))
+    if args.processes > 1:
+        best['ours'] = in_processes(args)
+    rates = {name: args.count / seconds for name, seconds in best.items()}
     lines = [
         f'# Speed of meta-training, {datetime.date.today()}',
         '',
         f'Python {platform.python_version()}, timm_ghn {timm_ghn.__version__}, torch {torch.__version__}, '
-        f'{args.device}, {args.threads} thread(s); {args.count} architectures of {args.config.name}, batches of '
+        f'{args.device}, {args.threads} thread(s), {args.processes} process(es) of ours; {args.count} architectures of '
+        f'{args.config.name}, batches of '
         f'{args.batch_size}, {args.meta_batch} networks in a step.',
         '',
         '| loop | networks per second |',
@@ -132,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(f'| {name} | {rate:.2f} |' for name, rate in rates.items()),
         '',
         f'Ours is {rates["ours"] / rates["straightforward"]:.1f} times as fast. Its time: '
-        + stages(ghn, blueprints, architectures[: args.meta_batch], (images, labels))
+        + stages(ghn, work.blueprints, work.architectures[: args.meta_batch], batch)
         + '.',
     ]
     print('\n'.join(lines))
