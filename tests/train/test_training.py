@@ -96,7 +96,7 @@ def test_networks_that_were_never_trained_tell_colours_apart(base):
     'changes',
     [
         {},
-        {'opt': 'muon', 'decay_steps': 3, 'augment': 'flip'},
+        {'opt': 'muon', 'decay_steps': 3, 'augment': 'flip', 'own_images': True},
         {'gnn': 'gated', 'decoder': 'conv', 'max_channels': 16, 'max_kernel': 7},
     ],
 )
@@ -121,9 +121,10 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monke
     assert len(losses(options)) == 3
 
 
-def test_parts_of_a_meta_batch_add_up(base, tmp_path):
+@pytest.mark.parametrize('own_images', [False, True])
+def test_parts_of_a_meta_batch_add_up(base, tmp_path, own_images):
     # Adam turns differences of rounding in small gradients into steps of the learning rate.
-    base = dataclasses.replace(base, lr=1e-4)
+    base = dataclasses.replace(base, lr=1e-4, own_images=own_images)
     train(base)
     parts = dataclasses.replace(base, accumulate=2, output=tmp_path / 'parts')
     train(parts)
@@ -210,6 +211,11 @@ def test_steps_without_a_finite_loss_end_the_run(base, monkeypatch):
     [
         ({'dataset': 'nowhere/at-all'}, DataError, 'cannot be loaded'),
         ({'batch_size': 500}, ConfigError, 'expected at least 500 training images'),
+        (
+            {'batch_size': 100, 'meta_batch': 4, 'own_images': True},
+            ConfigError,
+            'expected at least 400 training images',
+        ),
         ({'init': 'no-such-ghn'}, LookupError, 'no-such-ghn'),
     ],
 )
@@ -291,8 +297,9 @@ def environment() -> dict[str, str]:
     return {**kept, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
 
 
-def test_two_processes_equal_one(base, tmp_path):
-    base = dataclasses.replace(base, lr=1e-4)
+@pytest.mark.parametrize('own_images', [False, True])
+def test_two_processes_equal_one(base, tmp_path, own_images):
+    base = dataclasses.replace(base, lr=1e-4, own_images=own_images)
     train(base)
     two = dataclasses.replace(base, output=tmp_path / 'two')
     port = 20_000 + (os.getpid() + 77) % 20_000

@@ -1,7 +1,7 @@
 """The meta-training loop: sample architectures, predict their parameters, train the GHN, evaluate on unseen ones.
 
 Architectures, images and augmentation of a step depend on the seed and the step alone. Several processes share the
-architectures of a step, on the same images, and average their gradients; a run in two processes therefore equals one
+architectures of a step and average their gradients; a run in two processes therefore equals one
 in a single process, and a run that was killed one that was not.
 """
 
@@ -117,8 +117,10 @@ def train(options: TrainOptions) -> Result:
         splits = load_splits(options.data)
     size = (3, options.image_size, options.image_size)
     train_data = load_images(splits.train, size, progress=accelerator.is_main_process).to(accelerator.device)
-    if len(train_data) < options.batch_size:
-        raise ConfigError(f'expected at least {options.batch_size} training images, a batch (got {len(train_data)})')
+    if len(train_data) < options.images_in_step:
+        raise ConfigError(
+            f'expected at least {options.images_in_step} training images, those of a step (got {len(train_data)})'
+        )
     val_data = load_images(splits.val, size).to(accelerator.device)
     ghn = _ghn(options, len(splits.classes))
     run = _Run(options, accelerator, ghn, train_data, val_data, len(splits.classes), started)
@@ -292,16 +294,14 @@ class _Run(Run):
         """Sample, predict, differentiate, and change the GHN."""
         options, accelerator = self.options, self.accelerator
         blueprints = [self.blueprints(architecture) for architecture in self.architectures(step)]
-        images, labels = training_batch(
-            self.train_data, step, options.batch_size, seed=options.seed, config=IMAGES, augment=options.augment
-        )
+        images, labels = self._batch(step)
         part = len(blueprints) // options.accumulate
         outcomes = [
             train_step(
                 self.ghn,
                 blueprints[first : first + part],
-                images,
-                labels,
+                images[first : first + part] if options.own_images else images,
+                labels[first : first + part] if options.own_images else labels,
                 networks=options.meta_batch,
                 clip=options.clip_network,
                 smoothing=options.smoothing,
@@ -331,11 +331,26 @@ class _Run(Run):
         window = self.progress.window
         self.progress.window = [old + new for old, new in zip(window, (loss, right, counted), strict=True)]
 
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of a step: a batch for all architectures, or one for each that this process takes."""
+        options = self.options
+        images, labels = training_batch(
+            self.train_data, step, options.images_in_step, seed=options.seed, config=IMAGES, augment=options.augment
+        )
+        if not options.own_images:
+            return images, labels
+        each = (options.meta_batch, options.batch_size)
+        return images.unflatten(0, each)[self._own], labels.unflatten(0, each)[self._own]
+
+    @property
+    def _own(self) -> slice:
+        """The architectures of a step that this process takes."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
     def architectures(self, step: int) -> list[Architecture]:
         """Those that this process takes in a step."""
-        options, accelerator = self.options, self.accelerator
+        options, own = self.options, self._own
         rng = np.random.default_rng((options.seed, 4, step))
-        own = slice(accelerator.process_index, None, accelerator.num_processes)
         if not options.pool:
             return [self.sampler.sample(rng) for _ in range(options.meta_batch)][own]
         return [self.pool[int(member)] for member in rng.integers(options.pool, size=options.meta_batch)[own]]

@@ -64,7 +64,8 @@ class TrainOptions:
     steps: int = option(2000, 'optimiser steps')
     meta_batch: int = option(4, 'architectures in a step, of all processes')
     accumulate: int = option(1, 'parts into which the architectures of a process are divided, to save memory')
-    batch_size: int = option(64, 'images in a step; all architectures see the same')
+    batch_size: int = option(64, 'images that an architecture sees in a step')
+    own_images: bool = option(False, 'each architecture of a step sees other images, instead of all the same')
     opt: str = option('adamw', 'optimiser: adamw, or muon for the templates and adamw for the rest')
     lr: float = option(1e-3, 'learning rate')
     weight_decay: float = option(0.01, 'weight decay')
@@ -147,6 +148,11 @@ class TrainOptions:
         if not isinstance(own, dict):
             raise ConfigError(f'expected sampler_args to be a mapping (got {type(own).__name__})')
         return build_sampler(self.sampler, {'image_size': self.image_size, 'num_classes': num_classes, **own})
+
+    @property
+    def images_in_step(self) -> int:
+        """Images that all architectures of a step see together."""
+        return self.batch_size * (self.meta_batch if self.own_images else 1)
 
     def unseen_families(self) -> tuple[str, ...]:
         """Families that are evaluated and never trained."""

@@ -1,9 +1,9 @@
 """One step of meta-training: parameters of several networks in one prediction, and the gradient of their losses.
 
 L = 1/m sum_a cross_entropy(a(x; H(a)), y) over the m architectures a of a meta-batch, all on the same images x (arXiv
-2110.13100, equation 2; GHN_SPEC of arXiv 2303.04143 keeps it). The loss of each network is differentiated with respect
-to its parameters by itself, so that only one network's activations exist at a time and one whose loss is not finite can
-be left out; the GHN is differentiated once for all.
+2110.13100, equation 2; arXiv 2303.04143 keeps it), or each on its own. The loss of each network is differentiated with
+respect to its parameters by itself, so that only one network's activations exist at a time and one whose loss is not
+finite can be left out; the GHN is differentiated once for all.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def train_step(
     Args:
         ghn: The GHN.
         blueprints: Of the networks.
-        images: A normalised batch (B, channels, height, width).
-        labels: (B,).
+        images: A normalised batch (B, channels, height, width) for all networks, or one for each of them (networks, B,
+            channels, height, width).
+        labels: (B,), or (networks, B).
         networks: Number of networks m of the mean, where these are a part of them.
         clip: Largest norm of the gradient of a network's loss with respect to its parameters. Without it, one deep
             network without norm layers outweighs all others of a step.
@@ -99,17 +100,17 @@ def train_step(
         Losses and accuracies of the networks.
     """
     predicted = predict_parameters(ghn, blueprints)
-    images = _layout(images)
+    batches = _batches(images, labels, len(blueprints))
     share = 1 / (networks or len(blueprints))
     tensors: list[Tensor] = []
     gradients: list[Tensor] = []
     losses, accuracies, skipped = [], [], 0
-    for blueprint, parameters in zip(blueprints, predicted, strict=True):
+    for blueprint, parameters, (inputs, targets) in zip(blueprints, predicted, batches, strict=True):
         leaves = {id(tensor): _layout(tensor.detach()).requires_grad_() for tensor in parameters.values()}
         own = {id(tensor): tensor for tensor in parameters.values()}
         with autocast():
-            logits = blueprint({name: leaves[id(tensor)] for name, tensor in parameters.items()}, images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            logits = blueprint({name: leaves[id(tensor)] for name, tensor in parameters.items()}, inputs)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         found = torch.autograd.grad(loss * share, list(leaves.values()), allow_unused=True)
         used = [(own[key], gradient) for key, gradient in zip(leaves, found, strict=True) if gradient is not None]
         parts = [gradient for _, gradient in used]
@@ -124,10 +125,17 @@ def train_step(
             parts = [gradient * (clip * share / norm) for gradient in parts]
         gradients += parts
         losses.append(value)
-        accuracies.append(float((logits.argmax(1) == labels).float().mean()))
+        accuracies.append(float((logits.argmax(1) == targets).float().mean()))
     if tensors:
         torch.autograd.backward(tensors, gradients)
     return Outcome(tuple(losses), tuple(accuracies), skipped)
+
+
+def _batches(images: Tensor, labels: Tensor, networks: int) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels for each network."""
+    if labels.dim() == 1:
+        return [(_layout(images), labels)] * networks
+    return [(_layout(own), targets) for own, targets in zip(images, labels, strict=True)]
 
 
 def _layout(tensor: Tensor) -> Tensor:
