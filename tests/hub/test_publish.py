@@ -71,6 +71,25 @@ def test_timm_alone_loads_every_tensor(hub: HubServer, tmp_path):
             assert torch.equal(found[name], value.to(found[name].dtype)), (repo_id, name)
 
 
+BY_TRANSFORMERS = """
+import sys
+from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+save_file({name.removeprefix('timm_model.'): value for name, value in model.state_dict().items()}, sys.argv[2])
+"""
+
+
+def test_transformers_loads_every_tensor(hub: HubServer, model, tmp_path):
+    pytest.importorskip('transformers', reason='needs transformers')
+    push_to_hub(model, REPO, token=TOKEN)
+    command = [sys.executable, '-c', BY_TRANSFORMERS, REPO, str(tmp_path / 'found')]
+    subprocess.run(command, env=environment(hub, tmp_path / 'home'), check=True, cwd=tmp_path)
+    found, expected = load_file(tmp_path / 'found'), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize('architecture', timm.list_models('test_*'))
 def test_timm_builds_every_small_model_again_from_its_configuration(architecture, tmp_path):
     model = timm.create_model(architecture, num_classes=5)

@@ -175,6 +175,10 @@ def write_config(config: dict[str, Any], folder: Path, facts: Facts) -> None:
     names = list(facts.training.run.get('classes', ())) if facts.training is not None else []
     if names and len(names) == facts.num_classes:
         config = {**config, 'label_names': names}
+    if 'model_args' in config:
+        # timm takes it from the root of the configuration; transformers passes it on from there, and fails if it comes
+        # from here again.
+        config = {**config, 'model_args': {k: v for k, v in config['model_args'].items() if k != 'num_classes'}}
     text = json.dumps({**config, 'pretrained_cfg': cfg}, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + '\n', encoding='utf-8')
 
