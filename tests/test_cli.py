@@ -78,22 +78,22 @@ def test_predict_writes_what_plain_timm_reads(run, tmp_path):
     assert os.listdir(tmp_path) == ['out.safetensors']
 
 
-@pytest.mark.parametrize(('choice', 'options'), [('noise', 'noise'), ('none', None), ('orth', 'orth')])
-def test_predict_post_processes_as_asked(run, choice, options):
+@pytest.mark.parametrize('choice', ['noise', 'none', 'orth', 'auto'])
+def test_predict_post_processes_as_asked(run, choice):
     code, out, _ = run(f'predict test_vit --seed 3 --postprocess {choice} -o out.safetensors --json')
     assert code == 0
     torch.manual_seed(3)
     expected = timm.create_model('test_vit')
-    timm_ghn.ghn_init(expected, EMBEDDED, seed=3, postprocess=options)
+    timm_ghn.ghn_init(expected, EMBEDDED, seed=3, postprocess=choice)
     read = load_file('out.safetensors')
     assert all(torch.equal(tensor, read[name]) for name, tensor in expected.state_dict().items())
-    resolved = PostProcess.of(options, seed=3)
+    resolved = PostProcess.of(choice, seed=3, auto=timm_ghn.load_ghn(EMBEDDED).config.postprocess)
     assert json.loads(out)['provenance']['postprocess'] == (resolved.to_dict() if resolved else None)
 
 
 def test_the_command_line_knows_every_named_post_processing():
     args = ['predict', 'test_vit', '-o', 'out.safetensors']
-    for name in (*NAMED, 'none'):
+    for name in (*NAMED, 'none', 'auto'):
         assert cli._parser().parse_args([*args, '--postprocess', name]).postprocess == name
 
 
@@ -104,7 +104,8 @@ def test_diversity_compares_predicted_post_processed_and_random_weights(run, tmp
     code, out, _ = run('inspect test_resnet --json --plot out.png')
     assert code == 0, '--plot implies --diversity'
     answer = json.loads(out)
-    assert answer['postprocess'] == NAMED['orth'].to_dict()
+    default = PostProcess.of('auto', auto=timm_ghn.load_ghn(EMBEDDED).config.postprocess)
+    assert answer['postprocess'] == (default.to_dict() if default else None)
     assert len(answer['diversity']) == len(table) > 1
     assert [line.split()[1] for line in table] == [layer['name'] for layer in answer['diversity']]
     marked = [line.split()[0].endswith('*') for line in table]

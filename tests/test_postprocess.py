@@ -401,6 +401,18 @@ def test_initialising_is_predicting_and_post_processing(options):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize('recommended', ['orth', 'noise', 'none'])
+def test_the_ghn_recommends_what_is_done_by_default(recommended):
+    ghn = make_ghn(dataclasses.replace(TINY['graphormer'], postprocess=recommended))
+    model, other = timm.create_model('test_resnet'), timm.create_model('test_resnet')
+    ghn_init(model, ghn)
+    ghn_init(other, ghn, postprocess=recommended)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    ghn_init(other, ghn, postprocess=None)
+    same = all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert same is (recommended == 'none')
+
+
 def test_a_named_post_processing_takes_the_seed_of_the_call():
     assert PostProcess.of('noise', seed=3) == dataclasses.replace(NAMED['noise'], seed=3)
     assert PostProcess.of(PostProcess(seed=1), seed=3).seed == 1
@@ -409,7 +421,7 @@ def test_a_named_post_processing_takes_the_seed_of_the_call():
 def test_an_unknown_post_processing_changes_nothing():
     model = plain()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"'orth', 'noise', None or a PostProcess \(got 'orthogonal'\)"):
+    with pytest.raises(ConfigError, match=r"'noise', 'none', None or a PostProcess \(got 'orthogonal'\)"):
         ghn_init(model, make_ghn(TINY['gated']), input_size=SIZE, postprocess='orthogonal')
     torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
 

@@ -24,7 +24,6 @@ from timm_ghn.errors import GHNError, UnsupportedModelError
 if TYPE_CHECKING:
     from torch import nn
 
-    from timm_ghn.postprocess import PostProcess
 
 _EXAMPLES = {
     'list': 'timm-ghn list',
@@ -177,8 +176,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--postprocess',
-        choices=('orth', 'noise', 'none'),
-        help='what is done to predicted weights before training (default: orth)',
+        choices=('auto', 'orth', 'noise', 'none'),
+        default='auto',
+        help='what is done to predicted weights before training: what the GHN recommends (auto, the default), or this',
     )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
@@ -223,14 +223,14 @@ def predict_weights(args: argparse.Namespace) -> int:
     """Predict the weights of a timm model and write them with those that are kept, as ``ghn_init`` leaves them."""
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.output import check_output, write_state_dict
-    from timm_ghn.postprocess import postprocess_
+    from timm_ghn.postprocess import PostProcess, postprocess_
     from timm_ghn.prediction import predict, provenance
     from timm_ghn.report import totals_table
 
     check_output(args.output)
-    options = _postprocess(args)
     model = build_model(args)
     ghn = load_ghn(args.ghn, device=args.device)
+    options = PostProcess.of(args.postprocess, seed=args.seed, auto=ghn.config.postprocess)
     prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
     model.load_state_dict(prediction.state_dict, strict=False)
     postprocess_(model, options, plan=prediction.plan)
@@ -276,7 +276,7 @@ def _inspect_diversity(args: argparse.Namespace) -> int:
     from timm_ghn.diversity import compare
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.output import check_output
-    from timm_ghn.postprocess import layers
+    from timm_ghn.postprocess import PostProcess, layers
     from timm_ghn.prediction import predict
     from timm_ghn.report import diversity_table
 
@@ -284,9 +284,9 @@ def _inspect_diversity(args: argparse.Namespace) -> int:
         from timm_ghn.picture import SUFFIXES, draw
 
         check_output(args.plot, SUFFIXES)
-    options = _postprocess(args)
     model = build_model(args)
     ghn = load_ghn(args.ghn)
+    options = PostProcess.of(args.postprocess, seed=args.seed, auto=ghn.config.postprocess)
     prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
     plan = prediction.plan
     found = compare(prediction.state_dict, dict(model.named_parameters()), plan, options)
@@ -301,14 +301,6 @@ def _inspect_diversity(args: argparse.Namespace) -> int:
         return 0
     _print_lines(diversity_table(comparisons))
     return 0
-
-
-def _postprocess(args: argparse.Namespace) -> PostProcess | None:
-    """The post-processing of the command line, whose noise has the seed of ``--seed``."""
-    from timm_ghn.postprocess import DEFAULT, PostProcess
-
-    name = DEFAULT if args.postprocess is None else args.postprocess
-    return PostProcess.of(None if name == 'none' else name, seed=args.seed)
 
 
 def _run_options(command: str) -> tuple[Any, Any, dict[str, str]]:

@@ -74,22 +74,27 @@ class PostProcess:
         _expect(self.scale in SCALES, f'scale to be one of {", ".join(SCALES)}', self.scale)
 
     @classmethod
-    def of(cls, value: PostProcess | str | None, *, seed: int = 0) -> PostProcess | None:
+    def of(cls, value: PostProcess | str | None, *, seed: int = 0, auto: str = 'orth') -> PostProcess | None:
         """Options by their name.
 
         Args:
-            value: A key of :data:`NAMED`, None for no post-processing, or options, which are returned as they are.
+            value: A key of :data:`NAMED`, 'auto', None or 'none' for no post-processing, or options, which are returned
+                as they are.
             seed: Of the noise, for options that are named.
+            auto: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of the GHN.
 
         Raises:
             ConfigError: if nothing has this name.
         """
-        if value is None or isinstance(value, cls):
+        if isinstance(value, cls):
             return value
-        if not isinstance(value, str) or value not in NAMED:
-            names = ', '.join(map(repr, NAMED))
-            raise ConfigError(f'expected postprocess to be {names}, None or a PostProcess (got {value!r})')
-        return dataclasses.replace(NAMED[value], seed=seed)
+        name = auto if value == DEFAULT else value
+        if name is None or name == 'none':
+            return None
+        if not isinstance(name, str) or name not in NAMED:
+            names = ', '.join(map(repr, (DEFAULT, *NAMED)))
+            raise ConfigError(f"expected postprocess to be {names}, 'none', None or a PostProcess (got {value!r})")
+        return dataclasses.replace(NAMED[name], seed=seed)
 
     def first(self, count: int) -> int:
         """Number of the first layer to process, counted from 1.
@@ -120,8 +125,8 @@ class PostProcess:
 #: Post-processing by name: the published orthogonalisation on the last layers, and the noise of GHN-3's trainer.
 NAMED = {'orth': PostProcess(layer=0.7), 'noise': PostProcess(orth=False, beta=1e-5)}
 
-#: What initialising a model does if it is not told.
-DEFAULT = 'orth'
+#: What initialising a model does if it is not told: what the GHN's configuration recommends.
+DEFAULT = 'auto'
 
 #: What arXiv 2207.10049 used before fine-tuning on CIFAR-10: layer3.3.conv3 of 54 layers, stages.2.blocks.24.conv_dw
 #: of 113 (its report says 100, by mistake).

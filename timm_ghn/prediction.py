@@ -108,8 +108,8 @@ def ghn_init(
             always, 'keep' never.
         seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding; and of
             the noise of a post-processing that is named.
-        postprocess: 'orth' or 'noise', see :data:`timm_ghn.postprocess.NAMED`, or options; None leaves the parameters
-            as they were predicted.
+        postprocess: 'auto' does what the GHN's configuration recommends; 'orth' or 'noise', see
+            :data:`timm_ghn.postprocess.NAMED`, or options; None leaves the parameters as they were predicted.
         device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
 
     Returns:
@@ -121,11 +121,12 @@ def ghn_init(
         PredictionError: if a predicted value is not finite.
         GHNError: if the GHN cannot be loaded.
     """
-    options = PostProcess.of(postprocess, seed=seed)
+    PostProcess.of(postprocess)  # before anything is loaded
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         check_storage(name, parameter)
     chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
+    options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
     for row in plan.predicted:
         check_writable(row.name, parameters[row.name])
     with torch.no_grad():

@@ -309,12 +309,12 @@ def _cfg_of(
     entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
     if not isinstance(pretrained_cfg, str):
         entries |= _said(architecture, pretrained_cfg)
-    options = PostProcess.of(DEFAULT)
+    options = PostProcess.of(DEFAULT, auto=ghn.config.postprocess)
     facts |= {'postprocess': options.describe() if options else 'none'}
     entries |= {
         'tag': tag,
         'source': DEFAULT_TAG,
-        'description': f'Parameters predicted by the graph hypernetwork {name} and post-processed, without training.',
+        'description': f'Parameters predicted by the graph hypernetwork {name}, without training.',
         'notes': (f'ghn: {name}', *(f'{key}: {value}' for key, value in facts.items() if value is not None)),
     }
     return dataclasses.replace(_blank_cfg(architecture), **entries)

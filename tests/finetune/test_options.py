@@ -87,10 +87,11 @@ def test_options_that_make_no_sense_are_refused(change):
 
 
 def test_post_processing_is_chosen_by_the_start_and_changed_by_parts():
-    assert FinetuneOptions(**BASE).post == PostProcess.of('orth')
-    assert FinetuneOptions(**BASE, init='random').post is None
-    assert FinetuneOptions(**BASE, postprocess='none').post is None
-    chosen = FinetuneOptions(**BASE, init='random', postprocess='orth,layer=37,beta=3e-5').post
+    assert FinetuneOptions(**BASE).post('orth') == PostProcess.of('orth')
+    assert FinetuneOptions(**BASE).post('none') is None
+    assert FinetuneOptions(**BASE, init='random').post() is None
+    assert FinetuneOptions(**BASE, postprocess='none').post('orth') is None
+    chosen = FinetuneOptions(**BASE, init='random', postprocess='orth,layer=37,beta=3e-5').post()
     assert (chosen.orth, chosen.layer, chosen.beta) == (True, 37, 3e-5)
 
 

@@ -57,6 +57,7 @@ def test_unknown_and_absent_keys_are_named():
         ('layernorm', 1),
         ('decoder', 'fc'),
         ('window', 'centre'),
+        ('postprocess', 'orthogonal'),
         ('mean', (0.5, 0.5)),
         ('mean', (0.5, 0.5, float('nan'))),
         ('std', (0.5, 0.5, 0.0)),

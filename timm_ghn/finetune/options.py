@@ -40,7 +40,7 @@ class FinetuneOptions:
     model: str = option('', 'timm model', metavar='NAME')
     init: str = option('ghn', "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's)")
     postprocess: str = option(
-        'auto', "'orth', 'noise' or 'none', or like 'orth,layer=37,beta=3e-5'; auto: orth for a GHN, else none"
+        'auto', "'orth', 'noise' or 'none', or like 'orth,layer=37,beta=3e-5'; auto: what the GHN recommends"
     )
     head: str = option('auto', 'classifier of a GHN: auto, predict or keep')
     num_classes: str = option('auto', 'classes; auto takes them from the data set', metavar='N')
@@ -132,7 +132,7 @@ class FinetuneOptions:
         if self.num_classes != 'auto' and not (self.num_classes.isdigit() and int(self.num_classes) > 1):
             raise ConfigError(f"expected num_classes of 2 or more, or 'auto' (got {self.num_classes!r})")
         # Their own checks.
-        _ = self.data, self.transforms, self.post, self.arguments, self.target
+        _ = self.data, self.transforms, self.post('orth'), self.arguments, self.target
 
     @functools.cached_property
     def data(self) -> DataOptions:
@@ -144,13 +144,14 @@ class FinetuneOptions:
         """Those of the augmentation."""
         return TransformOptions(**those_of(TransformOptions, self))
 
-    @functools.cached_property
-    def post(self) -> PostProcess | None:
-        """The post-processing of the initial weights."""
-        if self.postprocess == 'auto':
-            return None if self.init in OTHER_INITS else PostProcess.of('orth')
+    def post(self, recommended: str = 'none') -> PostProcess | None:
+        """The post-processing of the initial weights.
+
+        Args:
+            recommended: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of a GHN.
+        """
         name, *changes = (part.strip() for part in self.postprocess.split(','))
-        chosen = PostProcess.of(None if name == 'none' else name)
+        chosen = PostProcess.of(name, auto=recommended)
         if not changes:
             return chosen
         if chosen is None:

@@ -125,13 +125,13 @@ def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, An
     """Write the start into the model; gives facts about the prediction, if it is one."""
     size = config['input_size']
     if options.init in OTHER_INITS:
-        if options.post is not None:
-            postprocess_(model, options.post, input_size=size)
+        postprocess_(model, options.post(), input_size=size)
         return None
     ghn = shared_ghn(options.init)
-    ghn_init(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=options.post)
+    post = options.post(ghn.config.postprocess)
+    ghn_init(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
     plan = plan_parameters(trace(model, input_size=size, rules=ghn.config.rules), ghn.config, head=options.head)
-    return provenance(ghn, plan, head=options.head, seed=options.seed, postprocess=options.post)
+    return provenance(ghn, plan, head=options.head, seed=options.seed, postprocess=post)
 
 
 def loaders(

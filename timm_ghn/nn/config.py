@@ -18,6 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 DECODERS = ('conv', 'mlp', 'templates')
 WINDOWS = ('center', 'corner')
+POSTPROCESSING = ('orth', 'noise', 'none')
 #: Longest distance that the edge table of the published GHN-3 checkpoints (257 rows, the first two unused) can hold.
 MAX_DISTANCE = 254
 #: Most layers; the deepest published GHN has 24. A file could ask for millions, which take long to build.
@@ -45,6 +46,7 @@ class GHNConfig:
         codes: Size of its channel codes; unused by the others.
         smooth: Whether nodes are also described by numbers that vary smoothly with sizes and depth.
         rules: Rule set that shapes the graphs that the GHN reads.
+        postprocess: Post-processing that serves its predictions best before training: 'orth', 'noise' or 'none'.
         mean: Mean of the images in training, per channel.
         std: Standard deviation of the images in training, per channel.
         trained: False for random weights.
@@ -67,6 +69,7 @@ class GHNConfig:
     templates: int = 32
     codes: int = 64
     rules: str = 'published'
+    postprocess: str = 'orth'
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     trained: bool = True
@@ -88,6 +91,7 @@ class GHNConfig:
         _expect_one_of('gnn', self.gnn, known_gnns())
         _expect_one_of('decoder', self.decoder, DECODERS)
         _expect_one_of('window', self.window, WINDOWS)
+        _expect_one_of('postprocess', self.postprocess, POSTPROCESSING)
         if self.gnn == 'graphormer' and self.hid % self.heads:
             raise ConfigError(f'expected hid divisible by heads (got hid {self.hid}, heads {self.heads})')
         if self.layers > MAX_LAYERS:

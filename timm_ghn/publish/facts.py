@@ -18,7 +18,7 @@ from timm_ghn.graph.build import trace
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.params.plan import plan_parameters
-from timm_ghn.postprocess import DEFAULT, NAMED, PostProcess, postprocess_
+from timm_ghn.postprocess import NAMED, PostProcess, postprocess_
 from timm_ghn.prediction import Prediction, ghn_init
 from timm_ghn.results import RESULTS, read_results
 from timm_ghn.source import DEFAULT_TAG
@@ -206,9 +206,9 @@ def _of_tag(model: nn.Module) -> dict[str, Any] | None:
         return None
     notes = dict(note.split(': ', 1) for note in cfg.get('notes') or () if ': ' in note)
     origin = {key: notes.get(key) for key in ('repo_id', 'revision', 'file', 'sha256')}
-    default = PostProcess.of(DEFAULT)
     described = notes.get('postprocess')
-    options = default.to_dict() if default is not None and described == default.describe() else described
+    known: dict[str | None, dict[str, Any] | None] = {made.describe(): made.to_dict() for made in NAMED.values()}
+    options = (known | {'none': None}).get(described, described)
     found = {'ghn': notes.get('ghn'), 'origin': {**origin, 'embedded': notes.get('embedded') == 'True'}}
     entry = known_ghns().get(notes.get('ghn', ''))
     totals = {} if entry is None else _totals(model, entry, 'auto')
@@ -236,7 +236,7 @@ def _of_training(model: nn.Module, training: Training) -> dict[str, Any] | None:
 
 def _of_option(text: str, seed: int) -> dict[str, Any] | str | None:
     """Post-processing as the options of a run name it; what they spell out stays text."""
-    name = DEFAULT if text == 'auto' else text
+    name = 'orth' if text == 'auto' else text
     if name == 'none':
         return None
     return dataclasses.asdict(dataclasses.replace(NAMED[name], seed=seed)) if name in NAMED else name
