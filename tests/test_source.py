@@ -47,7 +47,7 @@ class FakeHub:
         self.loaded.append((name, cache_dir))
         if self.error is not None:
             raise self.error
-        config = types.SimpleNamespace(mean=MEAN, std=STD, num_classes=1000, name=None)
+        config = types.SimpleNamespace(mean=MEAN, std=STD, num_classes=1000, name=None, postprocess='orth')
         return types.SimpleNamespace(config=config, origin=FakeOrigin('some-ghn' if name == 'ghn' else name))
 
     def ghn_init(self, model, ghn, *, input_size=None, seed=0):
@@ -552,7 +552,7 @@ from types import SimpleNamespace
 load, predict = types.ModuleType('timm_ghn.hub.load'), types.ModuleType('timm_ghn.prediction')
 sys.modules[load.__name__], sys.modules[predict.__name__] = load, predict
 load.shared_ghn = lambda name, cache_dir=None: SimpleNamespace(
-    config=SimpleNamespace(mean=(0.0,), std=(1.0,), name=name), origin=None
+    config=SimpleNamespace(mean=(0.0,), std=(1.0,), name=name, postprocess='orth'), origin=None
 )
 predict.ghn_init = lambda model, ghn, input_size, seed: model.fc.bias.data.fill_(7)
 
