@@ -13,7 +13,7 @@ demo: setup
 	$(python) examples/demo.py
 
 test: setup
-	$(python) -m pytest
+	$(python) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(python) -m ruff check

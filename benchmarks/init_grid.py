@@ -8,7 +8,8 @@ that was interrupted goes on where it stopped. At the end, or with --report alon
 numbers. Where there are several learning rates, each arm is reported at the one with its best mean final accuracy.
 
 Arms: 'random' is timm's own initialisation; 'random+orth' the same, post-processed; 'raw', 'noise' and 'orth' are
-predicted by the GHN, and post-processed as they say.
+predicted by the GHN, and post-processed as they say; 'orth-keep' keeps the norm of each weight, 'orth-all' takes all
+layers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shlex
@@ -45,6 +47,8 @@ ARMS: dict[str, tuple[str | None, str]] = {
     'raw': (None, 'none'),
     'noise': (None, 'noise'),
     'orth': (None, 'orth'),
+    'orth-keep': (None, 'orth,scale=keep'),
+    'orth-all': (None, 'orth,layer=0'),
 }
 COLOURS = ('#555555', '#999999', '#d1495b', '#edae49', '#00798c', '#66a182', '#2e4057')
 
@@ -64,16 +68,27 @@ class Cell:
         return f'{self.dataset}-{self.model}-{self.arm}-{self.lr:g}-{self.seed}'
 
 
-def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """All runs of the grid; seeds last, so that a grid that is cut short has whole comparisons."""
+def sweep_of(args: argparse.Namespace) -> list[Cell]:
+    """The runs with all learning rates; seeds last, so that a grid that is cut short has whole comparisons."""
     return [
         Cell(dataset, model, arm, lr, seed)
-        for seed in range(args.seeds)
+        for seed in range(min(args.seeds, args.sweep_seeds or args.seeds))
         for lr in args.lr
         for dataset in args.datasets
         for model in args.models
         for arm in args.arms
     ]
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """All runs of the grid: the sweep and, where that is done, the other seeds at the best rate of their arm."""
+    cells = sweep_of(args)
+    if args.sweep_seeds and args.sweep_seeds < args.seeds:
+        swept = curves_of(cells, args)
+        if len(swept) == len(cells):
+            best = summaries(swept)
+            cells += [Cell(*key, best[key].lr, seed) for seed in range(args.sweep_seeds, args.seeds) for key in best]
+    return cells
 
 
 def options_of(cell: Cell, args: argparse.Namespace) -> FinetuneOptions:
@@ -135,7 +150,11 @@ def prepare(threads: int) -> None:
 
 def run(args: argparse.Namespace) -> dict[Cell, str]:
     """Run what is not done yet; the errors."""
-    cells = cells_of(args)
+    errors = run_cells(sweep_of(args), args)
+    return errors or run_cells(cells_of(args), args)
+
+
+def run_cells(cells: list[Cell], args: argparse.Namespace) -> dict[Cell, str]:
     left = [cell for cell in cells if not is_done(cell, args)]
     errors: dict[Cell, str] = {}
     context = multiprocessing.get_context('spawn')
@@ -151,10 +170,10 @@ def run(args: argparse.Namespace) -> dict[Cell, str]:
     return errors
 
 
-def curves_of(args: argparse.Namespace) -> dict[Cell, list[dict[str, Any]]]:
+def curves_of(cells: list[Cell], args: argparse.Namespace) -> dict[Cell, list[dict[str, Any]]]:
     """Metrics after each epoch of the finished cells."""
     found = {}
-    for cell in cells_of(args):
+    for cell in cells:
         if is_done(cell, args):
             lines = read_results(args.out / 'runs' / cell.name / 'results.jsonl')
             found[cell] = [line for line in lines if line['kind'] == 'epoch']
@@ -201,15 +220,21 @@ def summaries(curves: dict[Cell, list[dict[str, Any]]]) -> dict[tuple[str, str, 
     return found
 
 
-def against(first: Summary, second: Summary) -> str:
-    """Difference of two arms over the seeds that both have: the mean and its standard error, paired."""
+def difference(first: Summary, second: Summary) -> tuple[float, float | None]:
+    """Difference of two arms over the seeds that both have, paired: the mean, and its standard error."""
     pairs = [(a, b) for s, a in zip(first.seeds, first.final, strict=True)
              for t, b in zip(second.seeds, second.final, strict=True) if s == t]  # fmt: skip
     differences = [a - b for a, b in pairs]
-    if len(differences) < 2:
-        return '-'
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return f'{statistics.fmean(differences):+.1f} ± {error:.1f}'
+    if not differences:
+        return math.nan, None
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return statistics.fmean(differences), error
+
+
+def against(first: Summary, second: Summary) -> str:
+    """Difference of two arms in words."""
+    mean, error = difference(first, second)
+    return '-' if error is None else f'{mean:+.1f} ± {error:.1f}'
 
 
 def table(found: dict[tuple[str, str, str], Summary], arms: Sequence[str]) -> list[str]:
@@ -228,6 +253,29 @@ def table(found: dict[tuple[str, str, str], Summary], arms: Sequence[str]) -> li
                 text += f' ({against(summary, base)})'
             cells.append(text)
         lines.append(f'| {dataset} | {model} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def verdicts(found: dict[tuple[str, str, str], Summary], arms: Sequence[str]) -> list[str]:
+    """How each arm does against the first one over all cells; two standard errors count as significant."""
+    lines = []
+    for arm in arms[1:]:
+        differences = []
+        for dataset, model in dict.fromkeys((key[0], key[1]) for key in found):
+            pair = found.get((dataset, model, arm)), found.get((dataset, model, arms[0]))
+            if pair[0] is not None and pair[1] is not None:
+                differences.append(difference(pair[0], pair[1]))
+        differences = [(mean, error) for mean, error in differences if not math.isnan(mean)]
+        if not differences:
+            continue
+        better = sum(mean > 0 for mean, _ in differences)
+        surely = sum(mean > 2 * error for mean, error in differences if error is not None)
+        worse = sum(mean < -2 * error for mean, error in differences if error is not None)
+        lines.append(
+            f'- {arm}: {statistics.fmean(mean for mean, _ in differences):+.1f} points on average over '
+            f'{len(differences)} cells; ahead of {arms[0]} in {better} ({surely} by more than two standard errors), '
+            f'behind by more than two in {worse}'
+        )
     return lines
 
 
@@ -266,7 +314,8 @@ def draw(found: dict[tuple[str, str, str], Summary], arms: Sequence[str], path: 
 
 def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
     """Write the table, the picture and the numbers."""
-    curves = curves_of(args)
+    cells = cells_of(args)
+    curves = curves_of(cells, args)
     if not curves:
         print('nothing is finished yet', file=sys.stderr)
         return
@@ -284,7 +333,7 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
         '',
         f'GHN: {Path(args.ghn).name}. {args.note}'.rstrip(),
         '',
-        f'{len(curves)} of {len(cells_of(args))} runs are finished; {len(errors)} failed. '
+        f'{len(curves)} of {len(cells)} runs are finished; {len(errors)} failed. '
         f'Versions: {", ".join(f"{name} {number}" for name, number in versions().items())}.',
         '',
         f'Accuracy in percent, fine-tuned for {max(len(epochs) for epochs in curves.values()) - 1} epochs: mean ± '
@@ -292,6 +341,8 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
         f'{args.arms[0]!r}, paired by seed, ± its standard error.',
         '',
         *table(found, args.arms),
+        '',
+        *verdicts(found, args.arms),
         '',
         'Before any training (batch statistics calibrated where there are any):',
         '',
@@ -333,6 +384,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS))
     parser.add_argument('--lr', nargs='+', type=float, default=[3e-3])
     parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument(
+        '--sweep-seeds', type=int, default=0, help='seeds that try all rates, the others the best of their arm (0: all)'
+    )
     parser.add_argument('--config', type=Path, help='recipe whose options all runs share')
     parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--shots', type=int)

@@ -310,7 +310,7 @@ print(size, memory('VmHWM') - before)
 _LOADING = (
     _PEAK
     + """
-timm_ghn.load_ghn('ghn_tiny_untrained') if 'ghn_tiny_untrained' in predict.known_ghns() else None
+timm_ghn.load_ghn('ghn_tiny') if 'ghn_tiny' in predict.known_ghns() else None
 forget_peak()
 before, start, wall = memory('VmRSS'), time.process_time(), time.perf_counter()
 ghn = timm_ghn.load_ghn(sys.argv[2])

@@ -98,14 +98,13 @@ def test_the_command_line_knows_every_named_post_processing():
 
 
 def test_diversity_compares_predicted_post_processed_and_random_weights(run, tmp_path):
-    code, out, err = run('inspect test_resnet --diversity')
+    code, out, err = run('inspect test_resnet --diversity --postprocess orth')
     assert (code, err) == (0, '')
     table = out.split('\n\n')[0].splitlines()[2:]
-    code, out, _ = run('inspect test_resnet --json --plot out.png')
+    code, out, _ = run('inspect test_resnet --postprocess orth --json --plot out.png')
     assert code == 0, '--plot implies --diversity'
     answer = json.loads(out)
-    default = PostProcess.of('auto', auto=timm_ghn.load_ghn(EMBEDDED).config.postprocess)
-    assert answer['postprocess'] == (default.to_dict() if default else None)
+    assert answer['postprocess'] == NAMED['orth'].to_dict()
     assert len(answer['diversity']) == len(table) > 1
     assert [line.split()[1] for line in table] == [layer['name'] for layer in answer['diversity']]
     marked = [line.split()[0].endswith('*') for line in table]

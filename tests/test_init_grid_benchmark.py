@@ -18,7 +18,7 @@ def run(out: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]
         sys.executable,
         str(SCRIPT),
         '--ghn',
-        'ghn_tiny_untrained',
+        'ghn_tiny',
         '--dataset',
         f'colours={folder}',
         '--models',
@@ -58,6 +58,21 @@ def test_every_cell_runs_once_and_is_in_the_table(tmp_path):
     assert run(out, folder).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (out / 'runs').rglob('results.jsonl')} == runs
     assert not list((out / 'runs').rglob('*.safetensors')), 'only the curves are kept'
+
+
+def test_later_seeds_take_the_best_learning_rate_of_their_arm(tmp_path):
+    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
+    out = tmp_path / 'out'
+    done = run(out, folder, '--lr', '1e-3', '1e-5', '--sweep-seeds', '1')
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [json.loads(line) for line in (out / 'init_grid-trial.jsonl').read_text().splitlines()]
+    final = {(cell['arm'], cell['lr']): cell['epochs'][-1]['val_top1'] for cell in cells if cell['seed'] == 0}
+    for arm in ('random', 'orth'):
+        (chosen,) = [cell['lr'] for cell in cells if (cell['arm'], cell['seed']) == (arm, 1)]
+        assert final[arm, chosen] == max(final[arm, lr] for lr in (1e-3, 1e-5))
+    text = (out / 'init_grid-trial.md').read_text()
+    assert '6 of 6 runs are finished; 0 failed' in text
+    assert '- orth: ' in text
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -43,7 +43,8 @@ def test_the_command_is_declared():
 def test_the_files_of_the_package_are_found():
     entries = known_ghns()
     assert {path.stem for path in (ROOT / 'hub_configs').glob('*.json')} == set(entries)
-    assert sorted(path.name for path in entries[EMBEDDED].folder.iterdir()) == ['config.json', 'model.safetensors']
+    files = sorted(path.name for path in entries[EMBEDDED].folder.iterdir())
+    assert files == ['README.md', 'config.json', 'model.safetensors']
 
 
 def test_the_readme_begins_with_a_short_example():

@@ -20,7 +20,7 @@ def test_tables_of_every_part_are_written(benchmark, tmp_path, capsys):
     out = tmp_path / 'tables.md'
     other = f'{sys.executable} -c {shlex.quote("import sys; print(sys.argv[1:]); print(12.5)")}'
     parts = ['speed', 'memory', 'load', 'imports']
-    options = ['--ghn', 'ghn_tiny_untrained', '--networks', 'test_resnet', '--repeat', '1', '--device', 'cpu']
+    options = ['--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--repeat', '1', '--device', 'cpu']
     benchmark['main']([*options, '--parts', *parts, '--compare', other, '--out', str(out)])
     text = out.read_text()
     for title in ('speed, milliseconds and share', 'memory of a prediction', 'loading', 'Import of timm_ghn beyond'):
@@ -32,5 +32,5 @@ def test_tables_of_every_part_are_written(benchmark, tmp_path, capsys):
 
 
 def test_seconds_alone_are_one_number(benchmark, capsys):
-    benchmark['main'](['--seconds', 'ghn_tiny_untrained', 'test_resnet', '--repeat', '1', '--device', 'cpu'])
+    benchmark['main'](['--seconds', 'ghn_tiny', 'test_resnet', '--repeat', '1', '--device', 'cpu'])
     assert float(capsys.readouterr().out) > 0

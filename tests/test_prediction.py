@@ -391,10 +391,10 @@ def test_a_prediction_says_where_it_comes_from(ghn):
 
 def test_a_ghn_can_be_named():
     model = plain()
-    by_name = predict(model, 'ghn_tiny_untrained', input_size=SIZE)
-    assert by_name.provenance['ghn'] == 'ghn_tiny_untrained'
-    assert by_name.provenance['trained'] is False
-    ghn = timm_ghn.load_ghn('ghn_tiny_untrained')
+    by_name = predict(model, 'ghn_tiny', input_size=SIZE)
+    assert by_name.provenance['ghn'] == 'ghn_tiny'
+    assert by_name.provenance['trained'] is True
+    ghn = timm_ghn.load_ghn('ghn_tiny')
     assert equal(by_name.state_dict, predict(model, ghn, input_size=SIZE).state_dict)
 
 

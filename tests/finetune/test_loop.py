@@ -13,7 +13,7 @@ from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.results import read_results
 
-GHN_NAME = 'ghn_tiny_untrained'
+GHN_NAME = 'ghn_tiny'
 
 
 @pytest.fixture(scope='module')

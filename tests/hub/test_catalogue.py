@@ -64,30 +64,15 @@ def test_norms_are_the_published_ones(golden: Path):
     assert [name for name, entry in ENTRIES.items() if len(entry.norms) == 74] == ['ghn2', 'ghn3_tm8', PUBLISHED]
 
 
-def test_the_embedded_ghn_is_small_untrained_and_finite():
+def test_the_embedded_ghn_is_small_and_trained():
     entry = ENTRIES[EMBEDDED]
-    assert not entry.config.trained
-    assert 'untrained' in entry.description
-    assert sum(path.stat().st_size for path in entry.folder.iterdir()) < 1.5e6
+    assert entry.config.trained
+    assert 'Tiny-ImageNet' in entry.description
+    assert sum(path.stat().st_size for path in entry.folder.iterdir()) < 10e6
     ghn = load_ghn(EMBEDDED)
     assert ghn.config == entry.config
     assert ghn.origin is not None
     assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.embedded) == (EMBEDDED, None, True)
-
-
-def test_the_script_makes_the_embedded_ghn_that_ships(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    import make_embedded
-
-    make_embedded.main(['--folder', str(tmp_path)])
-    shipped, made = load_ghn(EMBEDDED), load_ghn(tmp_path)
-    assert made.config == shipped.config
-    # The draws of a seed differ between versions of torch; their distributions do not.
-    for (name, value), (other, again) in zip(shipped.state_dict().items(), made.state_dict().items(), strict=True):
-        assert (name, value.shape) == (other, again.shape)
-        if value.numel() > 1000:
-            torch.testing.assert_close(value.std(), again.std(), rtol=0.1, atol=0.0)
-            torch.testing.assert_close(value.mean(), again.mean(), rtol=0.0, atol=0.2 * float(again.std()))
 
 
 def test_the_catalogue_cannot_be_changed_by_who_reads_it():

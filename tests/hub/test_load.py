@@ -25,7 +25,7 @@ from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn import GHN, GHNConfig
 from timm_ghn.nn.storage import save_ghn
 
-UNTRAINED = r'ghn_tiny_untrained, serves in its place\. It is small and untrained.*set_default_ghn.*TIMM_GHN_DEFAULT'
+FALLBACK = r'ghn_tiny, serves in its place\. It is small and was trained.*set_default_ghn.*TIMM_GHN_DEFAULT'
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_file_that_is_not_the_one_of_the_catalogue_is_refused(fake_hub: FakeHu
 
 
 def test_without_a_network_the_default_is_the_ghn_inside_the_package():
-    with pytest.warns(GHNFallbackWarning, match=UNTRAINED) as caught:
+    with pytest.warns(GHNFallbackWarning, match=FALLBACK) as caught:
         ghn = load_ghn('ghn')
     assert [os.path.basename(warning.filename) for warning in caught] == ['test_load.py']
     assert ghn.config.name == EMBEDDED

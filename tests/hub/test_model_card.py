@@ -67,16 +67,24 @@ def expect_predicted_alike(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(found[row.name], model.get_parameter(row.name)), row.name
 
 
+def test_an_untrained_ghn_is_called_so(push):
+    ghn = GHN(dataclasses.replace(load_ghn(EMBEDDED).config, trained=False))
+    model = timm.create_model('test_resnet', num_classes=10)
+    prediction = predict(model, ghn)
+    assert 'itself is untrained' in push(ghn_init(model, ghn), prediction=prediction).text
+
+
 def test_a_model_made_by_a_tag(push):
     model = timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=10)
     card, plan = push(model), predict(model, EMBEDDED).plan
     totals = plan.summary()
     assert '**predicted, no training**' in card.text
-    assert 'itself is untrained' in card.text
+    assert 'itself is untrained' not in card.text
     assert f'| GHN | {EMBEDDED} |' in card.text
     assert f'`{load_ghn(EMBEDDED).origin.sha256}`' in card.text
     assert f'{totals["predicted_elements"]:,} of {totals["elements"]:,}' in card.text
-    assert f'| post-processing | {PostProcess(layer=0.7).describe()} |' in card.text
+    done = PostProcess.of('auto', auto=load_ghn(EMBEDDED).config.postprocess)
+    assert f'| post-processing | {done.describe() if done else "none"} |' in card.text
     assert '| input size | 3 x 160 x 160 |' in card.text
     assert f'timm_ghn {timm_ghn.__version__}' in card.text
     expect_predicted_alike(model, run(card))

@@ -94,11 +94,12 @@ def test_a_relative_path_still_means_the_same_place_later(folder, small_ghn, mon
 @pytest.mark.parametrize('how', ['tag', 'pretrained_cfg'])
 def test_a_registered_name_is_a_tag_of_timm(how, monkeypatch):
     register_ghn('my-own_2', known_ghns()[EMBEDDED].folder)
-    expected = timm.create_model(f'test_resnet.{EMBEDDED}').state_dict()
+    classes = load_ghn(EMBEDDED).config.num_classes
+    expected = timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=classes).state_dict()
     if how == 'tag':
-        model = timm.create_model('test_resnet.my-own_2')
+        model = timm.create_model('test_resnet.my-own_2', num_classes=classes)
     else:
-        model = timm.create_model('test_resnet', pretrained_cfg='my-own_2')
+        model = timm.create_model('test_resnet', pretrained_cfg='my-own_2', num_classes=classes)
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     assert model.pretrained_cfg['tag'] == 'my-own_2'
     assert 'ghn: my-own_2' in model.pretrained_cfg['notes']

@@ -89,7 +89,9 @@ def test_networks_in_parts_add_up(ghn, architectures, batch):
 
 
 def test_each_network_can_see_images_of_its_own(ghn, architectures, batch):
-    blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures[:2]]
+    # Random tokens of a vit are drawn in the order of the networks.
+    kinds = [architecture for architecture in architectures if architecture.family != 'vit'][:2]
+    blueprints = [Blueprints(ghn.config)(architecture) for architecture in kinds]
     images, labels = batch
     other = images.flip(0, -1), (labels + 1) % 10
     outcome = train_step(ghn, blueprints, torch.stack([images, other[0]]), torch.stack([labels, other[1]]))
@@ -97,10 +99,9 @@ def test_each_network_can_see_images_of_its_own(ghn, architectures, batch):
     first = train_step(ghn, blueprints[:1], *batch, networks=2)
     second = train_step(ghn, blueprints[1:], *other, networks=2)
     assert outcome.losses == pytest.approx(first.losses + second.losses, rel=1e-3)
-    if 'vit' not in {blueprint.architecture.family for blueprint in blueprints}:
-        scale = max(float(gradient.abs().max()) for gradient in together.values())
-        for name, gradient in gradients(ghn).items():
-            torch.testing.assert_close(gradient, together[name], rtol=1e-3, atol=1e-4 * scale)
+    scale = max(float(gradient.abs().max()) for gradient in together.values())
+    for name, gradient in gradients(ghn).items():
+        torch.testing.assert_close(gradient, together[name], rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_a_network_without_a_finite_loss_is_left_out(architectures, batch):

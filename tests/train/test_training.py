@@ -251,8 +251,8 @@ def test_options_that_make_no_sense_are_refused(changes):
 
 
 def test_a_ghn_of_other_classes_cannot_be_evaluated(folder):
-    with pytest.raises(ConfigError, match='classifiers of 1000 classes, but .* has 3'):
-        evaluate(EvaluateOptions(ghn='ghn_tiny_untrained', dataset=str(folder)))
+    with pytest.raises(ConfigError, match='classifiers of 200 classes, but .* has 3'):
+        evaluate(EvaluateOptions(ghn='ghn_tiny', dataset=str(folder)))
 
 
 @pytest.mark.filterwarnings('ignore:`log_with')

@@ -13,7 +13,7 @@ VARIABLE = 'TIMM_GHN_DEFAULT'
 #: The default where nobody chose one.
 PUBLISHED = 'ghn3_xlm16'
 #: What serves where that cannot be had.
-EMBEDDED = 'ghn_tiny_untrained'
+EMBEDDED = 'ghn_tiny'
 
 _chosen: str | None = None
 

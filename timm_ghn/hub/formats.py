@@ -26,7 +26,7 @@ CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
 CIFAR10_STD = (0.24703233, 0.24348505, 0.26158768)
 
 #: What a bare state dictionary does not tell.
-NOT_IN_WEIGHTS = frozenset({'virtual_edges', 'weight_norm', 'rules', 'mean', 'std', 'trained'})
+NOT_IN_WEIGHTS = frozenset({'virtual_edges', 'weight_norm', 'rules', 'mean', 'std', 'trained', 'postprocess'})
 
 #: Cut-off of the shortest paths that all GHNs with virtual edges were published with.
 VIRTUAL_EDGES = 50

@@ -239,13 +239,11 @@ def _read(found: Found, *, device: torch.device | str | None, dtype: torch.dtype
 
 
 def _warn_of_fallback(name: str, error: GHNNotFoundError) -> None:
-    trained = known_ghns()[EMBEDDED].config.trained
-    what = 'small' if trained else 'small and untrained: its predictions are no better than random weights'
     warnings.warn(
         f'the default GHN {name} can be reached neither on the Hub nor in its cache '
         f'({in_brief(error.__cause__ or error)}), so the GHN inside the package, {EMBEDDED}, serves in its place. It '
-        f"is {what}. To use another one, name it (ghn='ghn3_tm8', a path or a repository on the Hub), call "
-        f'timm_ghn.set_default_ghn(...) or set {VARIABLE}',
+        "is small and was trained on images of 32 pixels. To use another one, name it (ghn='ghn3_tm8', a path or a "
+        f'repository on the Hub), call timm_ghn.set_default_ghn(...) or set {VARIABLE}',
         GHNFallbackWarning,
         stacklevel=_stacklevel(),
     )

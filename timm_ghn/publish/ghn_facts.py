@@ -71,8 +71,8 @@ class MetaTraining:
         """The networks of a group, in words."""
         if group == 'unseen':
             return 'networks of families that were never trained'
-        known = {'timm': 'networks of the trained families, of designs that training never drew',
-                 'names': 'the networks that it was trained on'}  # fmt: skip
+        drawn = 'networks of the trained families, of designs that training never drew'
+        known = {'timm': drawn, 'mix': drawn, 'names': 'the networks that it was trained on'}
         return known.get(str(self.arguments['sampler']), 'networks of the sampler that it was trained on')
 
     @property

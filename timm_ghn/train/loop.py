@@ -49,7 +49,17 @@ TRAINED = 'ghn'
 IMAGES = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
 
 #: Options that may change when a run goes on.
-_FREE = ('output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'log_steps')
+_FREE = (
+    'init',
+    'output',
+    'resume',
+    'cache',
+    'time_limit',
+    'checkpoint_steps',
+    'checkpoint_hist',
+    'log_with',
+    'log_steps',
+)
 
 #: Rate of AdamW beside Muon, whose updates are a fifth of its rate.
 _FALLBACK = 0.5
