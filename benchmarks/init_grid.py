@@ -176,7 +176,8 @@ def curves_of(cells: list[Cell], args: argparse.Namespace) -> dict[Cell, list[di
     for cell in cells:
         if is_done(cell, args):
             lines = read_results(args.out / 'runs' / cell.name / 'results.jsonl')
-            found[cell] = [line for line in lines if line['kind'] == 'epoch']
+            # A run that was stopped and went on may tell of an epoch twice.
+            found[cell] = list({line['epoch']: line for line in lines if line['kind'] == 'epoch'}.values())
     return found
 
 
