@@ -32,7 +32,7 @@ from timm_ghn.recipes import read_recipe
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints, use_batch_statistics_
 from timm_ghn.train.options import TrainOptions
-from timm_ghn.train.step import predict_parameters, train_step
+from timm_ghn.train.step import predict_parameters, sum_gradients, train_step
 
 RECIPE = Path(__file__).resolve().parents[1] / 'examples' / 'recipes' / 'ghn_tiny.yaml'
 
@@ -87,11 +87,10 @@ def stages(
     return ', '.join(f'{name} {spent[name] / whole:.0%}' for name in names)
 
 
-def reduce_gradients(ghn: GHN) -> None:
-    """Add up the gradients of all processes, as training does."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in ghn.parameters()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
+def summed(tensor: Tensor) -> Tensor:
+    """Sum over processes."""
+    torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def worker(rank: int, args: argparse.Namespace, folder: str, seconds: multiprocessing.Queue[float]) -> None:
@@ -106,7 +105,7 @@ def worker(rank: int, args: argparse.Namespace, folder: str, seconds: multiproce
         for group in work.groups():
             own = [work.blueprints(architecture) for architecture in group[rank :: args.processes]]
             train_step(work.ghn, own, work.images, work.labels, networks=len(group))
-            reduce_gradients(work.ghn)
+            sum_gradients(work.ghn, summed)
 
     for _ in range(args.repeat):
         torch.distributed.barrier()

@@ -1,15 +1,32 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import TINY, make_ghn
 
-from timm_ghn import GHN
+from timm_ghn import GHN, cli
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long
+
+
+@pytest.fixture
+def call_cli(capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str, str]]:
+    """Run a command of timm-ghn in this process: exit code, standard output, standard error."""
+
+    def run(line: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(shlex.split(line))
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope='session')

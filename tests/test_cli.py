@@ -36,19 +36,10 @@ def _embedded_is_the_default(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(call_cli, monkeypatch, tmp_path):
     """Run a command in an empty folder: exit code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
-
-    def run_command(line: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(shlex.split(line))
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
+    return call_cli
 
 
 def test_list_names_every_ghn_of_the_catalogue(run):

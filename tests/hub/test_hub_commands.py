@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from fake_hub import FakeHub
 from official import WRITERS, official_state
 
-from timm_ghn import cli, norms
+from timm_ghn import norms
 from timm_ghn.hub import known_ghns, list_ghns, load_ghn, register_ghn
 from timm_ghn.hub.converted import cache_folder, converted_ghns
 from timm_ghn.hub.default import EMBEDDED
@@ -26,20 +25,11 @@ README = (Path(__file__).resolve().parents[2] / 'README.md').read_text(encoding=
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
+def run(call_cli, monkeypatch, tmp_path):
     """Run a command in a folder of its own: exit code, standard output, standard error."""
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
-
-    def run_command(line: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(shlex.split(line))
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
+    return call_cli
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shlex
 import tempfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from huggingface_hub import ModelCard
 from official import official_state, write_joblib
 from pictures import make_dataset, save_dataset
 
-from timm_ghn import GHN, CheckpointError, ConfigError, GHNConfig, HubError, cli, load_ghn
+from timm_ghn import GHN, CheckpointError, ConfigError, GHNConfig, HubError, load_ghn
 from timm_ghn.hub import known_ghns
 from timm_ghn.hub.default import EMBEDDED, PUBLISHED
 from timm_ghn.nn.storage import save_ghn
@@ -257,17 +256,11 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(hub: HubServer, monkeypatch, tmp_path, capsys):
+def run(call_cli, hub: HubServer, monkeypatch, tmp_path):
     """Run a command as the user whose token is in the environment; gives code, output and errors."""
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     monkeypatch.chdir(tmp_path)
-
-    def do(line: str) -> tuple[int, str, str]:
-        code = cli.main(shlex.split(line))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return do
+    return call_cli
 
 
 def test_the_command_pushes_a_trained_ghn_with_what_its_results_say(run, hub: HubServer, trained):

@@ -55,9 +55,9 @@ def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype 
     for key, value in state.items():
         expect_finite(key, value, 'the GHN')
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS_FILE) as path:
+    with replacing(folder / WEIGHTS_FILE) as path:
         save_file(state, path, metadata={'format': 'pt'})
-    with _replacing(folder / CONFIG_FILE) as path:
+    with replacing(folder / CONFIG_FILE) as path:
         write_config(ghn.config, path)
 
 
@@ -67,8 +67,8 @@ def write_config(config: GHNConfig, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when it is complete."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when it is complete; several processes may do so at once."""
     temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
     try:
         temporary.touch()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import PurePath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from timm_ghn.errors import ConfigError
 from timm_ghn.postprocess import NAMED, PostProcess
 from timm_ghn.publish.facts import Facts, Training, entry_of
 from timm_ghn.version import __version__
@@ -99,23 +100,53 @@ def model_card(facts: Facts) -> ModelCard:
     """
     code, remark = _code(facts)
     address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
-    card = ModelCard.from_template(
+    return card_from(
+        _TEMPLATE,
         metadata(facts),
-        template_str=_TEMPLATE + CITATION,
-        name=facts.repo_id.split('/')[1],
+        facts.repo_id,
+        _rows(facts),
         summary=_summary(facts),
         address=address,
-        rows=table(_rows(facts)),
         code=code,
         remark=remark,
         version=__version__,
-        papers=PAPERS,
     )
-    found: ModelCard = card
-    return found
 
 
-def table(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+def card_from(
+    template: str, data: ModelCardData, repo_id: str, rows: Iterable[tuple[str, Any]], **more: Any
+) -> ModelCard:
+    """A card of ours: the template with its table of facts, and whom to cite.
+
+    Args:
+        template: In the Hub's form, with ``card_data`` and a loop over ``rows``.
+        data: What the Hub reads.
+        repo_id: Repository on the Hub.
+        rows: Of the table of facts.
+        more: What else the template names.
+
+    Raises:
+        ValueError: if huggingface_hub refuses the metadata.
+    """
+    card: ModelCard = ModelCard.from_template(
+        data, template_str=template + CITATION, name=repo_id.split('/')[1], rows=_table(rows), papers=PAPERS, **more
+    )
+    return card
+
+
+def save_card(make: Callable[[], ModelCard], path: Path) -> None:
+    """Write a card.
+
+    Raises:
+        ConfigError: if huggingface_hub refuses the metadata.
+    """
+    try:
+        make().save(path)
+    except ValueError as error:
+        raise ConfigError(f'huggingface_hub refuses the metadata of the card: {error}') from error
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
     """Rows whose cells a table in Markdown can hold."""
     return [(key, ' '.join(str(value).split()).replace('|', r'\|')) for key, value in rows]
 

@@ -39,18 +39,14 @@ def dataset_name(dataset: object) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-    """A fine-tuning run, and how good the weights are that came out of it.
+class RunRecord:
+    """What the results of a run say of it, be it of fine-tuning or of meta-training.
 
     Attributes:
         run: The first line of its results.
-        epoch: After which epoch the weights are from.
-        top1: Their accuracy on the validation split, in percent.
     """
 
     run: Mapping[str, Any]
-    epoch: float
-    top1: float
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -66,6 +62,19 @@ class Training:
     def dataset_is_public(self) -> bool:
         """Whether the data set was named as on the Hub, and not as a file or folder."""
         return is_public(self.arguments['dataset'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(RunRecord):
+    """A fine-tuning run, and how good the weights are that came out of it.
+
+    Attributes:
+        epoch: After which epoch the weights are from.
+        top1: Their accuracy on the validation split, in percent.
+    """
+
+    epoch: float
+    top1: float
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Training:

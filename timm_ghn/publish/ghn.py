@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 
-from timm_ghn.errors import CheckpointError, ConfigError
+from timm_ghn.errors import CheckpointError
 from timm_ghn.nn.ghn import GHN, publish_with
 from timm_ghn.nn.storage import read_ghn, read_json, save_ghn
+from timm_ghn.publish.card import save_card
 from timm_ghn.publish.ghn_card import ghn_card
 from timm_ghn.publish.ghn_facts import MetaTraining, facts_of
 from timm_ghn.publish.send import CARD_FILE, CONFIG_FILE, FILES, WEIGHTS_FILE, Target, api_of, has_card, send
@@ -49,10 +50,7 @@ def push_ghn(
         folder = Path(name)
         _write(ghn, folder)
         facts = facts_of(ghn, repo_id, target.pinned, training=training, license=license)
-        try:
-            ghn_card(facts).save(folder / CARD_FILE)
-        except ValueError as error:
-            raise ConfigError(f'huggingface_hub refuses the metadata of the card: {error}') from error
+        save_card(lambda: ghn_card(facts), folder / CARD_FILE)
         files: tuple[str, ...] = FILES
         origin, new = ghn.origin, training is not None or license is not None
         if origin is not None and origin.repo_id == repo_id and facts.unchanged and not new and has_card(target, api):

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.publish.card import CITATION, PAPERS, table
+from timm_ghn.publish.card import PAPERS, card_from
 from timm_ghn.publish.facts import is_public
 from timm_ghn.publish.ghn_facts import GHNFacts, MetaTraining
 from timm_ghn.version import __version__
@@ -59,19 +59,17 @@ def ghn_card(facts: GHNFacts) -> ModelCard:
         ValueError: if huggingface_hub refuses the metadata.
     """
     pinned = f', revision={facts.revision!r}' if facts.revision else ''
-    card: ModelCard = ModelCard.from_template(
+    return card_from(
+        _TEMPLATE,
         ghn_metadata(facts),
-        template_str=_TEMPLATE + CITATION,
-        name=facts.repo_id.split('/')[1],
+        facts.repo_id,
+        _rows(facts),
         summary=_summary(facts),
         address=f'{facts.repo_id!r}{pinned}',
         classes=facts.config.num_classes,
         also='' if pinned else f'`timm_ghn.ghn_init(model, {facts.repo_id!r})` loads it by its name. ',
-        rows=table(_rows(facts)),
         limits=list(_limits(facts)),
-        papers=PAPERS,
     )
-    return card
 
 
 def ghn_metadata(facts: GHNFacts) -> ModelCardData:

@@ -15,7 +15,7 @@ from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.publish.facts import dataset_name, entry_of, is_public
+from timm_ghn.publish.facts import RunRecord, entry_of
 from timm_ghn.publish.send import WEIGHTS_FILE
 from timm_ghn.results import RESULTS, read_results
 
@@ -24,35 +24,18 @@ GROUPS = ('known', 'unseen')
 
 
 @dataclasses.dataclass(frozen=True)
-class MetaTraining:
+class MetaTraining(RunRecord):
     """A run of ``timm-ghn train``, and what came out of it.
 
     Attributes:
-        run: The first line of its results.
         steps: Steps done when the GHN was written.
         seconds: Time that they took.
         evaluation: The last line about networks that it predicted, without training; None if there is none.
     """
 
-    run: Mapping[str, Any]
     steps: int
     seconds: float
     evaluation: Mapping[str, Any] | None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Options of the run."""
-        return dict(self.run['arguments'])
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set: that of the Hub, or the last part of a path."""
-        return dataset_name(self.arguments['dataset'])
-
-    @property
-    def dataset_is_public(self) -> bool:
-        """Whether the data set was named as on the Hub, and not as a file or folder."""
-        return is_public(self.arguments['dataset'])
 
     @property
     def accuracies(self) -> dict[str, float]:

@@ -12,10 +12,9 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from torch import nn
 
-from timm_ghn.errors import ConfigError
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.prediction import Prediction
-from timm_ghn.publish.card import model_card
+from timm_ghn.publish.card import model_card, save_card
 from timm_ghn.publish.facts import Facts, Training, entry_of, provenance_of
 from timm_ghn.publish.files import check_loads, check_model, read_source, write_config, write_model
 from timm_ghn.publish.ghn import is_ghn, push_ghn
@@ -93,10 +92,7 @@ def push_to_hub(
         )
         write_config(config, folder, facts)
         check_loads(model.state_dict(), folder)
-        try:
-            model_card(facts).save(folder / CARD_FILE)
-        except ValueError as error:
-            raise ConfigError(f'huggingface_hub refuses the metadata of the card: {error}') from error
+        save_card(lambda: model_card(facts), folder / CARD_FILE)
         message = commit_message or f'{architecture}' + (f', predicted by {facts.ghn}' if facts.ghn else '')
         return send(folder, target, api, message=message)
 

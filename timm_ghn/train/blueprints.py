@@ -6,8 +6,6 @@ import collections
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +21,7 @@ from timm_ghn.graph.build import trace
 from timm_ghn.graph.records import graph_from_dict, graph_to_dict
 from timm_ghn.graph.structure import Graph
 from timm_ghn.nn.config import GHNConfig
+from timm_ghn.nn.storage import replacing
 from timm_ghn.params.plan import ANY_GHN, ParameterPlan, plan_parameters
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.version import __version__
@@ -138,13 +137,7 @@ def _read(path: Path, rules: str) -> tuple[Graph, dict[str, Tensor]] | None:
 
 
 def _write(path: Path, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
-    """Write a file, whole; several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {'stamp': _stamp(), 'rules': graph.rules, 'graph': json.dumps(graph_to_dict(graph))}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.safetensors')
-    os.close(handle)
-    try:
-        save_file(dict(fixed), name, metadata=header)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replacing(path) as file:
+        save_file(dict(fixed), file, metadata=header)

@@ -21,7 +21,7 @@ from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.families import FAMILIES
 from timm_ghn.train.options import TrainOptions
-from timm_ghn.train.samplers import NamesSampler, TimmSampler, evaluation_set, parts_of
+from timm_ghn.train.samplers import NamesSampler, TimmSampler, evaluation_set, timm_parts
 from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
@@ -87,7 +87,7 @@ class EvaluateOptions:
         if self.recipe is None:
             return TimmSampler(self.chosen_families, self.image_size, num_classes)
         sampler = TrainOptions(**{**read_recipe(self.recipe, TrainOptions), 'dataset': '-'}).sampler_for(num_classes)
-        drawn = [part for part in parts_of(sampler) if isinstance(part, TimmSampler)]
+        drawn = timm_parts(sampler)
         if not drawn:
             raise ConfigError(f'expected {str(self.recipe)!r} to draw from families of timm (its sampler does not)')
         return dataclasses.replace(drawn[0], families=self.chosen_families, image_size=self.image_size)

@@ -1,8 +1,8 @@
 """The meta-training loop: sample architectures, predict their parameters, train the GHN, evaluate on unseen ones.
 
 Architectures, images and augmentation of a step depend on the seed and the step alone. Several processes share the
-architectures of a step and average their gradients; a run in two processes therefore equals one
-in a single process, and a run that was killed one that was not.
+architectures of a step and average their gradients; a run in two processes therefore equals one in a single process,
+and a run that was killed one that was not.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.curves import plot_training
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
 from timm_ghn.train.pool import Pool
-from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set, parts_of
-from timm_ghn.train.step import accuracies_of, train_step
+from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set, parts_of, timm_parts
+from timm_ghn.train.step import accuracies_of, sum_gradients, train_step
 
 #: Folder of the trained GHN: its averaged weights, where there are any.
 TRAINED = 'ghn'
@@ -369,16 +369,7 @@ class _Run(Run):
         """Sum over processes of what they counted, and of their gradients."""
         if self.accelerator.num_processes == 1:
             return values
-        parameters = [parameter for parameter in self.ghn.parameters() if parameter.requires_grad]
-        flat = torch.cat(
-            [
-                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
-                for parameter in parameters
-            ]
-        )
-        flat = self.accelerator.reduce(flat, reduction='sum')
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        sum_gradients(self.ghn, functools.partial(self.accelerator.reduce, reduction='sum'))
         summed: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction='sum')
         return summed
 
@@ -399,9 +390,8 @@ class _Run(Run):
     def evaluated(self) -> dict[str, tuple[Architecture, ...]]:
         """Architectures to evaluate: 'known' for designs of trained families, 'unseen' for other families."""
         options = self.options
-        parts = parts_of(self.sampler)
         known: list[Architecture] = []
-        for part in parts:
+        for part in parts_of(self.sampler):
             if isinstance(part, TimmSampler):
                 known += evaluation_set(part, seed=0, count=options.eval_count, split='val')
             elif isinstance(part, NamesSampler):
@@ -410,7 +400,7 @@ class _Run(Run):
                 rng = np.random.default_rng((options.seed, 6))
                 known += [part.sample(rng) for _ in range(8 * options.eval_count)]
         groups = {'known': tuple(known)}
-        drawn = [part for part in parts if isinstance(part, TimmSampler)]
+        drawn = timm_parts(self.sampler)
         if drawn and options.unseen_families():
             unseen = dataclasses.replace(drawn[0], families=options.unseen_families())
             groups['unseen'] = evaluation_set(unseen, seed=0, count=options.eval_count, split='val')

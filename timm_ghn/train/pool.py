@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.nn.storage import replacing
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.samplers import ArchitectureSampler
 from timm_ghn.version import __version__
@@ -66,12 +65,6 @@ def _read(path: Path) -> Architecture | None:
 
 
 def _write(path: Path, architecture: Architecture) -> None:
-    """Write a file, whole; several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.json')
-    try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as file:
-            json.dump(architecture.to_dict(), file)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write_text(json.dumps(architecture.to_dict()), encoding='utf-8')

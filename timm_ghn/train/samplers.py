@@ -335,7 +335,11 @@ def parts_of(sampler: ArchitectureSampler) -> tuple[ArchitectureSampler, ...]:
     return (sampler,)
 
 
+def timm_parts(sampler: ArchitectureSampler) -> list[TimmSampler]:
+    """Those of the parts that draw from families of timm."""
+    return [part for part in parts_of(sampler) if isinstance(part, TimmSampler)]
+
+
 def families_of(sampler: ArchitectureSampler) -> tuple[str, ...]:
     """Families of timm that a sampler draws from."""
-    parts = (part for part in parts_of(sampler) if isinstance(part, TimmSampler))
-    return tuple(dict.fromkeys(family for part in parts for family in part.families))
+    return tuple(dict.fromkeys(family for part in timm_parts(sampler) for family in part.families))

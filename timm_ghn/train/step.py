@@ -131,6 +131,26 @@ def train_step(
     return Outcome(tuple(losses), tuple(accuracies), skipped)
 
 
+def sum_gradients(ghn: GHN, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Put the sum over processes in place of each gradient, in a single message.
+
+    Args:
+        ghn: The GHN. Which of its parameters have a gradient depends on the architectures of a process.
+        reduce: Gives the sum of a tensor over processes.
+    """
+    parameters = [parameter for parameter in ghn.parameters() if parameter.requires_grad]
+    flat = reduce(
+        torch.cat(
+            [
+                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
+                for parameter in parameters
+            ]
+        )
+    )
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
 def _batches(images: Tensor, labels: Tensor, networks: int) -> list[tuple[Tensor, Tensor]]:
     """Images and labels for each network."""
     if labels.dim() == 1:
