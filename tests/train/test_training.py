@@ -13,12 +13,13 @@ from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
 
 from timm_ghn import load_ghn
-from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError
+from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from timm_ghn.results import read_results
-from timm_ghn.train import loop
+from timm_ghn.train import architectures, loop
 from timm_ghn.train.evaluate import EvaluateOptions, evaluate
 from timm_ghn.train.loop import train
 from timm_ghn.train.options import TrainOptions
+from timm_ghn.train.samplers import NamesSampler
 from timm_ghn.train.step import Outcome
 
 CHEAP = {
@@ -204,6 +205,40 @@ def test_steps_without_a_finite_loss_end_the_run(base, monkeypatch):
     with pytest.raises(TrainingError, match='no network had a finite loss in 3 steps'):
         train(dataclasses.replace(base, max_skipped=3, output=base.output.with_name('barren')))
     assert (base.output / 'checkpoints').is_dir()
+
+
+def test_an_architecture_that_cannot_be_traced_ends_the_run_and_loses_nothing(base, tmp_path, monkeypatch):
+    base = dataclasses.replace(base, sampler='names', sampler_args={'names': ['test_resnet']})
+    train(dataclasses.replace(base, time_limit=1e-9))
+    done = sorted((base.output / 'checkpoints').iterdir())
+    family = NamesSampler(('test_resnet',)).architecture('test_resnet').family
+    build = architectures._BUILDERS[family]
+
+    def branching(architecture, device):
+        model = build(architecture, device)
+        forward = model.forward
+        model.forward = lambda images: forward(images) if images.sum() > 0 else forward(-images)
+        return model
+
+    again = dataclasses.replace(base, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(architectures._BUILDERS, family, branching)
+        with pytest.raises(UnsupportedModelError):
+            train(dataclasses.replace(again, cache=tmp_path / 'other'))
+    assert sorted((base.output / 'checkpoints').iterdir()) == done
+    assert train(again).finished
+
+
+def test_networks_can_compute_in_bfloat16(base, tmp_path):
+    base = dataclasses.replace(base, lr=1e-4)  # as below: steps of Adam make much of rounding
+    train(base)
+    # A process of its own: accelerate keeps the precision of the first run in one.
+    half = dataclasses.replace(base, output=tmp_path / 'half')
+    line = [sys.executable, *command(half, '--mixed-precision', 'bf16')]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(half) != losses(base)
+    assert [loss for _, loss in losses(half)] == pytest.approx([loss for _, loss in losses(base)], rel=0.05)
 
 
 @pytest.mark.parametrize(
