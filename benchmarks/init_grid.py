@@ -5,7 +5,9 @@
 Every cell (data set, model, arm, learning rate, seed) is one run of timm_ghn.finetune in <out>/runs, so that a grid
 that was interrupted goes on where it stopped. At the end, or with --report alone,
 <out>/init_grid-<date>.md has the table, <out>/init_grid-<date>.png the curves and <out>/init_grid-<date>.jsonl all
-numbers. Where there are several learning rates, each arm is reported at the one with its best mean final accuracy.
+numbers. Where there are several learning rates, each arm is reported at the one with its best mean final accuracy. So
+that no rate is chosen on the images that it is reported on, a first grid may choose them on other images (--split), and
+the second one take them from its numbers (--rates).
 
 Arms: 'random' is timm's own initialisation; 'random+orth' the same, post-processed; 'raw', 'noise' and 'orth' are
 predicted by the GHN, and post-processed as they say; 'orth-keep' keeps the norm of each weight, 'orth-all' takes all
@@ -82,6 +84,9 @@ def sweep_of(args: argparse.Namespace) -> list[Cell]:
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
     """All runs of the grid: the sweep and, where that is done, the other seeds at the best rate of their arm."""
+    if args.rates is not None:
+        best = rates_of(args.rates, args)
+        return [Cell(*key, best[key], seed) for seed in range(args.seeds) for key in best]
     cells = sweep_of(args)
     if args.sweep_seeds and args.sweep_seeds < args.seeds:
         swept = curves_of(cells, args)
@@ -89,6 +94,21 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
             best = summaries(swept)
             cells += [Cell(*key, best[key].lr, seed) for seed in range(args.sweep_seeds, args.seeds) for key in best]
     return cells
+
+
+def rates_of(path: Path, args: argparse.Namespace) -> dict[tuple[str, str, str], float]:
+    """The best learning rate of each data set, model and arm of this grid in the numbers of another one."""
+    curves = {}
+    for line in path.read_text(encoding='utf-8').splitlines():
+        values = json.loads(line)
+        epochs = values.pop('epochs')
+        curves[Cell(**values)] = epochs
+    best = summaries(curves)
+    keys = [(dataset, model, arm) for dataset in args.datasets for model in args.models for arm in args.arms]
+    missing = [' '.join(key) for key in keys if key not in best]
+    if missing:
+        raise SystemExit(f'{path} has no learning rate for {missing[0]!r}; run it with the same models and arms')
+    return {key: best[key].lr for key in keys}
 
 
 def options_of(cell: Cell, args: argparse.Namespace) -> FinetuneOptions:
@@ -150,7 +170,7 @@ def prepare(threads: int) -> None:
 
 def run(args: argparse.Namespace) -> dict[Cell, str]:
     """Run what is not done yet; the errors."""
-    errors = run_cells(sweep_of(args), args)
+    errors = run_cells(sweep_of(args), args) if args.rates is None else {}
     return errors or run_cells(cells_of(args), args)
 
 
@@ -349,7 +369,7 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
         '',
         *table(_first(found), args.arms),
         '',
-        *_rates(found, args.lr),
+        *_rates(found),
         *[f'- {cell.name}: {error}' for cell, error in errors.items()],
     ]
     stem.with_suffix('.md').write_text('\n'.join(text).rstrip() + '\n', encoding='utf-8')
@@ -357,11 +377,13 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
     print('\n'.join(table(found, args.arms)))
 
 
-def _rates(found: dict[tuple[str, str, str], Summary], rates: Sequence[float]) -> list[str]:
-    if len(rates) < 2:
-        return [f'Learning rate: {rates[0]:g}.', '']
-    chosen = [f'{dataset} {model} {arm}: {summary.lr:g}' for (dataset, model, arm), summary in found.items()]
-    return [f'Learning rates chosen: {"; ".join(chosen)}.', '']
+def _rates(found: dict[tuple[str, str, str], Summary]) -> list[str]:
+    """The learning rates chosen, of the arms in a line for each data set and model."""
+    rates: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (dataset, model, arm), summary in found.items():
+        rates[dataset, model].append(f'{arm} {summary.lr:g}')
+    chosen = [f'{dataset} {model}: {", ".join(words)}' for (dataset, model), words in rates.items()]
+    return [f'Learning rates: {"; ".join(chosen)}.', '']
 
 
 def _first(found: dict[tuple[str, str, str], Summary]) -> dict[tuple[str, str, str], Summary]:
@@ -387,6 +409,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument(
         '--sweep-seeds', type=int, default=0, help='seeds that try all rates, the others the best of their arm (0: all)'
+    )
+    parser.add_argument(
+        '--rates', type=Path, metavar='JSONL', help='take the best rate of each arm from the numbers of another grid'
     )
     parser.add_argument('--config', type=Path, help='recipe whose options all runs share')
     parser.add_argument('--epochs', type=int, default=10)
@@ -420,6 +445,7 @@ def shown(argv: Sequence[str], args: argparse.Namespace) -> str:
             place = parts.index(option)
             del parts[place : place + (1 if option == '--report' else 2)]
     names = {f'{name}={place}': f'{name}=FOLDER' for name, place in args.pairs} | {args.ghn: Path(args.ghn).name}
+    names |= {str(args.rates): args.rates.name} if args.rates is not None else {}
     return shlex.join(names.get(part, part) for part in parts)
 
 

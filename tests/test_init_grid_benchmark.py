@@ -75,6 +75,33 @@ def test_later_seeds_take_the_best_learning_rate_of_their_arm(tmp_path):
     assert '- orth: ' in text
 
 
+def test_another_grid_chooses_the_learning_rates(tmp_path):
+    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
+    epochs = {1e-3: 40.0, 2e-3: 60.0, 4e-3: 50.0}
+    cells = [
+        {'dataset': 'colours', 'model': 'test_vit', 'arm': arm, 'lr': lr, 'seed': 0}
+        | {'epochs': [{'epoch': 1, 'val_top1': top1 if arm == 'random' else 100 - top1}]}
+        for arm in ('random', 'orth')
+        for lr, top1 in epochs.items()
+    ]
+    rates = tmp_path / 'rates.jsonl'
+    rates.write_text(''.join(json.dumps(cell) + '\n' for cell in cells))
+    out = tmp_path / 'out'
+    done = run(out, folder, '--rates', str(rates))
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [json.loads(line) for line in (out / 'init_grid-trial.jsonl').read_text().splitlines()]
+    assert {(cell['arm'], cell['lr'], cell['seed']) for cell in cells} == {
+        (arm, lr, seed) for arm, lr in (('random', 2e-3), ('orth', 1e-3)) for seed in (0, 1)
+    }
+    text = (out / 'init_grid-trial.md').read_text()
+    assert '4 of 4 runs are finished; 0 failed' in text
+    assert 'Learning rates: colours test_vit: orth 0.001, random 0.002.' in text
+    assert '--rates rates.jsonl' in text
+    lacking = run(out, folder, '--rates', str(rates), '--arms', 'random', 'raw')
+    assert lacking.returncode == 1
+    assert "no learning rate for 'colours test_vit raw'" in lacking.stderr
+
+
 def test_a_run_that_fails_is_named(tmp_path):
     folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
     done = run(tmp_path / 'out', folder, '--shots', '1000', '--seeds', '1')

@@ -243,6 +243,32 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(base, tmp_path):
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('model', ['test_resnet', 'test_nfnet'])
+def test_channels_last_changes_the_layout_and_not_the_result(base, tmp_path, model):
+    options = dataclasses.replace(base, model=model, opt='sgd', lr=0.01)
+    finetune(options)
+    last = dataclasses.replace(options, channels_last=True, output=tmp_path / 'last')
+    layouts = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: (
+            layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            if isinstance(module, torch.nn.Conv2d) and torch.is_grad_enabled() and inputs[0].shape[-1] > 1
+            else None
+        )
+    )
+    try:
+        assert not finetune(dataclasses.replace(last, max_steps=3)).finished
+        assert finetune(dataclasses.replace(last, resume=True)).finished
+    finally:
+        hook.remove()
+    assert len(layouts) > 50
+    assert all(layouts)
+    whole = weights(options)
+    for name, value in weights(last).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=3e-4)
+    timm.create_model(model, num_classes=3, checkpoint_path=last.output / 'model.safetensors')
+
+
 def test_a_tracker_gets_the_metrics(base):
     pytest.importorskip('tensorboard')
     finetune(dataclasses.replace(base, epochs=1, log_with='tensorboard'))

@@ -57,7 +57,8 @@ AVERAGED_WEIGHTS = 'model_ema.safetensors'
 #: Options that may change when a run goes on.
 _FREE = (
     'output', 'resume', 'max_steps', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'workers',
-    'val_batch_size', 'torchcompile', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr', 'hub_license',
+    'val_batch_size', 'torchcompile', 'channels_last', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
+    'hub_license',
 )  # fmt: skip
 
 #: Steps between looks at the loss on a GPU, where looking waits for it.
@@ -297,6 +298,7 @@ class _Run(Run):
         targets = labels
         if isinstance(self.mixup, Mixup):
             images, targets = self.mixup(images, labels)
+        images = self._laid_out(images)
         with self.accelerator.accumulate(self.model):
             loss = self.loss(self.model(images).float(), targets)
             self.accelerator.backward(loss)
@@ -357,7 +359,7 @@ class _Run(Run):
         bar = tqdm(self.val, desc='validating', leave=False, disable=None if self.accelerator.is_main_process else True)
         for images, labels, _ in bar:
             with self.accelerator.autocast():
-                logits = model(images).float()
+                logits = model(self._laid_out(images)).float()
             losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction='none')
             ranked = logits.topk(min(5, self.num_classes), dim=1).indices == labels[:, None]
             row = torch.stack((losses, ranked[:, 0].float(), ranked.any(1).float(), (labels != NO_LABEL).float()), 1)
@@ -368,6 +370,10 @@ class _Run(Run):
             raise DataError('none of the validation images can be read')
         loss, top1, top5 = (sums[:3] / sums[3]).tolist()
         return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'images': int(sums[3]), 'damaged': damaged}
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """A batch as the convolutions like it: some (of NFNets) shape their weights anew and follow their input."""
+        return images.contiguous(memory_format=torch.channels_last) if self.options.channels_last else images
 
     def _calibrate(self) -> None:
         """Batch-norm statistics of a start that has none, the same in every process."""

@@ -100,7 +100,10 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         side = config['input_size'][-1]
         edits = tuple(map(str, adapt_to_small_images_(model, side, in_chans=config['input_size'][0])))
     check_reads(model, config['input_size'])
-    return Start(model, config, arguments, edits, _initialise(model, options, config))
+    facts = _initialise(model, options, config)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return Start(model, config, arguments, edits, facts)
 
 
 def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
