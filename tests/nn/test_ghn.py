@@ -217,3 +217,9 @@ def test_a_copy_computes_the_same(config, make_graph):
     twin = copy.deepcopy(ghn)
     assert twin.config == config
     assert all(torch.equal(a, b) for a, b in zip(twin(graph, REQUESTS), ghn(graph, REQUESTS), strict=True))
+    before = ghn(graph, REQUESTS)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.fill_(torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(ghn(graph, REQUESTS), before, strict=True))
+    assert all(tensor.isnan().all() for tensor in twin(graph, REQUESTS)), 'the copy computes with its own weights'

@@ -308,7 +308,7 @@ class VectorDecoder(nn.Module):
     b_cls + W_cls ReLU(g[1]).
 
     Args:
-        config: Its ``hid`` and ``max_shape`` are used.
+        config: Its ``hid``, ``max_shape`` and ``num_classes`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -317,6 +317,13 @@ class VectorDecoder(nn.Module):
         self.fc = nn.Sequential(
             nn.Linear(config.hid, 2 * config.hid), nn.ReLU(), nn.Linear(2 * config.hid, 2 * self.max_size)
         )
+        # Not a submodule: published checkpoints keep it beside the decoder, so the GHN registers it.
+        self._bias_class = (nn.Sequential(nn.ReLU(), nn.Linear(self.max_size, config.num_classes)),)
+
+    @property
+    def bias_class(self) -> nn.Sequential:
+        """What computes the bias of a classifier, for the GHN to register under the published name."""
+        return self._bias_class[0]
 
     @property
     def last(self) -> nn.Linear:
@@ -327,17 +334,16 @@ class VectorDecoder(nn.Module):
         """Initialise as GHN-3 does, in place."""
         _rescale_(self.last)
 
-    def bound(self, limit: float, class_predictor: nn.Linear) -> float:
+    def bound(self, limit: float) -> float:
         """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
-        return largest_output((linear_of(self.fc, 0), self.last, class_predictor), limit)
+        return largest_output((linear_of(self.fc, 0), self.last, linear_of(self.bias_class, 1)), limit)
 
-    def decode(
-        self, z_Nd: Tensor, requests: Sequence[Request], class_predictor: nn.Linear, *, chunk_elements: int
-    ) -> Iterator[Block]:
+    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`.
 
         A normalisation layer's weight and bias come from the same node, so nodes are computed once.
         """
+        classes = linear_of(self.bias_class, 1)
         heads = [job for job in requests if job[1].kind is DecodeKind.HEAD_BIAS]
         others = [job for job in requests if job[1].kind is not DecodeKind.HEAD_BIAS]
         for jobs, size in ((others, max((job[1].size[0] for job in others), default=0)), (heads, self.max_size)):
@@ -345,13 +351,11 @@ class VectorDecoder(nn.Module):
             for job in jobs:
                 by_node.setdefault(job[1].node, []).append(job)
             size = min(size, self.max_size)
-            cost = self.last.in_features + 2 * size + (class_predictor.out_features if jobs is heads else 0)
+            cost = self.last.in_features + 2 * size + (classes.out_features if jobs is heads else 0)
             for chunk in chunks(list(by_node.values()), [cost] * len(by_node), chunk_elements):
-                yield from self._decode_chunk(z_Nd, chunk, class_predictor, size)
+                yield from self._decode_chunk(z_Nd, chunk, size)
 
-    def _decode_chunk(
-        self, z_Nd: Tensor, chunk: Sequence[list[Request]], class_predictor: nn.Linear, size: int
-    ) -> list[Block]:
+    def _decode_chunk(self, z_Nd: Tensor, chunk: Sequence[list[Request]], size: int) -> list[Block]:
         found: list[Block] = []
         with full_precision(z_Nd.device):
             nodes = torch.tensor([jobs[0][1].node for jobs in chunk], device=z_Nd.device)
@@ -363,7 +367,7 @@ class VectorDecoder(nn.Module):
                 for index, request in jobs:
                     row = weight_n if request.kind is DecodeKind.WEIGHT_1D else bias_n
                     if request.kind is DecodeKind.HEAD_BIAS:
-                        row = apply_linear(class_predictor, row.relu())
+                        row = apply_linear(linear_of(self.bias_class, 1), row.relu())
                     found.append(Block(index, row[: request.size[0]]))
         return found
 

@@ -25,7 +25,7 @@ from timm_ghn.nn.decoders import (
 )
 from timm_ghn.nn.features import SmoothEncoder, node_features
 from timm_ghn.nn.graphormer import Graphormer
-from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, linear_of, look_up
+from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, look_up
 from timm_ghn.nn.registry import build_gnn
 from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
@@ -75,8 +75,8 @@ class GHN(nn.Module, PyTorchModelHubMixin):
             self.decoder_1d = TemplateVectorDecoder(config, tensors)
         else:
             self.decoder = build_decoder(config)
-            self.decoder_1d = VectorDecoder(config)
-            self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(self.decoder_1d.max_size, config.num_classes))
+            self.decoder_1d = vectors = VectorDecoder(config)
+            self.bias_class = vectors.bias_class
         if config.gnn == 'graphormer':
             self._rescale()
         if config.smooth:
@@ -192,11 +192,7 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         tensors = [job for job in jobs if job[1].kind in _TENSOR_KINDS]
         vectors = [job for job in jobs if job[1].kind not in _TENSOR_KINDS]
         yield from self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements)
-        if isinstance(self.decoder_1d, TemplateVectorDecoder):
-            yield from self.decoder_1d.decode(z_Nd, vectors)
-            return
-        predictor = linear_of(self.bias_class, 1)
-        yield from self.decoder_1d.decode(z_Nd, vectors, predictor, chunk_elements=chunk_elements)
+        yield from self.decoder_1d.decode(z_Nd, vectors, chunk_elements=chunk_elements)
 
     def decoded_bound(self, embeddings_Nd: Tensor) -> float:
         """Bound on the absolute value of all that can be decoded from embeddings.
@@ -205,9 +201,7 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         overflows. It is NaN or infinite where an embedding or a weight is not finite.
         """
         limit = largest(embeddings_Nd)
-        if isinstance(self.decoder_1d, TemplateVectorDecoder):
-            return self.decoder.bound(limit) + self.decoder_1d.bound(limit)
-        return self.decoder.bound(limit) + self.decoder_1d.bound(limit, linear_of(self.bias_class, 1))
+        return self.decoder.bound(limit) + self.decoder_1d.bound(limit)
 
     def forward(self, graphs: Graph | GraphBatch | Iterable[Graph], requests: Sequence[DecodeRequest]) -> list[Tensor]:
         """Embed graphs and decode all requests, in their order; the form that data-parallel wrappers call."""

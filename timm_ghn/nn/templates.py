@@ -292,7 +292,7 @@ class TemplateVectorDecoder(nn.Module):
         codes = max(map(largest_weight, tables))
         return (self.config.codes * codes + 1) * largest_output((linear_of(self.fc, 0), self.last), limit)
 
-    def decode(self, z_Nd: Tensor, requests: Sequence[Request]) -> Iterator[Block]:
+    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`."""
         if not requests:
             return
@@ -308,12 +308,13 @@ class TemplateVectorDecoder(nn.Module):
                 alike.setdefault((request.kind is DecodeKind.HEAD_BIAS, request.size[0]), []).append(row)
             for (head, size), rows in alike.items():
                 table = self._tensors[0].classes if head else self._tensors[0].channels
-                factors_Rc = factors_Jc[torch.tensor(rows, device=factors_Jc.device)]
-                codes_nc = table.weight[:size].to(factors_Rc.dtype)
-                values_Rn = factors_Rc[:, :-1] @ codes_nc.t() + factors_Rc[:, -1:]
-                values_Rn = _VECTOR * torch.tanh(values_Rn / _VECTOR)
-                for row, values_n in zip(rows, values_Rn.unbind(), strict=True):
-                    yield Block(requests[row][0], values_n)
+                codes_nc = table.weight[:size].to(factors_Jc.dtype)
+                for some in chunks(rows, [size] * len(rows), chunk_elements):
+                    factors_Rc = factors_Jc[torch.tensor(some, device=factors_Jc.device)]
+                    values_Rn = factors_Rc[:, :-1] @ codes_nc.t() + factors_Rc[:, -1:]
+                    values_Rn = _VECTOR * torch.tanh(values_Rn / _VECTOR)
+                    for row, values_n in zip(some, values_Rn.unbind(), strict=True):
+                        yield Block(requests[row][0], values_n)
 
 
 @torch.no_grad()
