@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from timm_ghn.data.images import TransformOptions
-from timm_ghn.data.splits import DataOptions
+from timm_ghn.data.options import DatasetOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.postprocess import PostProcess
 from timm_ghn.publish.send import Target
@@ -22,7 +22,7 @@ SMALL_STEM = ('auto', 'on', 'off')
 #: Values of ``mixed_precision``, which are those of accelerate.
 PRECISIONS = ('no', 'fp16', 'bf16')
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'model': 'start', 'dataset': 'data', 'image_size': 'images', 'epochs': 'training', 'seed': 'run',
+GROUPS = {'dataset': 'data', 'model': 'start', 'image_size': 'images', 'epochs': 'training', 'seed': 'run',
           'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
@@ -30,12 +30,15 @@ _OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneOptions:
+class FinetuneOptions(DatasetOptions):
     """What to train, on what, and how. Every field is an option of the command line and a key of a recipe.
 
     Raises:
         ConfigError: if options contradict themselves.
     """
+
+    shots: int | None = option(None, 'train on so many images of each class (default: all)')
+    shots_seed: int | None = option(None, 'draw the shots (default: the first of each class)')
 
     model: str = option('', 'timm model', metavar='NAME')
     init: str = option('ghn', "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's)")
@@ -45,15 +48,6 @@ class FinetuneOptions:
     head: str = option('auto', 'classifier of a GHN: auto, predict or keep')
     num_classes: str = option('auto', 'classes; auto takes them from the data set', metavar='N')
     model_args: Any = option(None, "more arguments of timm.create_model, as in 'drop_path_rate=0.1,act_layer=gelu'")
-
-    dataset: str = option('', 'name on the Hub, folder, or parquet file')
-    subset: str | None = option(None, 'configuration of a data set that has several')
-    train_split: str = option('train', "split to train on, e.g. 'train[:90%%]'")
-    val_split: str = option('auto', 'split to validate on, or a share of the training split')
-    image_column: str | None = option(None, 'column of images (default: found by its type)')
-    label_column: str | None = option(None, 'column of labels (default: found by its type)')
-    shots: int | None = option(None, 'train on so many images of each class (default: all)')
-    shots_seed: int | None = option(None, 'draw the shots (default: the first of each class)')
 
     image_size: int | None = option(None, "side of the images in pixels (default: the model's own)")
     small_stem: str = option('auto', 'stem for small images: on, off, or auto (up to 64 pixels)')
@@ -134,11 +128,6 @@ class FinetuneOptions:
             raise ConfigError(f"expected num_classes of 2 or more, or 'auto' (got {self.num_classes!r})")
         # Their own checks.
         _ = self.data, self.transforms, self.post('orth'), self.arguments, self.target
-
-    @functools.cached_property
-    def data(self) -> DataOptions:
-        """Those of the data set."""
-        return DataOptions(**those_of(DataOptions, self))
 
     @functools.cached_property
     def transforms(self) -> TransformOptions:

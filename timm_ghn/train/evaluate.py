@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from timm_ghn.data.memory import evaluation_batches, load_images
-from timm_ghn.data.splits import DataOptions, load_splits
+from timm_ghn.data.options import DatasetOptions
+from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.recipes import option, read_recipe, those_of
+from timm_ghn.recipes import option, read_recipe
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.families import FAMILIES
@@ -25,23 +26,18 @@ from timm_ghn.train.samplers import NamesSampler, TimmSampler, evaluation_set, t
 from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'ghn': 'GHN', 'dataset': 'data', 'archs': 'architectures', 'batch_size': 'run'}
+GROUPS = {'dataset': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'batch_size': 'run'}
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(DatasetOptions):
     """Which GHN to evaluate, on which networks and images."""
 
-    ghn: str = option('ghn', 'name or path of a GHN')
-
-    dataset: str = option('', 'name on the Hub, folder, or parquet file')
-    subset: str | None = option(None, 'configuration of a data set that has several')
     train_split: str = option('train', 'split that gives the classes')
-    val_split: str = option('auto', 'split to evaluate on, or a share of the training split')
-    image_column: str | None = option(None, 'column of images (default: found by its type)')
-    label_column: str | None = option(None, 'column of labels (default: found by its type)')
     image_size: int = option(32, 'side of the images in pixels')
     images: int | None = option(None, 'evaluate on so many images, drawn over the classes (default: all)')
+
+    ghn: str = option('ghn', 'name or path of a GHN')
 
     archs: str = option(
         'families', "'families': drawn test architectures of each family; else names of timm models, comma-separated"
@@ -65,12 +61,6 @@ class EvaluateOptions:
             if getattr(self, name) < 1:
                 raise ConfigError(f'expected {name} of at least 1 (got {getattr(self, name)})')
         _ = self.data, self.chosen_families
-
-    @functools.cached_property
-    def data(self) -> DataOptions:
-        """Those of the data set."""
-        return DataOptions(**those_of(DataOptions, self, ('dataset', 'subset', 'train_split', 'val_split', 'seed',
-                                                          'image_column', 'label_column')))  # fmt: skip
 
     @functools.cached_property
     def chosen_families(self) -> tuple[str, ...]:

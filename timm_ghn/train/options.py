@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 from timm_ghn.data.memory import AUGMENTATIONS
-from timm_ghn.data.splits import DataOptions
+from timm_ghn.data.options import DatasetOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.recipes import option, those_of
@@ -16,7 +15,7 @@ from timm_ghn.train.families import FAMILIES, HELD_OUT
 from timm_ghn.train.samplers import ArchitectureSampler, build_sampler, families_of
 
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'name': 'GHN', 'dataset': 'data', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
+GROUPS = {'dataset': 'data', 'name': 'GHN', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
 
 PRECISIONS = ('no', 'bf16')
 OPTIMISERS = ('adamw', 'muon')
@@ -25,12 +24,15 @@ OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smoot
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(DatasetOptions):
     """What GHN to train, on which architectures and images, and how. Every field is an option and a key of a recipe.
 
     Raises:
         ConfigError: if options contradict themselves.
     """
+
+    image_size: int = option(32, 'side of the images in pixels')
+    augment: str = option('crop', 'none, flip (horizontally), or crop: random crops and flips')
 
     name: str = option('my_ghn', 'name of the GHN')
     init: str | None = option(None, 'name or path of a GHN to begin with (default: random weights)')
@@ -45,15 +47,6 @@ class TrainOptions:
     max_channels: int = option(2048, 'channels that are decoded at once; more are repeated')
     max_kernel: int = option(16, 'side of the largest kernel that is decoded as it is')
     virtual_edges: int = option(50, 'longest path that becomes an edge')
-
-    dataset: str = option('', 'name on the Hub, folder, or parquet file')
-    subset: str | None = option(None, 'configuration of a data set that has several')
-    train_split: str = option('train', "split to train on, e.g. 'train[:90%%]'")
-    val_split: str = option('auto', 'split to evaluate on, or a share of the training split')
-    image_column: str | None = option(None, 'column of images (default: found by its type)')
-    label_column: str | None = option(None, 'column of labels (default: found by its type)')
-    image_size: int = option(32, 'side of the images in pixels')
-    augment: str = option('crop', 'none, flip (horizontally), or crop: random crops and flips')
 
     sampler: str = option('timm', 'source of architectures: timm, names or mix')
     sampler_args: Any = option(None, 'its options, a mapping in a recipe (see timm_ghn.train.samplers)')
@@ -124,12 +117,6 @@ class TrainOptions:
             )
         # Their own checks.
         _ = self.data, self.config_for(2), self.sampler_for(2)
-
-    @functools.cached_property
-    def data(self) -> DataOptions:
-        """Those of the data set."""
-        names = ('dataset', 'subset', 'train_split', 'val_split', 'image_column', 'label_column', 'seed')
-        return DataOptions(**those_of(DataOptions, self, names))
 
     def config_for(self, num_classes: int) -> GHNConfig:
         """Hyper-parameters of the GHN."""
