@@ -1,6 +1,6 @@
 """Makes the GHN that ships inside the package out of one that timm_ghn.train trained.
 
-    python benchmarks/make_embedded.py train-out --postprocess none --note NOTE.md
+    python benchmarks/make_embedded.py train-out --postprocess orth --earlier uoft-cs/cifar10 --note NOTE.md
 
 reads the output folder of a run with examples/recipes/ghn_tiny_imagenet.yaml, and writes timm_ghn/embedded/ghn_tiny
 (weights in bfloat16, configuration and card) and hub_configs/ghn_tiny.json. NOTE.md is added to the card: what the log
@@ -40,8 +40,8 @@ def make(run: Path, folder: Path, *, postprocess: str) -> GHN:
     return shipped
 
 
-def card(ghn: GHN, training: MetaTraining, note: str) -> str:
-    """The card of the GHN."""
+def card(ghn: GHN, training: MetaTraining, note: str, earlier: Sequence[str]) -> str:
+    """The card of the GHN, with the data sets of the runs that came before the last one."""
     facts = GHNFacts(
         repo_id=_NOWHERE,
         revision=None,
@@ -53,7 +53,9 @@ def card(ghn: GHN, training: MetaTraining, note: str) -> str:
         training=training,
         license='mit',
     )
-    text = str(ghn_card(facts)).replace(_NOWHERE, EMBEDDED)
+    made = ghn_card(facts)
+    made.data.datasets = [*earlier, *(made.data.datasets or [])]
+    text = str(made).replace(_NOWHERE, EMBEDDED)
     before, limits = text.split('\n## Limits\n', 1)
     return f'{before}\n{note.strip()}\n\n## Limits\n{limits}' if note else text
 
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('run', type=Path, help='output folder of timm_ghn.train')
     parser.add_argument('--postprocess', choices=POSTPROCESSING, default='none', help='what the GHN recommends')
     parser.add_argument('--description', default='Small GHN inside the package, trained on Tiny-ImageNet at 32 pixels')
+    parser.add_argument('--earlier', nargs='+', default=[], metavar='DATASET', help='that runs before this one saw')
     parser.add_argument('--note', type=Path, help='Markdown for the card')
     parser.add_argument('--package', type=Path, default=ROOT / 'timm_ghn')
     parser.add_argument('--configs', type=Path, default=ROOT / 'hub_configs')
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.package / 'embedded' / EMBEDDED
     ghn = make(args.run, folder, postprocess=args.postprocess)
     note = args.note.read_text(encoding='utf-8') if args.note else ''
-    (folder / 'README.md').write_text(card(ghn, MetaTraining.read(args.run), note), encoding='utf-8')
+    (folder / 'README.md').write_text(card(ghn, MetaTraining.read(args.run), note, args.earlier), encoding='utf-8')
     text = json.dumps(entry(ghn, args.description), indent=2)
     (args.configs / f'{EMBEDDED}.json').write_text(text + '\n', encoding='utf-8')
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -155,7 +155,12 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     hub_commands.add_commands(add)
     verify = add('verify', verify_ghn, 'Compare the norms of predicted torchvision networks with the published ones.')
-    verify.add_argument('name', metavar='NAME', help="a GHN of 'timm-ghn list'; it is downloaded where necessary")
+    verify.add_argument(
+        'name',
+        metavar='NAME',
+        help='ghn2, ghn3_tm8, ghn3_xlm16 (norms of the others were not published), or a '
+        'GHN registered with norms; it is downloaded where necessary',
+    )
     verify.add_argument('--arch', action='append', metavar='ARCH', help='only this network (may be repeated)')
     verify.add_argument('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
     return parser
@@ -314,7 +319,10 @@ def _run_options(command: str) -> tuple[Any, Any, dict[str, str]]:
         options = importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            _fail(f"'{command}' needs more packages ({error}): pip install 'timm-ghn[finetune]'")
+            _fail(
+                f"'{command}' needs more packages ({error}): install timm_ghn with its extra "
+                "'finetune', in a checkout with pip install '.[finetune]'"
+            )
         ) from error
     return recipes, getattr(options, kind), getattr(options, groups)
 

@@ -22,6 +22,8 @@ from timm_ghn.hub import known_ghns
 from timm_ghn.hub.default import EMBEDDED, PUBLISHED
 from timm_ghn.nn.storage import save_ghn
 from timm_ghn.publish import MetaTraining
+from timm_ghn.publish.ghn_card import ghn_card
+from timm_ghn.publish.ghn_facts import facts_of
 from timm_ghn.results import read_results
 from timm_ghn.train.loop import train
 from timm_ghn.train.options import TrainOptions
@@ -284,6 +286,19 @@ def test_the_command_pushes_a_trained_ghn_with_what_its_results_say(run, hub: Hu
     assert str(trained.parent) not in str(card)
     assert run(f'push {trained / "ghn"} {REPO} --license mit')[0] == 0
     assert len(hub.commits(REPO)) == 2
+
+
+def test_the_card_names_the_ghn_that_training_began_with_and_no_folder(trained, tmp_path):
+    lines = (trained / 'results.jsonl').read_text().splitlines()
+    first = json.loads(lines[0])
+    first['arguments']['init'] = '/home/someone/first/ghn'
+    results = tmp_path / 'results.jsonl'
+    results.write_text('\n'.join([json.dumps(first), *lines[1:]]) + '\n')
+    ghn = load_ghn(trained / 'ghn')
+    card = str(ghn_card(facts_of(ghn, REPO, None, training=MetaTraining.read(results), license='mit')))
+    assert 'steps on colours, begun with the GHN ghn.' in card
+    assert '| begun with | ghn |' in card
+    assert 'someone' not in card
 
 
 def test_results_are_given_or_lie_beside_a_ghn_that_did_not_change(hub: HubServer, trained, small_ghn, tmp_path):

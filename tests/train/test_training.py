@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import json
 import math
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 
 from timm_ghn import load_ghn
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
+from timm_ghn.recipes import add_arguments, options_of
 from timm_ghn.results import read_results
 from timm_ghn.train import architectures, loop
 from timm_ghn.train.evaluate import EvaluateOptions, evaluate
 from timm_ghn.train.loop import train
-from timm_ghn.train.options import TrainOptions
-from timm_ghn.train.samplers import NamesSampler
+from timm_ghn.train.options import GROUPS, TrainOptions
+from timm_ghn.train.samplers import NamesSampler, families_of
 from timm_ghn.train.step import Outcome
 
 CHEAP = {
@@ -272,6 +274,10 @@ def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
         {'sampler_args': {'families': ['alexnet']}},
         {'sampler_args': 'resnet'},
         {'held_out': ['alexnet']},
+        {'held_out': 'regnet,alexnet'},
+        {'sampler_args': '{families: [vgg'},
+        {'sampler_args': '{families: [alexnet]}'},
+        {'max_channels': 0},
         {'mixed_precision': 'fp16'},
         {'ema_decay': 1.0},
         {'opt': 'sgd'},
@@ -282,7 +288,7 @@ def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
 )
 def test_options_that_make_no_sense_are_refused(changes):
     with pytest.raises(ConfigError):
-        TrainOptions(dataset='x', **changes).unseen_families()
+        TrainOptions(dataset='x', **changes)
 
 
 def test_a_ghn_of_other_classes_cannot_be_evaluated(folder):
@@ -377,3 +383,21 @@ def test_a_killed_run_goes_on_with_the_same_losses(base, tmp_path):
 
 def newest(options: TrainOptions) -> str:
     return max((place.name for place in (options.output / 'checkpoints').glob('step_*[0-9]')), default='')
+
+
+def test_the_command_line_names_families_and_options_of_a_sampler():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, TrainOptions, GROUPS)
+    words = ['--dataset', 'x', '--held-out', 'regnet, densenet', '--sampler-args', '{families: [vgg, resnetv2]}']
+    options = options_of(parser.parse_args(words), TrainOptions)
+    assert options.unseen_families() == ('regnet', 'densenet')
+    assert families_of(options.sampler_for(10)) == ('vgg', 'resnetv2')
+
+
+@pytest.mark.parametrize(
+    ('decoder', 'hid', 'channels'), [('templates', 64, 2048), ('conv', 32, 64), ('conv', 128, 128), ('mlp', 64, 64)]
+)
+def test_published_decoders_are_as_wide_as_published_unless_asked_otherwise(decoder, hid, channels):
+    options = TrainOptions(dataset='x', decoder=decoder, hid=hid)
+    assert options.config_for(10).max_shape[:2] == (channels, channels)
+    assert dataclasses.replace(options, max_channels=48).config_for(10).max_shape[:2] == (48, 48)

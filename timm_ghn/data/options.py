@@ -18,7 +18,7 @@ class DatasetOptions:
     train_split: str = option('train', "split to train on, e.g. 'train[:90%%]'")
     val_split: str = option('auto', 'split to validate on, or a share of the training split')
     image_column: str | None = option(None, 'column of images (default: found by its type)')
-    label_column: str | None = option(None, 'column of labels (default: found by its type)')
+    label_column: str | None = option(None, 'column of labels (default: found by its name or type)')
 
     @functools.cached_property
     def data(self) -> DataOptions:

@@ -80,7 +80,7 @@ class FinetuneOptions(DatasetOptions):
     decay_norms: bool = option(False, 'weight decay also on biases and norm layers, as in plain torch')
     layer_decay: float | None = option(None, 'factor of the learning rate from layer to layer')
     sched: str = option('cosine', "schedule of timm; 'none' for a constant rate")
-    warmup_epochs: int = option(0, 'epochs of linear warm-up')
+    warmup_epochs: int = option(0, 'epochs of linear warm-up; the first is at warmup_lr, unless sched_on_updates')
     warmup_lr: float = option(1e-6, 'learning rate at the start of the warm-up')
     min_lr: float = option(0.0, 'learning rate at the end')
     sched_on_updates: bool = option(False, 'change the rate after every step, not every epoch')

@@ -39,8 +39,8 @@ class GHNConfig:
         virtual_edges: Longest shortest path that becomes an edge; 1 for none (arXiv 2110.13100, section 4.1).
         layernorm: Whether the node embeddings are layer-normalised before decoding.
         weight_norm: Whether predictions are scaled by fan-in (arXiv 2110.13100, section 4.2).
-        decoder: 'conv', 'mlp' as in the baseline decoder of the first release, or 'templates', which repeats no
-            channels.
+        decoder: 'conv', 'mlp' as in the baseline decoder of the first release, or 'templates', whose channels
+            all have weights of their own.
         window: Where a kernel is cut out of the decoded map: 'center' (GHN-3) or 'corner' (GHN-1, GHN-2).
         templates: Number of templates of the decoder 'templates'; unused by the others.
         codes: Size of its channel codes; unused by the others.
@@ -172,7 +172,7 @@ def _expect_readable(version: object) -> None:
     if version > FORMAT_VERSION:
         raise ConfigError(
             f'expected a configuration of format version {FORMAT_VERSION} or older (got {version}): '
-            'a newer timm_ghn wrote it, upgrade with `pip install -U timm-ghn`'
+            'a newer timm_ghn wrote it, upgrade timm_ghn'
         )
 
 

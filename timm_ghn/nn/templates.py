@@ -1,4 +1,4 @@
-"""A decoder that gives every channel of a layer weights of its own, however wide the layer is.
+"""A decoder that gives every channel of a layer weights of its own, up to some thousands of channels.
 
 The published decoders put out at most ``max_shape`` channels and repeat them; copies are what takes the diversity from
 a predicted network. Here a weight is a mixture of templates, which all layers of all networks share. They live in a

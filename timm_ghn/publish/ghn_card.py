@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.publish.card import PAPERS, card_from
-from timm_ghn.publish.facts import is_public
 from timm_ghn.publish.ghn_facts import GHNFacts, MetaTraining
 from timm_ghn.version import __version__
 
@@ -116,7 +115,8 @@ def _summary(facts: GHNFacts) -> str:
     if not config.trained:
         return text + 'Its own weights are **random, not trained**: expect no more of its predictions than of these.'
     if training is not None:
-        text += f'Trained with timm_ghn for {training.steps:,} steps on {training.dataset}.'
+        text += f'Trained with timm_ghn for {training.steps:,} steps on {training.dataset}'
+        text += f', begun with the GHN {training.begun_with}.' if training.begun_with is not None else '.'
         if 'known' in training.accuracies and training.is_of_the_end:
             text += (
                 f' Mean accuracy there of {training.networks("known")}: {training.accuracies["known"]:.2f} %, '
@@ -190,9 +190,8 @@ def _training_rows(training: MetaTraining) -> Iterator[tuple[str, Any]]:
     size, images = said['image_size'], run['images']
     yield 'images of the data set', f'{images["train"]:,} to train on, {images["val"]:,} to evaluate on, {size} pixels'
     yield 'splits', f'`{said["train_split"]}` to train on, `{said["val_split"]}` to evaluate on'
-    if said.get('init'):
-        name = str(said['init'])
-        yield 'begun with', name if is_public(name) else PurePath(name).name
+    if training.begun_with is not None:
+        yield 'begun with', training.begun_with
     yield 'steps', f'{training.steps:,} of {said["steps"]:,}'
     yield 'a step', f'{said["meta_batch"]} architectures, {said["batch_size"]} images'
     yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.publish.facts import RunRecord, entry_of
+from timm_ghn.publish.facts import RunRecord, entry_of, is_public
 from timm_ghn.publish.send import WEIGHTS_FILE
 from timm_ghn.results import RESULTS, read_results
 
@@ -57,6 +57,12 @@ class MetaTraining(RunRecord):
         drawn = 'networks of the trained families, of designs that training never drew'
         known = {'timm': drawn, 'mix': drawn, 'names': 'the networks that it was trained on'}
         return known.get(str(self.arguments['sampler']), 'networks of the sampler that it was trained on')
+
+    @property
+    def begun_with(self) -> str | None:
+        """The GHN whose weights it began with, without folders of the machine; None for random ones."""
+        name = str(self.arguments.get('init') or '')
+        return (name if is_public(name) else PurePath(name).name) or None
 
     @property
     def is_of_the_end(self) -> bool:

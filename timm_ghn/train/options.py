@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from timm_ghn.data.memory import AUGMENTATIONS
 from timm_ghn.data.options import DatasetOptions
 from timm_ghn.errors import ConfigError
@@ -44,13 +46,19 @@ class TrainOptions(DatasetOptions):
     smooth: bool = option(True, 'describe nodes by numbers that vary smoothly with sizes and depth')
     templates: int = option(32, 'number of templates of the decoder templates')
     codes: int = option(64, 'size of its channel codes')
-    max_channels: int = option(2048, 'channels that are decoded at once; more are repeated')
+    max_channels: int | None = option(
+        None, 'channels that are decoded at once; more are repeated (default: 2048; 64 or hid for conv and mlp)'
+    )
     max_kernel: int = option(16, 'side of the largest kernel that is decoded as it is')
     virtual_edges: int = option(50, 'longest path that becomes an edge')
 
     sampler: str = option('timm', 'source of architectures: timm, names or mix')
-    sampler_args: Any = option(None, 'its options, a mapping in a recipe (see timm_ghn.train.samplers)')
-    held_out: Any = option(None, 'families to evaluate on that are never trained (default: of the sampler timm)')
+    sampler_args: Any = option(
+        None, "its options (see timm_ghn.train.samplers): in a recipe a mapping, else YAML like '{families: [vgg]}'"
+    )
+    held_out: Any = option(
+        None, 'families to evaluate on that are never trained, comma-separated (default: of the sampler timm)'
+    )
     pool: int = option(2000, 'number of architectures to train on; 0 for ever new ones')
     cache: Path | None = option(None, 'folder for traced architectures (default: in the output folder)', metavar='DIR')
 
@@ -85,12 +93,13 @@ class TrainOptions(DatasetOptions):
 
     def __post_init__(self) -> None:
         positive = (
-            'max_channels', 'max_kernel', 'steps', 'meta_batch', 'accumulate', 'batch_size', 'lr', 'clip_grad',
+            'max_kernel', 'steps', 'meta_batch', 'accumulate', 'batch_size', 'lr', 'clip_grad',
             'clip_network',
             'max_skipped', 'eval_steps', 'eval_count', 'eval_images', 'log_steps', 'checkpoint_steps',
             'checkpoint_hist',
         )  # fmt: skip
-        for name in positive + (('time_limit',) if self.time_limit is not None else ()):
+        given = tuple(name for name in ('time_limit', 'max_channels') if getattr(self, name) is not None)
+        for name in positive + given:
             if not getattr(self, name) > 0:
                 raise ConfigError(f'expected {name} above 0 (got {getattr(self, name)})')
         for name in ('weight_decay', 'warmup_steps', 'decay_steps', 'pool', 'seed', 'smoothing', 'ema_decay'):
@@ -116,11 +125,13 @@ class TrainOptions(DatasetOptions):
                 f'(got {self.steps})'
             )
         # Their own checks.
-        _ = self.data, self.config_for(2), self.sampler_for(2)
+        _ = self.data, self.config_for(2), self.unseen_families()
 
     def config_for(self, num_classes: int) -> GHNConfig:
         """Hyper-parameters of the GHN."""
-        channels, kernel = self.max_channels, self.max_kernel
+        # The published decoders grow with the square of the channels, and repeat them from 64 to 384 on.
+        few = self.decoder != 'templates'
+        channels, kernel = self.max_channels or (max(64, self.hid) if few else 2048), self.max_kernel
         return GHNConfig(
             max_shape=(channels, channels, kernel, kernel),
             num_classes=num_classes,
@@ -132,8 +143,13 @@ class TrainOptions(DatasetOptions):
     def sampler_for(self, num_classes: int) -> ArchitectureSampler:
         """Source of the architectures to train on."""
         own = self.sampler_args or {}
+        if isinstance(own, str):
+            try:
+                own = yaml.safe_load(own)
+            except yaml.YAMLError as error:
+                raise ConfigError(f'sampler_args is no YAML: {" ".join(str(error).split())}') from error
         if not isinstance(own, dict):
-            raise ConfigError(f'expected sampler_args to be a mapping (got {type(own).__name__})')
+            raise ConfigError(f"expected sampler_args to be a mapping like '{{families: [vgg]}}' (got {own!r})")
         return build_sampler(self.sampler, {'image_size': self.image_size, 'num_classes': num_classes, **own})
 
     @property
@@ -143,7 +159,10 @@ class TrainOptions(DatasetOptions):
 
     def unseen_families(self) -> tuple[str, ...]:
         """Families that are evaluated and never trained."""
-        unseen = HELD_OUT if self.held_out is None else tuple(self.held_out)
+        named = self.held_out
+        if isinstance(named, str):
+            named = [name.strip() for name in named.split(',') if name.strip()]
+        unseen = HELD_OUT if named is None else tuple(named)
         unknown = [name for name in unseen if name not in FAMILIES]
         if unknown:
             raise ConfigError(f'expected held_out to name families among {", ".join(FAMILIES)} (got {unknown})')
