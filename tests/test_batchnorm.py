@@ -97,8 +97,9 @@ def broken() -> Iterator[Tensor]:
         ([{'x': images()[0]}], ConfigError, 'image, images, pixel_values'),
         (['image'], ConfigError, r'got str'),
         ([images()[0], torch.zeros(2, 4, 16, 16)], RuntimeError, 'channels'),
+        ([images()[0], torch.zeros(1, 3, 3, 3)], ConfigError, 'too few images'),
     ],
-    ids=['none', 'failing', 'not finite', 'other key', 'no tensor', 'other channels'],
+    ids=['none', 'failing', 'not finite', 'other key', 'no tensor', 'other channels', 'a single value'],
 )
 def test_an_error_leaves_the_model_as_it_was(batches, error, message):
     model = plain()

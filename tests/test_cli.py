@@ -225,6 +225,12 @@ ERRORS = {
     'GHN without published norms': f'verify {EMBEDDED}',
     'unknown GHN to verify': 'verify ghn4',
     'network without a published norm': 'verify ghn2 --arch resnet51',
+    'unknown device': 'predict test_resnet -o out.safetensors --device gpu',
+    'device that is not there': 'predict test_resnet -o out.safetensors --device cuda:77',
+    'no images to evaluate on': 'evaluate --dataset x --images 0',
+    'other kind of file for the numbers': 'evaluate --dataset x --json out.txt',
+    'no such folder for the numbers': 'evaluate --dataset x --json nothing/out.json',
+    'device to evaluate on that is not there': 'evaluate --dataset x --device cuda:77',
 }
 
 

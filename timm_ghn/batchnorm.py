@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from timm_ghn.errors import ConfigError, PredictionError
+from timm_ghn.modes import kept_modes
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -38,7 +39,7 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
         The same model, in the modes that it was in.
 
     Raises:
-        ConfigError: if there is no batch, or no image in one.
+        ConfigError: if there is no batch, no image in one, or too few.
         PredictionError: if a statistic is not finite. After this error, as after any other, the statistics are as
             they were.
     """
@@ -47,10 +48,10 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
         return model
     before = {norm: {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms}
     momenta = {norm: norm.momentum for norm in norms}
-    modes = _modes(model)
     images = _Images(batches, device or _device(model))
     try:
-        update_bn(images, _OnlyNorms(model, norms))
+        with kept_modes(model):
+            _update(images, _OnlyNorms(model, norms))
         if not images.count:
             raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
         _check_statistics(model)
@@ -62,7 +63,6 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        _restore(modes)
     return model
 
 
@@ -76,18 +76,18 @@ def batch_statistics(model: M) -> Iterator[M]:
     Args:
         model: The network.
     """
-    norms, modes = _norms(model), _modes(model)
+    norms = _norms(model)
     tracked = [norm.track_running_stats for norm in norms]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.track_running_stats = False
-            norm.training = True
-        yield model
-    finally:
-        for norm, flag in zip(norms, tracked, strict=True):
-            norm.track_running_stats = flag
-        _restore(modes)
+    with kept_modes(model):
+        try:
+            model.eval()
+            for norm in norms:
+                norm.track_running_stats = False
+                norm.training = True
+            yield model
+        finally:
+            for norm, flag in zip(norms, tracked, strict=True):
+                norm.track_running_stats = flag
 
 
 class _OnlyNorms(nn.Module):
@@ -124,6 +124,18 @@ class _Images:
             self.count += 1
 
 
+def _update(images: _Images, model: _OnlyNorms) -> None:
+    try:
+        update_bn(images, model)
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise ConfigError(
+            'a batch has too few images to compute statistics from: a layer sees a single value of each channel; give '
+            'larger batches, or larger images'
+        ) from error
+
+
 def _images(batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         batch = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
@@ -150,15 +162,6 @@ def _check_statistics(model: nn.Module) -> None:
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-
-
-def _modes(model: nn.Module) -> dict[nn.Module, bool]:
-    return {module: module.training for module in model.modules()}
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -61,7 +61,7 @@ def save_checkpoint(
     try:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_partial(folder)
+            tidy(folder)
             partial.mkdir()
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
@@ -81,14 +81,18 @@ def save_checkpoint(
                 shutil.rmtree(place)
             os.replace(partial, place)
             _flush_folder(folder)
-            for old in _checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+            found = _checkpoints(folder)
+            # What lies ahead was damaged, or this run would have gone on from there.
+            kept = found[: found.index(place) + 1][-keep:]
+            for old in found:
+                if old not in kept:
+                    shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             written = error
     failed = any_process(accelerator, written is not None)
     if failed:
         if accelerator.is_main_process:
-            remove_partial(folder)
+            tidy(folder)
         last = _checkpoints(folder)
         raise TrainingError(
             f'the checkpoint {str(place)!r} cannot be written: {written or "another process failed"}; '
@@ -99,7 +103,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, accelerator: Accelerator, *, run: dict[str, Any], average: nn.Module | None = None
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    run: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    average: nn.Module | None = None,
 ) -> dict[str, Any] | None:
     """Read the last good checkpoint; all processes call it.
 
@@ -107,6 +116,7 @@ def load_checkpoint(
         folder: Of the checkpoints.
         accelerator: Gets the state of the model, the optimiser and so on.
         run: What must be as it was when the checkpoint was written.
+        defaults: What entries of ``run`` were that a checkpoint of an earlier version does not have.
         average: Gets the averaged weights.
 
     Returns:
@@ -122,7 +132,7 @@ def load_checkpoint(
                 warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
             continue
         read = json.loads((place / PROGRESS).read_text(encoding='utf-8'))
-        _check_run(place, read['run'], run)
+        _check_run(place, {**(defaults or {}), **read['run']}, run)
         accelerator.load_state(str(place))
         if average is not None:
             average.load_state_dict(load_file(place / AVERAGE))
@@ -148,10 +158,14 @@ def damage(place: Path) -> str | None:
     return None if PROGRESS in manifest else f'{PROGRESS} is missing'
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what runs that were killed left unfinished."""
+def tidy(folder: Path) -> None:
+    """Remove what runs that were killed left unfinished, and give its name to a checkpoint that lacks no more."""
     for partial in folder.glob(f'step_*{_PARTIAL}'):
-        shutil.rmtree(partial, ignore_errors=True)
+        place = partial.with_name(partial.name.removesuffix(_PARTIAL))
+        if damage(partial) is None and not place.exists():
+            os.replace(partial, place)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -161,11 +175,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _check_run(place: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))
+    was, now = (json.loads(json.dumps(values, default=str)) for values in (was, now))
     changed = [
-        f'{name} was {was.get(name)!r} and is {now.get(name)!r}'
-        for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
+        f'{name} was {was.get(name)!r} and is {value!r}'
+        for name, value in sorted(now.items())
+        if was.get(name) != value
     ]
     if changed:
         raise CheckpointError(

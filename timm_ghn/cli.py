@@ -226,6 +226,7 @@ def list_ghns(args: argparse.Namespace) -> int:
 
 def predict_weights(args: argparse.Namespace) -> int:
     """Predict the weights of a timm model and write them with those that are kept, as ``ghn_init`` leaves them."""
+    from timm_ghn.devices import device_of
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.output import check_output, write_state_dict
     from timm_ghn.postprocess import PostProcess, postprocess_
@@ -234,7 +235,7 @@ def predict_weights(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     model = build_model(args)
-    ghn = load_ghn(args.ghn, device=args.device)
+    ghn = load_ghn(args.ghn, device=args.device and device_of(args.device))
     options = PostProcess.of(args.postprocess, seed=args.seed, auto=ghn.config.postprocess)
     prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
     model.load_state_dict(prediction.state_dict, strict=False)
@@ -401,13 +402,14 @@ def verify_ghn(args: argparse.Namespace) -> int:
     """Compare parameter norms with the published ones; 1 if any differs."""
     from tqdm import tqdm
 
+    from timm_ghn.devices import device_of
     from timm_ghn.hub.catalogue import known_ghns
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.norms import NORM_TOLERANCE, predicted_norm, published_norms
     from timm_ghn.report import aligned
 
     norms = published_norms(args.name, known_ghns(), args.arch)
-    ghn = load_ghn(args.name, device=args.device)
+    ghn = load_ghn(args.name, device=args.device and device_of(args.device))
     rows, failed = [], 0
     for arch, published in tqdm(norms.items(), desc='predicting', unit='network', disable=None):
         measured = predicted_norm(arch, ghn)
@@ -443,7 +445,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     try:
         options = _model_options(args)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
+            torch.default_generator.manual_seed(args.seed)
             model: nn.Module = timm.create_model(args.model, pretrained=False, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f'timm cannot build {args.model!r} as asked: {error}') from error

@@ -58,7 +58,7 @@ def predicted_norm(arch: str, ghn: GHN) -> float:
     """
     options = {'init_weights': False} if arch in _SLOW_INITIALISATION else {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = torchvision.models.get_model(arch, weights=None, **options)
     ghn_init(model, ghn, head='predict', postprocess=None)
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))

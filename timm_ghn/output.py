@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.nn.storage import replacing
 
 
 def check_output(path: Path, suffixes: Sequence[str] = ('.safetensors',)) -> None:
@@ -51,10 +51,8 @@ def write_state_dict(state_dict: Mapping[str, Tensor], path: Path, metadata: Map
     # Tied parameters share memory, which the format has no word for: each name gets its own copy.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        part = Path(folder) / path.name
+    with replacing(path) as part:
         try:
             save_file(tensors, part, metadata={'format': 'pt', **header})
         except SafetensorError as error:
             raise OSError(f'{str(path)!r} cannot be written: {error}') from error
-        os.replace(part, path)

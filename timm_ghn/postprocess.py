@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import trace
+from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.params.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.writable import check_finite, check_storage, check_writable
 
@@ -325,10 +326,10 @@ def _power_of_two(values: Tensor) -> float:
 
 
 def _norm(values: Tensor) -> float:
-    """Euclidean norm over all elements, summed up in float64."""
+    """Euclidean norm over all elements, summed up in float64 where the device has it."""
     factor = _power_of_two(values)
     scaled = values if factor == 1 else values * factor
-    return float(torch.linalg.vector_norm(scaled, dtype=torch.float64)) / factor
+    return float(torch.linalg.vector_norm(scaled, dtype=sum_dtype(scaled.device))) / factor
 
 
 def _clamp(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -121,6 +121,31 @@ def ghn_init(
         PredictionError: if a predicted value is not finite.
         GHNError: if the GHN cannot be loaded.
     """
+    initialise(
+        model,
+        ghn,
+        input_size=input_size,
+        example_inputs=example_inputs,
+        head=head,
+        seed=seed,
+        postprocess=postprocess,
+        device=device,
+    )
+    return model
+
+
+def initialise(
+    model: nn.Module,
+    ghn: GHN | str | os.PathLike[str],
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    head: str = 'auto',
+    seed: int = 0,
+    postprocess: PostProcess | str | None = DEFAULT,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Do what :func:`ghn_init` does, and give the facts about it."""
     PostProcess.of(postprocess)  # before anything is loaded
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -140,7 +165,7 @@ def ghn_init(
     if options is not None:
         # What was written is finite, and post-processing keeps it so.
         write_processed({row.name: parameters[row.name] for row in processed_layers(plan, options)}, options)
-    return model
+    return provenance(chosen, plan, head=head, seed=seed, postprocess=options)
 
 
 def _prepare(

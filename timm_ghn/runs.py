@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
+import random
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 
-from timm_ghn.checkpoints import any_process, load_checkpoint, remove_partial, save_checkpoint
+from timm_ghn.checkpoints import any_process, load_checkpoint, save_checkpoint, tidy
 from timm_ghn.errors import ConfigError
 from timm_ghn.results import Results
 
 #: Folder of the checkpoints in the output folder.
 CHECKPOINTS = 'checkpoints'
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave what belongs to the whole process as a run finds it: accelerate's settings, the random generators.
+
+    Settings of accelerate that the caller made, by an accelerator of their own, stay too, and hold for the run.
+    """
+    own = not is_initialized()
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        if own:
+            # Else the next run would have the precision of this one, whatever it asks for.
+            AcceleratorState._reset_state()
+
+
+def local_arguments(arguments: dict[str, Any]) -> list[str]:
+    """Which arguments name files or folders of this machine: those who read the results elsewhere cannot tell."""
+    named = {name: arguments.get(name) for name in ('dataset', 'init')}
+    return [name for name, value in named.items() if value and Path(str(value)).expanduser().exists()]
 
 
 class RunOptions(Protocol):
@@ -132,11 +163,22 @@ class Run:
         found = None
         if options.resume:
             if main:
-                remove_partial(options.output / CHECKPOINTS)
-            found = load_checkpoint(options.output / CHECKPOINTS, self.accelerator, run=identity, average=average)
+                tidy(options.output / CHECKPOINTS)
+            self.accelerator.wait_for_everyone()
+            found = load_checkpoint(
+                options.output / CHECKPOINTS,
+                self.accelerator,
+                run=identity,
+                defaults=self._defaults(),
+                average=average,
+            )
         if main:
             self.results = Results(options.output, resume=(entry, found[entry]) if found is not None else None)
         return found
+
+    def _defaults(self) -> dict[str, Any]:
+        """What the options are that a run of before did not have yet."""
+        return {field.name: field.default for field in dataclasses.fields(self._settings)}  # type: ignore[arg-type]
 
     def _save(self, progress: dict[str, Any], identity: dict[str, Any], average: nn.Module | None) -> None:
         options = self._settings

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -21,12 +20,10 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.modes import kept_modes
 
 #: By how much the total stride is divided.
 REDUCTION = 4
-
-#: Sides of images, in pixels, up to which the stem is edited where nobody says otherwise.
-SMALLEST = 64
 
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -196,16 +193,6 @@ def _forward(model: nn.Module, size: tuple[int, int, int]) -> None:
     """Run a model on an empty image, in eval mode and without a trace."""
     parameter = next(model.parameters())
     image = torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), _eval(model):
+    with torch.no_grad(), kept_modes(model):
+        model.eval()
         model(image)
-
-
-@contextlib.contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

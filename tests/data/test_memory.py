@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_ghn.data.memory import ImageTensors, augmented, normalised, training_batch
+from timm_ghn.data.memory import ImageTensors, augmented, evaluation_batches, normalised, training_batch
 
 PLAIN = {'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
 
@@ -15,6 +15,15 @@ def images(count, seed=0):
 @pytest.fixture
 def data():
     return ImageTensors(images(10), torch.arange(10), 0)
+
+
+@pytest.mark.parametrize(('count', 'sizes'), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (3, [3]), (1, [1])])
+def test_no_batch_of_an_evaluation_is_too_small_for_its_statistics(data, count, sizes):
+    found = list(evaluation_batches(data, count, 4, seed=0, config=PLAIN))
+    assert [len(labels) for _, labels in found] == sizes
+    labels = torch.cat([labels for _, labels in found])
+    assert len(set(labels.tolist())) == count
+    assert all(torch.equal(images, normalised(data.images_nchw[labels], PLAIN)) for images, labels in found)
 
 
 def batch(data, step=0, seed=0, augment='crop'):

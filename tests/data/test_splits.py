@@ -33,6 +33,21 @@ def test_a_share_is_held_out_with_a_seed(folder):
     assert load_splits(DataOptions(str(folder), val_split='0.2', seed=4)).val.rows[:] != first.val.rows[:]
 
 
+def test_nothing_is_written_into_the_folder_of_a_data_set(tmp_path):
+    make_dataset(30).save_to_disk(tmp_path / 'saved')
+    before = sorted(tmp_path.rglob('*'))
+    load_splits(DataOptions(str(tmp_path / 'saved'), val_split='0.5'))
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_share_leaves_an_image_on_either_side(tmp_path):
+    folder = str(save_dataset(tmp_path / 'few', make_dataset(6)))
+    splits = load_splits(DataOptions(folder, val_split='0.001'))
+    assert (len(splits.train), len(splits.val)) == (5, 1)
+    with pytest.raises(DataError, match='has only the class'):
+        load_splits(DataOptions(folder, val_split='0.999'))
+
+
 def test_without_another_split_a_tenth_is_held_out(tmp_path):
     splits = load_splits(DataOptions(str(save_dataset(tmp_path / 'one', make_dataset(30)))))
     assert (len(splits.train), len(splits.val)) == (27, 3)

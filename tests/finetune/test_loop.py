@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,8 +12,10 @@ from safetensors.torch import load_file
 
 from timm_ghn import checkpoints, load_ghn, predict
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
+from timm_ghn.finetune import loop
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.finetune.setup import build
 from timm_ghn.results import read_results
 
 GHN_NAME = 'ghn_tiny'
@@ -87,7 +92,7 @@ def test_a_run_that_stopped_ends_as_if_it_had_not(base, tmp_path, changes):
     assert first.steps == changes['max_steps']
     second = finetune(dataclasses.replace(stopped, max_steps=None, resume=True))
     assert second.finished
-    for name in ('model.safetensors', 'model_ema.safetensors'):
+    for name in ('model.safetensors', 'model_ema.safetensors', 'model_best.safetensors'):
         assert same(weights(stopped, name), weights(options, name))
     whole, parts = (read_results(run.output / 'results.jsonl') for run in (options, stopped))
     assert [line['kind'] for line in parts] == [line['kind'] for line in whole]
@@ -164,8 +169,43 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(base, monkeypat
 
 @pytest.mark.filterwarnings('ignore:overflow', 'ignore:invalid value')
 def test_a_loss_that_is_not_finite_ends_the_run_clearly(base):
-    with pytest.raises(TrainingError, match=r'the loss is (nan|inf) at step \d+; choose a smaller --lr'):
+    with pytest.raises(TrainingError, match=r'the loss is (nan|inf) by step \d+; begin again with a smaller --lr'):
         finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
+
+
+@pytest.mark.filterwarnings('ignore:overflow', 'ignore:invalid value')
+def test_no_checkpoint_has_weights_that_are_lost(base, monkeypatch):
+    # On a GPU the loss is looked at every few steps only, and an epoch may have fewer.
+    monkeypatch.setattr(loop, '_LOOK', 10**9)
+    look = loop._Run._after_step
+
+    def seldom(run, loss):
+        accelerator, run.accelerator = run.accelerator, SimpleNamespace(device=torch.device('cuda'))
+        look(run, loss)
+        run.accelerator = accelerator
+
+    monkeypatch.setattr(loop._Run, '_after_step', seldom)
+    with pytest.raises(TrainingError, match=r'the loss is (nan|inf) by step 4'):
+        finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
+    assert not list((base.output / 'checkpoints').glob('step_*'))
+    assert all(tensor.isfinite().all() for tensor in weights(base, 'model_best.safetensors').values())
+
+
+def test_a_run_leaves_the_process_as_it_was(base, tmp_path):
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    finetune(dataclasses.replace(base, epochs=1, mixed_precision='bf16', model_args='drop_path_rate=0.2'))
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    plain = dataclasses.replace(base, epochs=1, output=tmp_path / 'second')
+    finetune(plain)
+    alone = dataclasses.replace(plain, mixed_precision='no', output=tmp_path / 'third')
+    finetune(alone)
+    assert same(weights(plain), weights(alone)), 'a run does not take over the precision of the one before'
 
 
 @pytest.mark.parametrize('init', [GHN_NAME, 'random'])
@@ -217,6 +257,11 @@ def test_batch_statistics_of_a_predicted_network_are_calibrated(base):
         ({'log_with': 'nothing'}, ConfigError, 'nothing'),
         ({'mean': (0.1, 0.2)}, ConfigError, 'expected mean to have 3 values'),
         ({'image_size': 30}, UnsupportedModelError, '30'),
+        ({'model': 'test_vit.nothing'}, UnsupportedModelError, 'nothing'),
+        ({'model': 'test_resnet', 'model_args': 'features_only=true'}, ConfigError, 'has no classifier'),
+        ({'sched': 'plateau'}, ConfigError, 'waits for a metric'),
+        ({'opt': 'adahessian'}, ConfigError, 'second derivatives'),
+        ({'model_args': 'in_chans=1', 'mean': (0.1, 0.2)}, ConfigError, 'expected mean to have 1 values'),
     ],
 )
 def test_wrong_input_is_named_before_anything_is_written(base, changes, error, message, monkeypatch):
@@ -233,6 +278,14 @@ def test_a_model_of_one_channel_is_trained_on_grey(base):
     assert weights(base)['patch_embed.proj.weight'].shape[1] == 1
 
 
+def test_the_statistics_of_colours_become_those_of_grey(base):
+    options = dataclasses.replace(base, model='test_efficientnet', model_args='in_chans=1', mean=(0.25,))
+    config = build(options, 3).data_config
+    own = timm.get_pretrained_cfg('test_efficientnet').std
+    assert len(set(own)) > 1
+    assert (config['mean'], config['std']) == ((0.25,), pytest.approx((sum(own) / 3,)))
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(base, tmp_path):
     options = dataclasses.replace(base, opt='sgd', lr=0.05)
     finetune(options)
@@ -241,6 +294,67 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(base, tmp_path):
     whole = weights(options)
     for name, value in weights(parts).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_step_of_an_epoch_averages_what_it_has(base, tmp_path):
+    # 48 images in batches of 6: a step of 5 batches and one of 3, as with batches of 30 and of 18.
+    options = dataclasses.replace(base, opt='sgd', lr=0.05, weight_decay=0.0, epochs=1, batch_size=6)
+    some = dataclasses.replace(options, grad_accum_steps=5, max_steps=None)
+    assert finetune(some).steps == 2
+    many = dataclasses.replace(options, grad_accum_steps=16, output=tmp_path / 'many')
+    exact = dataclasses.replace(options, grad_accum_steps=8, output=tmp_path / 'exact')
+    assert finetune(many).steps == finetune(exact).steps == 1
+    assert same(weights(many), weights(exact))
+    assert not same(weights(some), weights(exact))
+
+
+def test_a_few_images_more_than_a_batch_can_be_calibrated_with(base, tmp_path):
+    folder = save_dataset(tmp_path / 'few', make_dataset(13), make_dataset(12, seed=1))
+    options = dataclasses.replace(base, model='test_resnet', dataset=str(folder), small_stem='off', epochs=1)
+    assert finetune(options).finished
+
+
+def test_what_lies_ahead_of_a_run_is_removed_and_never_kept_in_its_place(base):
+    finetune(dataclasses.replace(base, max_steps=5, checkpoint_hist=1))
+    (damaged,) = checkpoints._checkpoints(base.output / 'checkpoints')
+    (damaged / 'model.safetensors').unlink()
+    with pytest.warns(UserWarning, match='passed over'):
+        finetune(dataclasses.replace(base, max_steps=3, checkpoint_hist=1, resume=True))
+    assert [place.name for place in (base.output / 'checkpoints').iterdir()] == ['step_00000003']
+    assert finetune(dataclasses.replace(base, checkpoint_hist=1, resume=True)).steps == 8
+
+
+def test_a_checkpoint_that_lacks_its_name_alone_is_taken(base, tmp_path):
+    finetune(dataclasses.replace(base, max_steps=5))
+    place = checkpoints._checkpoints(base.output / 'checkpoints')[-1]
+    # Killed behind the removal of an older one of the same step.
+    place.rename(place.with_name(place.name + '.partial'))
+    assert len(finetune(dataclasses.replace(base, resume=True)).epochs) == 3
+    assert finetune(dataclasses.replace(base, output=tmp_path / 'whole')).steps == 8
+    assert same(weights(base), load_file(tmp_path / 'whole' / 'model.safetensors'))
+
+
+def test_a_checkpoint_of_before_an_option_existed_goes_on_with_its_default(base):
+    finetune(dataclasses.replace(base, max_steps=3))
+    place = checkpoints._checkpoints(base.output / 'checkpoints')[-1]
+    path = place / 'progress.json'
+    read = json.loads(path.read_text())
+    del read['run']['smoothing']
+    path.write_text(json.dumps(read))
+    (place / 'manifest.json').write_text(json.dumps(checkpoints._manifest(place)))
+    manifest = json.loads((place / 'manifest.json').read_text())
+    manifest.pop('manifest.json', None)
+    (place / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r'smoothing was 0\.0 and is 0\.1'):
+        finetune(dataclasses.replace(base, resume=True, smoothing=0.1))
+    assert finetune(dataclasses.replace(base, resume=True)).finished
+
+
+def test_others_can_read_the_weights(base):
+    finetune(dataclasses.replace(base, epochs=1))
+    plain = base.output / 'plain'
+    plain.touch()
+    assert (base.output / 'model.safetensors').stat().st_mode == plain.stat().st_mode
 
 
 @pytest.mark.parametrize('model', ['test_resnet', 'test_nfnet'])

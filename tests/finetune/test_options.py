@@ -79,11 +79,25 @@ def test_a_missing_recipe_is_named(tmp_path):
         {'model_args': 'drop_rate'},
         {'weight_decay': -0.1},
         {'mixup': -1.0},
+        {'head': 'foo'},
+        {'model_ema_decay': 5.0},
+        {'layer_decay': -1.0},
+        {'crop_pct': 0.0},
+        {'min_lr': -1e-3},
+        {'scale': (0.5,)},
+        {'ratio': (2.0, 1.0)},
+        {'std': (0.0, 0.0, 0.0)},
+        {'model_args': {'act_layer': object}},
     ],
 )
 def test_options_that_make_no_sense_are_refused(change):
     with pytest.raises(ConfigError):
         FinetuneOptions(**{**BASE, **change})
+
+
+def test_python_may_give_numbers_and_texts():
+    options = FinetuneOptions(**{**BASE, 'num_classes': 10, 'output': 'out'})
+    assert (options.num_classes, options.output) == ('10', Path('out'))
 
 
 def test_post_processing_is_chosen_by_the_start_and_changed_by_parts():

@@ -14,6 +14,9 @@ import torch
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
 
+from timm_ghn.data.splits import load_splits
+from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.finetune.setup import build, loaders
 from timm_ghn.results import read_results
 
 #: accelerate launch starts several processes on a CPU only under this name.
@@ -85,6 +88,23 @@ def test_two_processes_equal_one_at_the_same_total_batch(folder, tmp_path):
 def test_two_processes_equal_one_on_real_images(image_data, tmp_path):
     more = ('--train-split', 'train[:200]', '--val-split', 'test[:101]')
     check_two_processes(image_data / 'cifar10', tmp_path, *more, tolerance=1e-4)
+
+
+def test_two_processes_evaluate_the_averaged_weights_that_are_written(folder, tmp_path):
+    output = tmp_path / 'two'
+    more = ('--model', 'test_resnet', '--small-stem', 'off', '--model-ema', '--model-ema-decay', '0.5')
+    launched([*processes(2), *arguments(folder, output, '--batch-size', '6', *more)])
+    options = FinetuneOptions(
+        dataset=str(folder), model='test_resnet', init='random', small_stem='off', image_size=32, batch_size=21
+    )
+    start = build(options, 3)
+    start.model.load_state_dict(load_file(output / 'model_ema.safetensors'))
+    _, batches = loaders(options, load_splits(options.data), start.data_config, 1)
+    (batch,) = batches
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(start.model.eval()(batch[0]), batch[1])
+    told = [line for line in read_results(output / 'results.jsonl') if line['kind'] == 'epoch'][-1]
+    assert told['ema_loss'] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(folder, tmp_path):

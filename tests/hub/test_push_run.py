@@ -23,6 +23,8 @@ from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub.default import EMBEDDED
 from timm_ghn.nn.storage import save_ghn
+from timm_ghn.publish.card import _training_code
+from timm_ghn.publish.facts import Training
 from timm_ghn.results import read_results
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
@@ -167,6 +169,22 @@ def test_another_start_is_told_as_it_is(options, tmp_path, init):
     assert told['origin']['repo_id'] is None
 
 
+def test_a_folder_of_where_the_run_was_is_named_to_nobody_elsewhere_either(options, tmp_path):
+    finetune(dataclasses.replace(options, push_to_hub=None))
+    lines = (options.output / 'results.jsonl').read_text().splitlines()
+    run = json.loads(lines[0])
+    assert run['local'] == ['dataset']
+    # As if it had been named in a way that, without that record, reads as the name of a data set on the Hub.
+    run['arguments'] |= {'dataset': 'data/clothes-private', 'init': 'secret-project/ghn'}
+    run |= {'local': ['dataset', 'init'], 'provenance': None}
+    (options.output / 'results.jsonl').write_text('\n'.join([json.dumps(run), *lines[1:]]) + '\n')
+    training = Training.read(options.output)
+    assert not training.dataset_is_public
+    assert training.dataset == 'clothes-private'
+    assert 'secret-project' not in _training_code(training)
+    assert "init='ghn'" in _training_code(training)
+
+
 def test_a_finished_run_that_is_resumed_is_pushed_once(hub: HubServer, options, capsys):
     first = finetune(dataclasses.replace(options, push_to_hub=None))
     assert first.pushed is None
@@ -239,7 +257,6 @@ def test_a_hub_out_of_reach_is_noticed_first(hub: HubServer, options, use_endpoi
     [
         ({'model': 'test_resnet'}, 'stem of test_resnet is changed.*--small-stem off'),
         ({'model': 'test_resnet', 'small_stem': 'off'}, None),
-        ({'model_args': {'norm_layer': torch.nn.LayerNorm}}, 'configuration'),
     ],
 )
 def test_what_timm_does_not_build_again_is_refused_first(hub: HubServer, options, changes, message):

@@ -204,9 +204,15 @@ def test_steps_without_a_finite_loss_end_the_run(base, monkeypatch):
 
     train(dataclasses.replace(base, steps=6, time_limit=1e-9))
     monkeypatch.setattr(loop, 'train_step', barren)
-    with pytest.raises(TrainingError, match='no network had a finite loss in 3 steps'):
+    with pytest.raises(TrainingError, match='no network had a finite loss and gradient in 3 steps'):
         train(dataclasses.replace(base, max_skipped=3, output=base.output.with_name('barren')))
     assert (base.output / 'checkpoints').is_dir()
+
+
+def test_steps_whose_gradient_is_not_finite_end_the_run_too(base, monkeypatch):
+    monkeypatch.setattr(loop._Run, '_clip', lambda run: math.inf)
+    with pytest.raises(TrainingError, match=r'and gradient in 3 steps \(now 3\)'):
+        train(dataclasses.replace(base, max_skipped=3))
 
 
 def test_an_architecture_that_cannot_be_traced_ends_the_run_and_loses_nothing(base, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -67,6 +68,10 @@ class TransformOptions:
         for name in ('hflip', 'vflip', 'reprob'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f'expected {name} between 0 and 1 (got {getattr(self, name)})')
+        for name in ('scale', 'ratio'):
+            values = getattr(self, name)
+            if values is not None and not (len(values) == 2 and 0 < values[0] <= values[1]):
+                raise ConfigError(f'expected {name} to be two ascending numbers above 0 (got {values})')
 
 
 def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Callable[[PILImage.Image], Tensor]:
@@ -189,12 +194,28 @@ def decoded(value: Any, mode: str) -> PILImage.Image | None:
         image: PILImage.Image = _decoder.decode_example(value)
         image.load()
         if image.mode.startswith(('I', 'F')):
-            # 16 bits and more: PIL would cut their values off at 255 instead of scaling them.
-            values = np.asarray(image, dtype=np.float64)
-            image = PILImage.fromarray((values * (255 / max(values.max(), 255))).astype(np.uint8))
+            image = _in_bytes(image)
         return image.convert(mode)
     except (OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, PILImage.DecompressionBombError):
         return None
+
+
+def _in_bytes(image: PILImage.Image) -> PILImage.Image:
+    """An image of 16 bits, or of floats, in 8 bits; PIL would cut its values off at 255 instead of scaling them.
+
+    The range is that of the fewest bits that hold its largest value, as 12 in a file of 16; or 0 to 1, for floats. So
+    images of one kind get one scale.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    peak = float(values.max())
+    if not np.isfinite(values).all():
+        raise ValueError('expected finite values')
+    unit = image.mode == 'F' and peak <= 1
+    scale = 1.0 if unit else 2.0 ** max(8, math.ceil(math.log2(max(peak, 1) + 1))) - 1
+    return PILImage.fromarray((values.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
 
 
 @contextlib.contextmanager

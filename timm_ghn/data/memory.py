@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -138,6 +139,10 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images to evaluate on, mixed over the classes: the same for each call with the same seed."""
     order = np.random.default_rng((seed, 3)).permutation(len(data))[:count]
-    for start in range(0, len(order), batch_size):
-        rows = torch.from_numpy(order[start : start + batch_size]).to(data.labels_n.device)
+    cuts = [*range(0, len(order), batch_size), len(order)]
+    if len(cuts) > 2 and cuts[-1] - cuts[-2] < batch_size / 2:
+        # Batch normalisation would see too few images in the last one: they go with those before.
+        del cuts[-2]
+    for start, end in itertools.pairwise(cuts):
+        rows = torch.from_numpy(order[start:end]).to(data.labels_n.device)
         yield normalised(data.images_nchw[rows], config), data.labels_n[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -193,9 +194,11 @@ def _choose(parts: Mapping[str, Dataset], options: DataOptions) -> tuple[Dataset
         return train, _part(parts, wanted, 'val_split'), (options.train_split, wanted)
     if len(train) < 2:
         raise DataError(f'split {options.train_split!r} has {len(train)} images, too few to hold some out')
-    cut = train.train_test_split(test_size=share, seed=options.seed)
+    held_out = min(max(1, math.ceil(share * len(train))), len(train) - 1)
+    # As Dataset.train_test_split draws them, which would write into the folder of the data set.
+    rows = np.random.default_rng(options.seed).permutation(len(train))
     order = f'{share:g} of {options.train_split}'
-    return cut['train'], cut['test'], (options.train_split, order)
+    return train.select(rows[held_out:]), train.select(rows[:held_out]), (options.train_split, order)
 
 
 def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:

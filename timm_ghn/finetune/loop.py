@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import random
 import time
 import warnings
@@ -46,9 +47,10 @@ from timm_ghn.finetune.setup import (
     scheduler_of,
     updates_per_epoch,
 )
+from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.output import write_state_dict
 from timm_ghn.results import CURVES, RESULTS, plot_curves, read_results, versions
-from timm_ghn.runs import Run, build_accelerator, refuse_to_write_over
+from timm_ghn.runs import CHECKPOINTS, Run, build_accelerator, local_arguments, refuse_to_write_over, undisturbed
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
@@ -117,6 +119,11 @@ def finetune(options: FinetuneOptions) -> Result:
             can be; after it, the weights are on the disk.
         GHNError: if the options, the data, the model or the training are at fault.
     """
+    with undisturbed():
+        return _finetune(options)
+
+
+def _finetune(options: FinetuneOptions) -> Result:
     started = time.monotonic()
     accelerator = build_accelerator(
         options,
@@ -140,6 +147,7 @@ def finetune(options: FinetuneOptions) -> Result:
     run = _Run(options, accelerator, start, train, val, num_classes, started)
     run.facts = {
         'arguments': options.to_dict(),
+        'local': local_arguments(options.to_dict()),
         'processes': accelerator.num_processes,
         'classes': list(splits.classes),
         'images': {'train': len(splits.train), 'val': len(splits.val)},
@@ -191,7 +199,7 @@ class _Run(Run):
         if options.model_ema:
             self.average = ModelEmaV3(self.bare, decay=options.model_ema_decay)
         # Sums over this process since the last checkpoint: loss, images, damaged images.
-        self.sums = torch.zeros(3, dtype=torch.float64, device='cpu')
+        self.sums = torch.zeros(3, dtype=sum_dtype(accelerator.device), device=accelerator.device)
 
     @property
     def bare(self) -> nn.Module:
@@ -231,7 +239,8 @@ class _Run(Run):
         if not finished:
             self._checkpoint()
             if not out_of_time:
-                self._evaluated(round(progress.epoch + progress.batch / len(self.train), 3))
+                # To look at. The run that goes on knows nothing of it, so it keeps no weights either.
+                self._evaluated(round(progress.epoch + progress.batch / len(self.train), 3), keep=False)
             self._say('stopped after %d steps; go on with --resume', progress.step)
         if self.accelerator.is_main_process:
             self._write(self.bare, WEIGHTS)
@@ -282,7 +291,11 @@ class _Run(Run):
         options, progress = self.options, self.progress
         self._gather_sums()
         mean = progress.loss / max(progress.images, 1)
-        metrics = {'train_loss': mean, 'train_damaged': progress.damaged, 'train_seconds': round(seconds, 3)}
+        metrics: dict[str, Any] = {
+            'train_loss': mean,
+            'train_damaged': progress.damaged,
+            'train_seconds': round(seconds, 3),
+        }
         rate = self._rate()
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss, progress.images, progress.damaged = 0.0, 0, 0
@@ -301,34 +314,48 @@ class _Run(Run):
         images = self._laid_out(images)
         with self.accelerator.accumulate(self.model):
             loss = self.loss(self.model(images).float(), targets)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss * self._share_of_step())
             if self.accelerator.sync_gradients and self.options.clip_grad is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        count = len(labels)
-        detached = loss.detach()
-        self.sums += torch.tensor([float(detached) * count, count, int(damaged.sum())], dtype=torch.float64)
+        detached = loss.detach().to(self.sums)
+        count = torch.full_like(detached, len(labels))
+        self.sums += torch.stack((detached * count, count, damaged.sum().to(detached)))
         return detached
+
+    def _share_of_step(self) -> float:
+        """What makes up for accelerate's division in the last step of an epoch, which may sum fewer batches."""
+        whole = self.options.grad_accum_steps
+        part = len(self.train) % whole
+        return whole / part if part and self.progress.batch >= len(self.train) - part else 1.0
 
     def _after_step(self, loss: Tensor) -> None:
         progress = self.progress
         progress.step += 1
         look = self.accelerator.device.type == 'cpu' or progress.step % _LOOK == 0
-        if look and not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f'the loss is {float(loss)} at step {progress.step}; choose a smaller --lr, --clip-grad, or another '
-                'start. Checkpoints before it are in the output folder'
-            )
+        if look:
+            self._expect_finite(float(loss))
         if self.average is not None:
             self.average.update(self.bare, step=progress.step)
         if self.scheduler is not None and self.options.sched_on_updates:
             self.scheduler.step_update(num_updates=progress.step)
 
-    def _evaluated(self, epoch: float, **more: Any) -> None:
-        """Validate, and write down what comes out."""
+    def _expect_finite(self, loss: float) -> None:
+        """Refuse to go on, and above all to write a checkpoint, with weights that are lost."""
+        if math.isfinite(loss):
+            return
+        left = any((self.options.output / CHECKPOINTS).glob('step_*[0-9]'))
+        raise TrainingError(
+            f'the loss is {loss} by step {self.progress.step}; begin again with a smaller --lr or --clip-grad, or from '
+            'another start' + ('. The checkpoints before it are in the output folder' if left else '')
+        )
+
+    def _evaluated(self, epoch: float, *, keep: bool = True, **more: Any) -> None:
+        """Validate, write down what comes out, and keep the best weights."""
         if self.accelerator.num_processes > 1:
-            distribute_bn(self.bare, self.accelerator.num_processes, reduce=True)
+            for module in (self.bare, *((self.average.module,) if self.average is not None else ())):
+                distribute_bn(module, self.accelerator.num_processes, reduce=True)
         metrics = self._evaluate(self.model)
         values = {'epoch': epoch, 'step': self.progress.step, **more, **{f'val_{k}': v for k, v in metrics.items()}}
         best, source = metrics['top1'], self.bare
@@ -337,7 +364,7 @@ class _Run(Run):
             values |= {f'ema_{key}': averaged[key] for key in ('loss', 'top1', 'top5')}
             if averaged['top1'] > best:
                 best, source = averaged['top1'], self.average.module
-        if best > self.progress.best:
+        if keep and best > self.progress.best:
             self.progress.best = best
             if self.accelerator.is_main_process:
                 self._write(source, BEST_WEIGHTS, epoch=epoch, top1=best)
@@ -363,7 +390,7 @@ class _Run(Run):
             losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction='none')
             ranked = logits.topk(min(5, self.num_classes), dim=1).indices == labels[:, None]
             row = torch.stack((losses, ranked[:, 0].float(), ranked.any(1).float(), (labels != NO_LABEL).float()), 1)
-            row = self.accelerator.gather_for_metrics(row).double().cpu()
+            row = self.accelerator.gather_for_metrics(row).cpu().double()
             sums += row.sum(0)
             damaged += int((row[:, 3] == 0).sum())
         if not sums[3]:
@@ -380,7 +407,8 @@ class _Run(Run):
         if self.options.init == 'pretrained' or not self.options.calibrate_batches:
             return
         size = self.options.batch_size * self.accelerator.num_processes
-        images: Iterator[Any] = iter(DataLoader(self.plain_train.dataset, size, sampler=self.sampler))
+        whole = len(self.sampler) >= size  # a last batch of a few images would count as much as the others
+        images: Iterator[Any] = iter(DataLoader(self.plain_train.dataset, size, sampler=self.sampler, drop_last=whole))
         try:
             calibrate_batchnorm_(
                 self.bare, itertools.islice(images, self.options.calibrate_batches), device=self.accelerator.device
@@ -394,7 +422,8 @@ class _Run(Run):
 
     def _gather_sums(self) -> None:
         """Add what all processes did to the progress, which they share."""
-        loss, images, damaged = self.accelerator.reduce(self.sums.to(self.accelerator.device), reduction='sum').tolist()
+        loss, images, damaged = self.accelerator.reduce(self.sums, reduction='sum').tolist()
+        self._expect_finite(loss)
         self.progress.loss += loss
         self.progress.images += int(images)
         self.progress.damaged += int(damaged)

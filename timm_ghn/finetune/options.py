@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from timm_ghn.data.images import TransformOptions
 from timm_ghn.data.options import DatasetOptions
 from timm_ghn.errors import ConfigError
+from timm_ghn.params.plan import HEAD_OPTIONS
 from timm_ghn.postprocess import PostProcess
 from timm_ghn.publish.send import Target
 from timm_ghn.recipes import option, those_of
@@ -72,7 +74,7 @@ class FinetuneOptions(DatasetOptions):
     time_limit: float | None = option(None, 'stop, with a checkpoint, after so many minutes', metavar='MINUTES')
     batch_size: int = option(64, 'images in a batch, of each process')
     val_batch_size: int | None = option(None, 'images in a batch when validating (default: the same)')
-    grad_accum_steps: int = option(1, 'batches whose gradients are summed for one step')
+    grad_accum_steps: int = option(1, 'batches whose gradients are averaged for one step')
     opt: str = option('adamw', 'optimiser of timm')
     lr: float = option(1e-3, 'learning rate')
     weight_decay: float = option(0.05, 'weight decay')
@@ -110,17 +112,30 @@ class FinetuneOptions(DatasetOptions):
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
+        # In Python, a number and a text are as good.
+        object.__setattr__(self, 'num_classes', str(self.num_classes))
+        object.__setattr__(self, 'output', Path(self.output))
         positive = ('epochs', 'batch_size', 'grad_accum_steps', 'lr', 'checkpoint_hist')
-        optional = ('max_steps', 'time_limit', 'val_batch_size', 'image_size', 'checkpoint_steps', 'clip_grad')
+        optional = (
+            'max_steps', 'time_limit', 'val_batch_size', 'image_size', 'checkpoint_steps', 'clip_grad', 'crop_pct',
+            'layer_decay',
+        )  # fmt: skip
         for name in positive + tuple(name for name in optional if getattr(self, name) is not None):
             if not getattr(self, name) > 0:
                 raise ConfigError(f'expected {name} above 0 (got {getattr(self, name)})')
-        for name in ('weight_decay', 'mixup', 'cutmix', 'workers', 'warmup_epochs', 'calibrate_batches', 'seed'):
+        for name in (
+            'weight_decay', 'momentum', 'warmup_lr', 'min_lr', 'mixup', 'cutmix', 'workers', 'warmup_epochs',
+            'calibrate_batches', 'seed',
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f'expected {name} of 0 or more (got {getattr(self, name)})')
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f'expected smoothing from 0 to below 1 (got {self.smoothing})')
-        for name, allowed in (('small_stem', SMALL_STEM), ('mixed_precision', (None, *PRECISIONS))):
+        for name in ('smoothing', 'model_ema_decay'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f'expected {name} from 0 to below 1 (got {getattr(self, name)})')
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise ConfigError(f'expected std above 0 (got {self.std})')
+        choices = {'small_stem': SMALL_STEM, 'head': HEAD_OPTIONS, 'mixed_precision': (None, *PRECISIONS)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 words = ', '.join(filter(None, allowed))
                 raise ConfigError(f'expected {name} to be one of {words} (got {getattr(self, name)!r})')
@@ -162,6 +177,10 @@ class FinetuneOptions(DatasetOptions):
     def arguments(self) -> dict[str, Any]:
         """More arguments of ``timm.create_model``."""
         if self.model_args is None or isinstance(self.model_args, Mapping):
+            try:
+                json.dumps(self.model_args)
+            except TypeError as error:
+                raise ConfigError(f'expected model_args that JSON can write, for the results: {error}') from error
             return dict(self.model_args or {})
         return _pairs(str(self.model_args), 'model_args')
 

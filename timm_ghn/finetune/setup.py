@@ -22,11 +22,9 @@ from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_t
 from timm_ghn.data.splits import Splits
 from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
-from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
-from timm_ghn.params.plan import plan_parameters
 from timm_ghn.postprocess import postprocess_
-from timm_ghn.prediction import ghn_init, provenance
+from timm_ghn.prediction import initialise
 from timm_ghn.small_images import adapt_to_small_images_, check_reads, size_arguments
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -81,20 +79,22 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         options.small_stem == 'auto' and options.image_size is not None and options.image_size <= SMALL_IMAGE
     )
     arguments: dict[str, Any] = {'num_classes': num_classes}
-    if options.image_size is not None:
-        arguments |= size_arguments(options.model, options.image_size, small=small)
-    arguments |= options.arguments
     pretrained = options.init == 'pretrained'
     try:
+        if options.image_size is not None:
+            arguments |= size_arguments(options.model, options.image_size, small=small)
+        arguments |= options.arguments
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+            torch.default_generator.manual_seed(options.seed)
             model = timm.create_model(options.model, pretrained=pretrained, **arguments)
     except (AssertionError, RuntimeError, TypeError, ValueError, OSError) as error:
         what = 'build and load' if pretrained else 'build'
         raise UnsupportedModelError(f'timm cannot {what} {options.model!r} with {arguments}: {error}') from error
     config = _data_config(options, model)
-    if model.num_classes != num_classes:
-        raise ConfigError(f'{options.model!r} ends in {model.num_classes} outputs, not in {num_classes} classes')
+    outputs = getattr(model, 'num_classes', None)
+    if outputs != num_classes:
+        ends = 'has no classifier' if outputs is None else f'ends in {outputs} outputs'
+        raise ConfigError(f'{options.model!r} with {arguments} {ends}; expected one of {num_classes} classes')
     edits: tuple[str, ...] = ()
     if small and 'patch_size' not in arguments:
         side = config['input_size'][-1]
@@ -115,9 +115,8 @@ def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
     crop = 1.0 if max(size[1:]) <= SMALL_IMAGE and options.crop_pct is None else options.crop_pct
     said = {'input_size': size, 'mean': options.mean, 'std': options.std, 'crop_pct': crop, 'in_chans': channels}
     for name in ('mean', 'std'):
-        values = said[name] or own[name]
-        if len(values) not in (1, channels):
-            said[name] = values[:1] if options.mean is None else values
+        if said[name] is None and len(own[name]) not in (1, channels):
+            said[name] = (sum(own[name]) / len(own[name]),)  # those of colours, for grey images
         if said[name] is not None and len(said[name]) not in (1, channels):
             raise ConfigError(f'expected {name} to have {channels} values, one for each channel (got {said[name]})')
     config: dict[str, Any] = resolve_data_config(args=said, model=model)
@@ -132,9 +131,7 @@ def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, An
         return None
     ghn = shared_ghn(options.init)
     post = options.post(ghn.config.postprocess)
-    ghn_init(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
-    plan = plan_parameters(trace(model, input_size=size, rules=ghn.config.rules), ghn.config, head=options.head)
-    return provenance(ghn, plan, head=options.head, seed=options.seed, postprocess=post)
+    return initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
 
 
 def loaders(
@@ -191,6 +188,8 @@ def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Opti
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'timm has no optimiser as asked ({options.opt!r}): {error}') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ConfigError(f'the optimiser {options.opt!r} needs second derivatives, which are not computed here')
     return optimizer
 
 
@@ -207,6 +206,8 @@ def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, upd
     """
     if options.sched == 'none':
         return None
+    if options.sched == 'plateau':
+        raise ConfigError("the schedule 'plateau' waits for a metric, which runs here do not give it; try 'cosine'")
     if options.warmup_epochs >= options.epochs:
         raise ConfigError(
             f'expected warmup_epochs below epochs (got {options.warmup_epochs} of {options.epochs}): '

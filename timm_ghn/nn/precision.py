@@ -16,6 +16,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Dtype to add up many values in: float64 where the device has it, which Apple's GPUs do not."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """Context in which autocast is off."""
     return torch.autocast(device.type, enabled=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -48,7 +47,8 @@ CITATION = """## Citation
 
 #: Options of a fine-tuning run that have no part in what comes out of it.
 _FREE = (
-    'output', 'resume', 'workers', 'log_with', 'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
+    'output', 'resume', 'workers', 'log_with', 'val_batch_size', 'time_limit', 'checkpoint_steps', 'checkpoint_hist',
+    'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
     'hub_license',
 )  # fmt: skip
 
@@ -306,7 +306,7 @@ def _training_code(training: Training) -> str:
     said = {key: value for key, value in training.arguments.items() if value is not None and value is not False}
     if not training.dataset_is_public:
         said['dataset'] = training.dataset
-    if os.path.exists(str(said.get('init'))):
+    if training.is_local('init'):
         said['init'] = PurePath(str(said['init'])).name
     entry = entry_of(training.run.get('provenance'))
     if entry is not None:

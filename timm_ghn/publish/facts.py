@@ -27,15 +27,10 @@ from timm_ghn.source import DEFAULT_TAG
 WEIGHTS = {'model_best.safetensors': None, 'model.safetensors': 'val_top1', 'model_ema.safetensors': 'ema_top1'}
 
 
-def is_public(dataset: object) -> bool:
-    """Whether a data set was named as on the Hub, and not as a file or folder."""
-    name = str(dataset)
+def is_public(named: object) -> bool:
+    """Whether a data set or a GHN was named as on the Hub, and not as a file or folder."""
+    name = str(named)
     return not os.path.exists(name) and not name.startswith(('.', '~', os.sep)) and name.count('/') <= 1
-
-
-def dataset_name(dataset: object) -> str:
-    """Name of a data set for others: that of the Hub, or the last part of a path."""
-    return str(dataset) if is_public(dataset) else PurePath(str(dataset)).stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +48,21 @@ class RunRecord:
         """Options of the run."""
         return dict(self.run['arguments'])
 
+    def is_local(self, name: str) -> bool:
+        """Whether an argument named a file or folder where the run was, which is nobody else's business."""
+        recorded = self.run.get('local')
+        return not is_public(self.arguments.get(name)) or (recorded is not None and name in recorded)
+
     @property
     def dataset(self) -> str:
         """Name of the data set: that of the Hub, or the last part of a path."""
-        return dataset_name(self.arguments['dataset'])
+        name = str(self.arguments['dataset'])
+        return name if self.dataset_is_public else PurePath(name).stem
 
     @property
     def dataset_is_public(self) -> bool:
         """Whether the data set was named as on the Hub, and not as a file or folder."""
-        return is_public(self.arguments['dataset'])
+        return not self.is_local('dataset')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.publish.facts import RunRecord, entry_of, is_public
+from timm_ghn.publish.facts import RunRecord, entry_of
 from timm_ghn.publish.send import WEIGHTS_FILE
 from timm_ghn.results import RESULTS, read_results
 
@@ -62,7 +62,7 @@ class MetaTraining(RunRecord):
     def begun_with(self) -> str | None:
         """The GHN whose weights it began with, without folders of the machine; None for random ones."""
         name = str(self.arguments.get('init') or '')
-        return (name if is_public(name) else PurePath(name).name) or None
+        return (PurePath(name).name if self.is_local('init') else name) or None
 
     @property
     def is_of_the_end(self) -> bool:

@@ -107,7 +107,7 @@ def use_batch_statistics_(network: nn.Module) -> nn.Module:
 def _examine(architecture: Architecture, rules: str) -> tuple[Graph, dict[str, Tensor]]:
     """Trace an architecture, and initialise what is not predicted, always the same."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = architecture.build('cpu').eval()
     graph = trace(model, input_size=architecture.input_size, rules=rules)
     plan = plan_parameters(graph, ANY_GHN, head='predict')

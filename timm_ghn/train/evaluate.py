@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from timm_ghn.data.memory import evaluation_batches, load_images
 from timm_ghn.data.options import DatasetOptions
 from timm_ghn.data.splits import load_splits
+from timm_ghn.devices import device_of
 from timm_ghn.errors import ConfigError
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.output import check_output
+from timm_ghn.picture import SUFFIXES
 from timm_ghn.recipes import option, read_recipe
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
@@ -57,8 +59,8 @@ class EvaluateOptions(DatasetOptions):
     plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
 
     def __post_init__(self) -> None:
-        for name in ('count', 'batch_size', 'image_size'):
-            if getattr(self, name) < 1:
+        for name in ('count', 'batch_size', 'image_size', 'images'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f'expected {name} of at least 1 (got {getattr(self, name)})')
         _ = self.data, self.chosen_families
 
@@ -117,7 +119,10 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
         ConfigError: if the GHN was trained for another number of classes than the data set has.
         GHNError: if the GHN, the data or an architecture cannot be had.
     """
-    device = torch.device(options.device)
+    for path, suffixes in ((options.json, ('.json',)), (options.plot, SUFFIXES)):
+        if path is not None:
+            check_output(path, suffixes)
+    device = device_of(options.device)
     ghn = load_ghn(options.ghn, device=device)
     splits = load_splits(options.data)
     if ghn.config.num_classes != len(splits.classes):

@@ -31,9 +31,10 @@ from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, TrainingError
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.nn.storage import save_ghn
 from timm_ghn.results import CURVES, RESULTS, read_results, versions
-from timm_ghn.runs import Run, build_accelerator, refuse_to_write_over
+from timm_ghn.runs import Run, build_accelerator, local_arguments, refuse_to_write_over, undisturbed
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.curves import plot_training
@@ -74,7 +75,7 @@ class Progress:
     Attributes:
         step: Steps done.
         skipped: Networks left out so far, because their loss or gradient was not finite.
-        barren: Steps in a row without a finite loss.
+        barren: Steps in a row without a finite loss and gradient.
         seconds: Time spent in earlier runs.
         window: Sums since the last line of the log: losses, shares of images that were right, networks.
     """
@@ -109,6 +110,11 @@ def train(options: TrainOptions) -> Result:
     Raises:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
+    with undisturbed():
+        return _trained(options)
+
+
+def _trained(options: TrainOptions) -> Result:
     started = time.monotonic()
     shared_gpu = 0 < torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     accelerator = build_accelerator(
@@ -136,6 +142,7 @@ def train(options: TrainOptions) -> Result:
     run = _Run(options, accelerator, ghn, train_data, val_data, len(splits.classes), started)
     run.facts = {
         'arguments': options.to_dict(),
+        'local': local_arguments(options.to_dict()),
         'config': ghn.config.to_dict(),
         'parameters': sum(parameter.numel() for parameter in ghn.parameters()),
         'processes': accelerator.num_processes,
@@ -155,7 +162,7 @@ def _ghn(options: TrainOptions, num_classes: int) -> GHN:
     """The GHN before training; what depends on the classes is new where another GHN knows other ones."""
     config = options.config_for(num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+        torch.default_generator.manual_seed(options.seed)
         found = GHN(config)
     if options.init is None:
         return found
@@ -251,7 +258,8 @@ class _Run(Run):
         """What must stay the same when the run goes on; the number of processes may change."""
         # A constant rate leaves the number of steps open: a run may go on for longer than it was meant to.
         free = (*_FREE, 'steps') if self.options.decay_steps else _FREE
-        return {name: value for name, value in self.options.to_dict().items() if name not in free}
+        implied = {'max_channels': self.ghn.config.max_shape[0]}
+        return {name: value for name, value in {**self.options.to_dict(), **implied}.items() if name not in free}
 
     def run(self) -> Result:
         """Go on from the last checkpoint, or begin; train to the end."""
@@ -322,18 +330,21 @@ class _Run(Run):
         losses = [loss for outcome in outcomes for loss in outcome.losses if not math.isnan(loss)]
         rights = [share for outcome in outcomes for share in outcome.accuracies if not math.isnan(share)]
         skipped = sum(outcome.skipped for outcome in outcomes)
-        sums = self._share(torch.tensor([sum(losses), sum(rights), len(losses), skipped], dtype=torch.float64))
+        sums = self._share(
+            torch.tensor([sum(losses), sum(rights), len(losses), skipped], dtype=sum_dtype(accelerator.device))
+        )
         loss, right, counted, skipped = sums.tolist()
         self.progress.skipped += int(skipped)
-        self.progress.barren = 0 if counted else self.progress.barren + 1
+        useful = counted > 0 and math.isfinite(self._clip())
+        self.progress.barren = 0 if useful else self.progress.barren + 1
         if self.progress.barren >= options.max_skipped:
             raise TrainingError(
-                f'no network had a finite loss in {self.progress.barren} steps (now {step + 1}); choose a smaller --lr '
-                'or --clip-grad, and go on from the last checkpoint. Checkpoints before it are in the output folder'
+                f'no network had a finite loss and gradient in {self.progress.barren} steps (now {step + 1}); begin '
+                'again with a smaller --lr or --clip-grad, in another --output. --init may name a GHN to begin with'
             )
         for group in self.optimizer.param_groups:
             group['lr'] = rate(options, step)
-        if counted and math.isfinite(self._clip()):
+        if useful:
             self.optimizer.step()
             if self.average is not None:
                 self.average.update(self.ghn, step=step + 1)
@@ -415,7 +426,7 @@ class _Run(Run):
         ghn = self.shipped.eval()
         values: dict[str, Any] = {}
         for group, architectures in self.evaluated.items():
-            found = torch.zeros(len(architectures), dtype=torch.float64, device=accelerator.device)
+            found = torch.zeros(len(architectures), dtype=sum_dtype(accelerator.device), device=accelerator.device)
             for index, architecture in enumerate(architectures):
                 if index % accelerator.num_processes == accelerator.process_index:
                     found[index] = accuracies_of(ghn, self.blueprints(architecture), batches)[0]

@@ -92,6 +92,7 @@ class TrainOptions(DatasetOptions):
     log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'output', Path(self.output))
         positive = (
             'max_kernel', 'steps', 'meta_batch', 'accumulate', 'batch_size', 'lr', 'clip_grad',
             'clip_network',
