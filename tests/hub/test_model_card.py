@@ -255,7 +255,7 @@ def test_the_accuracy_is_that_of_the_weights(trained):
 def test_a_data_set_of_the_hub_is_linked(trained):
     training = Training.read(trained)
     arguments = {**training.arguments, 'dataset': 'uoft-cs/cifar10', 'subset': 'plain_text'}
-    training = dataclasses.replace(training, run={**training.run, 'arguments': arguments})
+    training = dataclasses.replace(training, run={**training.run, 'arguments': arguments, 'local': []})
     data = model_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training)).data
     assert data.datasets == ['uoft-cs/cifar10']
     assert data.eval_results[0].dataset_type == 'uoft-cs/cifar10'
