@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from tiny import TINY, make_ghn
 from timm_ghn import GHN, cli
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left() -> Iterator[None]:
+    """Take away accelerate's settings, which outlive an accelerator: the next test of the process would have them."""
+    yield
+    state = sys.modules.get('accelerate.state')
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
