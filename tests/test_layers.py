@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
-    'version', 'errors', 'modes', 'devices', 'graph', 'ops', 'nn', 'params', 'writable', 'postprocess', 'batchnorm',
-    'diversity', 'hub', 'prediction', 'source', 'norms', 'output', 'report', 'picture', 'recipes', 'results',
-    'publish', 'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train', 'hub_commands', 'cli',
+    'version', 'errors', 'modes', 'generators', 'devices', 'graph', 'ops', 'nn', 'params', 'writable',
+    'postprocess', 'batchnorm', 'diversity', 'hub', 'prediction', 'source', 'norms', 'output', 'report', 'picture',
+    'recipes', 'results', 'publish', 'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train',
+    'hub_commands', 'cli',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.
 FACADE = ('__init__', '__main__')

@@ -6,14 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import os
-import random
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
@@ -21,6 +19,7 @@ from torch import nn
 
 from timm_ghn.checkpoints import any_process, load_checkpoint, save_checkpoint, tidy
 from timm_ghn.errors import ConfigError
+from timm_ghn.generators import kept_generators
 from timm_ghn.results import Results
 
 #: Folder of the checkpoints in the output folder.
@@ -34,13 +33,10 @@ def undisturbed() -> Iterator[None]:
     Settings of accelerate that the caller made, by an accelerator of their own, stay too, and hold for the run.
     """
     own = not is_initialized()
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
-        yield
+        with kept_generators():
+            yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
         if own:
             # Else the next run would have the precision of this one, whatever it asks for.
             AcceleratorState._reset_state()

@@ -20,6 +20,7 @@ from torchvision import transforms
 
 from timm_ghn.data.splits import Split
 from timm_ghn.errors import ConfigError, DataError
+from timm_ghn.generators import kept_generators
 
 #: Label of an image that cannot be decoded; losses and metrics leave it out.
 NO_LABEL = -100
@@ -221,17 +222,12 @@ def _in_bytes(image: PILImage.Image) -> PILImage.Image:
 @contextlib.contextmanager
 def drawn_from(*seeds: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's global generators, which transforms draw from; they are restored after."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    words = np.random.SeedSequence(seeds).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
+    with kept_generators():
+        words = np.random.SeedSequence(seeds).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.default_generator.manual_seed(int(words[2]))
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
 
 
 class EpochSampler(Sampler[int]):
