@@ -6,10 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +27,8 @@ from timm_ghn.results import Results
 
 #: Folder of the checkpoints in the output folder.
 CHECKPOINTS = 'checkpoints'
+#: Steps after which several processes ask one another whether to end; each time they wait for the slowest.
+_AGREE = 16
 
 
 @contextlib.contextmanager
@@ -143,6 +148,33 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.results: Results | None = None
         self._logger = logger
+        self._terminated = False
+        self._asked = 0
+        self._agreed = False
+
+    @contextlib.contextmanager
+    def terminable(self) -> Iterator[None]:
+        """Let SIGTERM, by which schedulers announce the end of a job, stop the run with a checkpoint.
+
+        The process ends by it when the context does. A second one ends it at once.
+        """
+        previous = signal.getsignal(signal.SIGTERM)
+        if previous is None or threading.current_thread() is not threading.main_thread():
+            # A handler that Python cannot put back, or a thread that may not set one.
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._terminated = True
+            signal.signal(signal.SIGTERM, previous)
+
+        signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            if self._terminated:
+                signal.raise_signal(signal.SIGTERM)
 
     def _restored(self, identity: dict[str, Any], average: nn.Module | None, entry: str) -> dict[str, Any] | None:
         """Read the last good checkpoint if the run is to go on, and open the results.
@@ -188,9 +220,15 @@ class Run:
         )
 
     def _late(self) -> bool:
-        """Whether the time is up; all processes agree."""
+        """Whether the time is up or the process is to end; all processes agree."""
         limit = self._settings.time_limit
-        return limit is not None and any_process(self.accelerator, time.monotonic() - self.started > 60 * limit)
+        late = self._terminated or (limit is not None and time.monotonic() - self.started > 60 * limit)
+        if self.accelerator.num_processes == 1:
+            return late
+        self._asked += 1
+        if not self._agreed and (limit is not None or self._asked % _AGREE == 0):
+            self._agreed = any_process(self.accelerator, late)
+        return self._agreed
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         if self.results is not None:

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import random
+import signal
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,6 +108,48 @@ def test_no_time_left_is_a_stop_and_no_error(base):
     assert not result.finished
     assert result.steps <= 1
     assert finetune(dataclasses.replace(base, resume=True)).finished
+
+
+@pytest.fixture
+def heard():
+    """The SIGTERMs that reach this process."""
+    numbers = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_path, monkeypatch, heard, times):
+    finetune(base)
+    after_step = loop._Run._after_step
+    during = []
+
+    def terminated(run, loss):
+        after_step(run, loss)
+        if run.progress.step == 3 and not run.options.resume:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGTERM)
+            during.extend(heard)
+
+    monkeypatch.setattr(loop._Run, '_after_step', terminated)
+    stopped = dataclasses.replace(base, output=tmp_path / 'stopped')
+    result = finetune(stopped)
+    assert (result.finished, result.steps) == (False, 3)
+    assert len(during) == times - 1, 'the first one waits for the checkpoint, no other does'
+    assert len(heard) == times
+    assert finetune(dataclasses.replace(stopped, resume=True)).finished
+    assert same(weights(base), weights(stopped))
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(base, heard):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(finetune(dataclasses.replace(base, max_steps=1))))
+    thread.start()
+    thread.join()
+    assert results[0].steps == 1
+    signal.raise_signal(signal.SIGTERM)
+    assert len(heard) == 1
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(base):

@@ -139,6 +139,23 @@ def test_a_killed_run_ends_as_if_it_had_not_been(folder, tmp_path):
     assert losses(whole) == losses(killed)
 
 
+def test_terminated_processes_stop_at_one_step(folder, tmp_path):
+    output = tmp_path / 'two'
+    command = [*processes(2), *arguments(folder, output, '--batch-size', '6', '--epochs', '5000', '--lr', '0.001')]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not newest(output):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert 'go on with --resume' in said
+    end = read_results(output / 'results.jsonl')[-1]
+    assert (end['kind'], end['finished']) == ('end', False)
+    more = ('--batch-size', '6', '--epochs', '5000', '--lr', '0.001', '--resume', '--max-steps', str(end['steps'] + 2))
+    launched([*processes(2), *arguments(folder, output, *more)])
+    assert read_results(output / 'results.jsonl')[-1]['steps'] == end['steps'] + 2
+
+
 def losses(output: Path) -> list[tuple[float, float]]:
     lines = read_results(output / 'results.jsonl')
     return [(line['epoch'], line['val_loss']) for line in lines if line['kind'] == 'epoch']

@@ -124,6 +124,26 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monke
     assert len(losses(options)) == 3
 
 
+def test_sigterm_leaves_a_checkpoint_and_a_ghn(base, monkeypatch):
+    step = loop._Run._step
+    heard = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+
+    def terminated(self, number):
+        step(self, number)
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Run, '_step', terminated)
+    try:
+        result = train(base)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert (result.finished, result.steps, len(heard)) == (False, 3, 1)
+    assert load_ghn(base.output / 'ghn').config.num_classes == 3
+    assert (base.output / 'checkpoints' / 'step_00000003').is_dir()
+
+
 @pytest.mark.parametrize('own_images', [False, True])
 def test_parts_of_a_meta_batch_add_up(base, tmp_path, own_images):
     # Adam turns differences of rounding in small gradients into steps of the learning rate.

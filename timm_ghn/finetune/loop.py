@@ -160,11 +160,12 @@ def _finetune(options: FinetuneOptions) -> Result:
         'device': accelerator.device.type,
     }
     main = accelerator.is_main_process
-    try:
-        result = run.run()
-    finally:
-        accelerator.end_training()
-        accelerator.free_memory()
+    with run.terminable():
+        try:
+            result = run.run()
+        finally:
+            accelerator.end_training()
+            accelerator.free_memory()
     return dataclasses.replace(result, pushed=push_when_done(options, finished=result.finished)) if main else result
 
 

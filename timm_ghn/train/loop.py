@@ -151,11 +151,12 @@ def _trained(options: TrainOptions) -> Result:
         'versions': versions(),
         'device': accelerator.device.type,
     }
-    try:
-        return run.run()
-    finally:
-        accelerator.end_training()
-        accelerator.free_memory()
+    with run.terminable():
+        try:
+            return run.run()
+        finally:
+            accelerator.end_training()
+            accelerator.free_memory()
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
