@@ -80,8 +80,7 @@ def push_to_hub(
             repo_id=repo_id,
             revision=target.pinned,
             architecture=architecture,
-            # Sorted: a header of safetensors gives them in any order, and the same facts are to give the same card.
-            model_args=dict(sorted((config.get('model_args') or {}).items())),
+            model_args=_arguments(model, config),
             input_size=tuple(config['pretrained_cfg']['input_size']),
             num_classes=int(config['num_classes']),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -95,6 +94,17 @@ def push_to_hub(
         save_card(lambda: model_card(facts), folder / CARD_FILE)
         message = commit_message or f'{architecture}' + (f', predicted by {facts.ghn}' if facts.ghn else '')
         return send(folder, target, api, message=message)
+
+
+def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``timm.create_model`` needs to build a model with this configuration."""
+    arguments = dict(config.get('model_args') or {})
+    known: Any = model.pretrained_cfg
+    if config['num_classes'] != known.get('num_classes'):
+        # timm before 1.0.31 records no arguments; of these at least it says.
+        arguments.setdefault('num_classes', int(config['num_classes']))
+    # Sorted: a header of safetensors gives them in any order, and the same facts are to give the same card.
+    return dict(sorted(arguments.items()))
 
 
 def push_path(
