@@ -81,8 +81,14 @@ def size_arguments(model_name: str, image_size: int, *, small: bool) -> dict[str
 
 
 def _built(model_name: str, arguments: dict[str, Any]) -> nn.Module:
-    with torch.device('meta'):
-        model: nn.Module = timm.create_model(model_name, pretrained=False, **arguments)
+    model: nn.Module
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(model_name, pretrained=False, **arguments)
+    except (NotImplementedError, RuntimeError):
+        # Some classes of older timm look at values of tensors while they are built; there are none on that device.
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(model_name, pretrained=False, **arguments)
     return model
 
 
