@@ -153,7 +153,17 @@ class Run:
         self._agreed = False
 
     @contextlib.contextmanager
-    def terminable(self) -> Iterator[None]:
+    def closing(self) -> Iterator[None]:
+        """Let SIGTERM stop the run with a checkpoint, and end its trackers and processes when the context does."""
+        with self._terminable():
+            try:
+                yield
+            finally:
+                self.accelerator.end_training()
+                self.accelerator.free_memory()
+
+    @contextlib.contextmanager
+    def _terminable(self) -> Iterator[None]:
         """Let SIGTERM, by which schedulers announce the end of a job, stop the run with a checkpoint.
 
         The process ends by it when the context does. A second one ends it at once.

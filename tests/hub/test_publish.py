@@ -13,6 +13,7 @@ import timm
 import torch
 from hub_server import HubServer, environment
 from safetensors.torch import load, load_file
+from timm_versions import TIMM_RECORDS
 from torch import nn
 
 import timm_ghn
@@ -26,8 +27,6 @@ pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning
 REPO = 'user/test.ghn'
 FILES = {'model.safetensors', 'config.json', 'README.md'}
 TOKEN = 'hf_writer'
-#: timm says itself how a model was created.
-TIMM_RECORDS = tuple(int(part) for part in timm.__version__.split('.')[:3]) >= (1, 0, 31)
 
 
 @pytest.fixture

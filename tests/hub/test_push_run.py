@@ -75,7 +75,7 @@ import sys, timm
 from safetensors.torch import save_file
 model = timm.create_model('hf-hub:' + sys.argv[1], pretrained=True)
 save_file(model.state_dict(), sys.argv[2])
-print(*model.pretrained_cfg['input_size'], model.num_classes)
+print(tuple(model.pretrained_cfg['input_size']), model.num_classes)
 assert not [name for name in sys.modules if name.startswith('timm_ghn')]
 """
 
@@ -100,7 +100,7 @@ def test_a_run_is_pushed_and_timm_alone_loads_it(hub: HubServer, options, tmp_pa
     assert is_best(hub, resnet)
     loaded = started([sys.executable, '-c', ALONE, REPO, str(tmp_path / 'loaded')], hub, tmp_path)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
-    assert loaded.stdout == '3 64 64 3\n'
+    assert loaded.stdout == '(3, 64, 64) 3\n'
     found = load_file(tmp_path / 'loaded')
     assert all(torch.equal(value, found[name]) for name, value in sent(hub).items())
     card = ModelCard(hub.files(REPO)['README.md'].decode())

@@ -160,12 +160,8 @@ def _finetune(options: FinetuneOptions) -> Result:
         'device': accelerator.device.type,
     }
     main = accelerator.is_main_process
-    with run.terminable():
-        try:
-            result = run.run()
-        finally:
-            accelerator.end_training()
-            accelerator.free_memory()
+    with run.closing():
+        result = run.run()
     return dataclasses.replace(result, pushed=push_when_done(options, finished=result.finished)) if main else result
 
 

@@ -151,12 +151,8 @@ def _trained(options: TrainOptions) -> Result:
         'versions': versions(),
         'device': accelerator.device.type,
     }
-    with run.terminable():
-        try:
-            return run.run()
-        finally:
-            accelerator.end_training()
-            accelerator.free_memory()
+    with run.closing():
+        return run.run()
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
