@@ -3,11 +3,11 @@
     python benchmarks/init_grid.py --ghn GHN --dataset cifar10=FOLDER --dataset clothing=FOLDER
 
 Every cell (data set, model, arm, learning rate, seed) is one run of timm_ghn.finetune in <out>/runs, so that a grid
-that was interrupted goes on where it stopped. At the end, or with --report alone,
-<out>/init_grid-<date>.md has the table, <out>/init_grid-<date>.png the curves and <out>/init_grid-<date>.jsonl all
-numbers. Where there are several learning rates, each arm is reported at the one with its best mean final accuracy. So
-that no rate is chosen on the images that it is reported on, a first grid may choose them on other images (--split), and
-the second one take them from its numbers (--rates).
+that was interrupted goes on where it stopped. At the end, or with --report alone, <out>/init_grid-<date>.md has the
+table, <out>/init_grid-<date>.png the curves and <out>/init_grid-<date>.jsonl all numbers. Where there are several
+learning rates, each arm is reported at the one with its best mean final accuracy, of those that most seeds were run
+with, and a second table has the others. So that no rate is chosen on the images that it is reported on, a first grid
+may choose them on other images (--split), and the second one take them from its numbers (--rates).
 
 Arms: 'random' is timm's own initialisation; 'random+orth' the same, post-processed; 'raw', 'noise' and 'orth' are
 predicted by the GHN, and post-processed as they say; 'orth-keep' keeps the norm of each weight, 'orth-all' takes all
@@ -358,8 +358,8 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
         f'Versions: {", ".join(f"{name} {number}" for name, number in versions().items())}.',
         '',
         f'Accuracy in percent, fine-tuned for {max(len(epochs) for epochs in curves.values()) - 1} epochs: mean ± '
-        'standard deviation over seeds, at the best learning rate of the arm; in parentheses the difference from '
-        f'{args.arms[0]!r}, paired by seed, ± its standard error.',
+        'standard deviation over seeds, at the best learning rate of the arm (of those that most seeds were run with); '
+        f'in parentheses the difference from {args.arms[0]!r}, paired by seed, ± its standard error.',
         '',
         *table(found, args.arms),
         '',
@@ -370,6 +370,7 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
         *table(_first(found), args.arms),
         '',
         *_rates(found),
+        *_by_rate(curves, args.arms),
         *[f'- {cell.name}: {error}' for cell, error in errors.items()],
     ]
     stem.with_suffix('.md').write_text('\n'.join(text).rstrip() + '\n', encoding='utf-8')
@@ -384,6 +385,28 @@ def _rates(found: dict[tuple[str, str, str], Summary]) -> list[str]:
         rates[dataset, model].append(f'{arm} {summary.lr:g}')
     chosen = [f'{dataset} {model}: {", ".join(words)}' for (dataset, model), words in rates.items()]
     return [f'Learning rates: {"; ".join(chosen)}.', '']
+
+
+def _by_rate(curves: dict[Cell, list[dict[str, Any]]], arms: Sequence[str]) -> list[str]:
+    """Markdown: the final accuracy of the first seed at each learning rate; nothing where no arm has several."""
+    finals: dict[tuple[str, str, str], dict[float, float]] = defaultdict(dict)
+    for cell, epochs in curves.items():
+        if cell.seed == 0:
+            finals[cell.dataset, cell.model, cell.arm][cell.lr] = epochs[-1]['val_top1']
+    if all(len(rates) < 2 for rates in finals.values()):
+        return []
+    tried = sorted({lr for rates in finals.values() for lr in rates})
+    lines = [
+        'By learning rate, the first seed:',
+        '',
+        '| data | model | arm | ' + ' | '.join(f'{lr:g}' for lr in tried) + ' |',
+        '| --- | --- | --- |' + ' ---: |' * len(tried),
+    ]
+    for dataset, model, arm in sorted(finals, key=lambda key: (*key[:2], arms.index(key[2]))):
+        accuracies = finals[dataset, model, arm]
+        cells = [f'{accuracies[lr]:.1f}' if lr in accuracies else '' for lr in tried]
+        lines.append(f'| {dataset} | {model} | {arm} | ' + ' | '.join(cells) + ' |')
+    return [*lines, '']
 
 
 def _first(found: dict[tuple[str, str, str], Summary]) -> dict[tuple[str, str, str], Summary]:

@@ -73,6 +73,9 @@ def test_later_seeds_take_the_best_learning_rate_of_their_arm(tmp_path):
     text = (out / 'init_grid-trial.md').read_text()
     assert '6 of 6 runs are finished; 0 failed' in text
     assert '- orth: ' in text
+    assert '| data | model | arm | 1e-05 | 0.001 |' in text
+    for arm in ('random', 'orth'):
+        assert f'| colours | test_vit | {arm} | {final[arm, 1e-5]:.1f} | {final[arm, 1e-3]:.1f} |' in text
 
 
 def test_another_grid_chooses_the_learning_rates(tmp_path):
@@ -97,6 +100,7 @@ def test_another_grid_chooses_the_learning_rates(tmp_path):
     assert '4 of 4 runs are finished; 0 failed' in text
     assert 'Learning rates: colours test_vit: orth 0.001, random 0.002.' in text
     assert '--rates rates.jsonl' in text
+    assert 'By learning rate' not in text
     lacking = run(out, folder, '--rates', str(rates), '--arms', 'random', 'raw')
     assert lacking.returncode == 1
     assert "no learning rate for 'colours test_vit raw'" in lacking.stderr
