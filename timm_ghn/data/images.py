@@ -211,7 +211,7 @@ def _in_bytes(image: PILImage.Image) -> PILImage.Image:
         ValueError: if a value is not finite.
     """
     values = np.asarray(image, dtype=np.float64)
-    peak = float(values.max())
+    peak = float(np.max(values))
     if not np.isfinite(values).all():
         raise ValueError('expected finite values')
     unit = image.mode == 'F' and peak <= 1

@@ -21,7 +21,7 @@ import torch
 
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hub.formats import OfficialGHN, open_official
-from timm_ghn.hub.records import TensorRecord
+from timm_ghn.hub.records import TensorRecord, memory_of
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.storage import (
     CONFIG_FILE,
@@ -111,7 +111,7 @@ def _write_weights(found: OfficialGHN, path: Path, label: str) -> None:
             tensor = record.read()
             expect_finite(key, tensor.to(torch.float32), label)
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                file.write(memory_of(tensor.reshape(-1)))
 
 
 def _header(ordered: list[tuple[str, TensorRecord]], label: str) -> tuple[bytes, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -138,11 +138,18 @@ class TensorRecord:
         return flat.as_strided(self.shape, self.stride, self.start).contiguous()
 
 
+def memory_of(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor of one dimension, not copied."""
+    # Whether an array is a buffer to the type checker depends on the versions of Python and NumPy.
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 def _read_into(source: Source, offset: int, flat: Tensor) -> None:
     if not flat.numel():
         return
     source.file.seek(offset)
-    target = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+    target = memory_of(flat)
     while target:
         count = source.file.readinto(target)  # type: ignore[attr-defined]  # every binary file has it
         if not count:
