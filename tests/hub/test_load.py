@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -195,25 +195,25 @@ def test_the_chosen_default_is_loaded(folder, small_ghn, monkeypatch):
     assert ghn.config.name == EMBEDDED
 
 
-def in_a_new_process(endpoint: str, cache: Path) -> tuple[float, list[str]]:
-    """Load the default where HF_ENDPOINT names a server; the seconds that it took, and the warnings."""
+def in_a_new_process(endpoint: str, cache: Path) -> list[str]:
+    """Load the default where HF_ENDPOINT names a server; the warnings. It must end by itself."""
     code = (
-        'import time, warnings, json, timm_ghn.hub as hub\n'
+        'import warnings, json, timm_ghn.hub as hub\n'
         'with warnings.catch_warnings(record=True) as caught:\n'
-        '    warnings.simplefilter("always"); began = time.monotonic(); ghn = hub.load_ghn("ghn")\n'
-        '    print(json.dumps([time.monotonic() - began, [str(w.message) for w in caught], ghn.config.name]))'
+        '    warnings.simplefilter("always"); ghn = hub.load_ghn("ghn")\n'
+        '    print(json.dumps([[str(w.message) for w in caught], ghn.config.name]))'
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(('HF_', 'TIMM_GHN'))}
     environment |= {'HF_ENDPOINT': endpoint, 'HF_HOME': str(cache), 'NO_PROXY': '127.0.0.1'}
-    run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
-    seconds, warned, name = json.loads(run.stdout)
+    command = [sys.executable, '-c', code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    warned, name = json.loads(run.stdout)
     assert name == EMBEDDED
-    return seconds, warned
+    return list(warned)
 
 
 def test_nobody_listens(tmp_path):
-    seconds, warned = in_a_new_process('http://127.0.0.1:9', tmp_path)
-    assert seconds < 5
+    warned = in_a_new_process('http://127.0.0.1:9', tmp_path)
     assert len(warned) == 1
     assert 'refused' in warned[0]
 
@@ -222,19 +222,26 @@ def test_nobody_answers(tmp_path):
     with socket.socket() as silent:
         silent.bind(('127.0.0.1', 0))
         silent.listen()
-        seconds, warned = in_a_new_process(f'http://127.0.0.1:{silent.getsockname()[1]}', tmp_path)
-    assert seconds < 9
+        warned = in_a_new_process(f'http://127.0.0.1:{silent.getsockname()[1]}', tmp_path)
     assert len(warned) == 1
+    assert 'TimeoutError' in warned[0] or 'timed out' in warned[0]
 
 
 def test_an_endless_answer_does_not_hold_the_default_up(monkeypatch):
     monkeypatch.setattr(fetch, 'SHORT_PATIENCE', 0.1)
     monkeypatch.setattr(fetch, '_GRACE', 0.1)
-    monkeypatch.setattr(fetch, 'get_hf_file_metadata', lambda *_, **__: time.sleep(2))
-    began = time.monotonic()
+    released = threading.Event()
+    answered = threading.Event()
+
+    def answer(*_, **__):
+        released.wait(60)
+        answered.set()
+
+    monkeypatch.setattr(fetch, 'get_hf_file_metadata', answer)
     with pytest.warns(GHNFallbackWarning, match='TimeoutError: no answer'):
         load_ghn('ghn')
-    assert time.monotonic() - began < 1.5
+    assert not answered.is_set()
+    released.set()
 
 
 # Files
