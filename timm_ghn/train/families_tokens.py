@@ -37,6 +37,10 @@ from timm_ghn.train.draws import (
 )
 from timm_ghn.train.families_residual import set_convolution
 
+#: Initial layer scales that are drawn; None for no layer scale. timm's own start at 1e-6 to 1e-4: under such a factor
+#: the weights of a branch have next to no gradient, so a GHN would learn nothing from them.
+OPEN_GATES = (None, 0.1)
+
 
 def draw_convnext(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     """Depthwise convolution, norm, two linear layers; layer scale (v1) or response norm (v2) or neither."""
@@ -52,7 +56,7 @@ def draw_convnext(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'depths': depths,
         'widths': widths,
         'kernels': kernels,
-        'layer_scale': None if response else choose(rng, (None, 1e-6, 0.1)),
+        'layer_scale': None if response else choose(rng, OPEN_GATES),
         'response_norm': response,
         'convolutional_mlp': chance(rng, 0.3),
         'norm_before_pooling': chance(rng, 0.2),
@@ -111,7 +115,7 @@ def _draw_transformer(rng: np.random.Generator, limits: Limits) -> dict[str, Any
         'mlp_ratio': mlp_ratio,
         'qkv_bias': chance(rng, 0.8),
         'qk_norm': chance(rng, 0.15),
-        'layer_scale': choose(rng, (None, None, None, 1e-4, 0.1)),
+        'layer_scale': choose(rng, (None, None, *OPEN_GATES)),
         'norm_first': chance(rng, 0.1),
         'act': choose(rng, ('gelu', 'gelu', 'gelu', 'relu', 'silu')),
     }
@@ -286,7 +290,7 @@ def _draw_metaformer(rng: np.random.Generator, limits: Limits, *, per_block: flo
         'widths': widths,
         # The first version has biases and a layer scale, the second neither, but scales its shortcuts.
         'bias': version == 1,
-        'layer_scale': choose(rng, (1e-5, 0.1, None)) if version == 1 else None,
+        'layer_scale': choose(rng, OPEN_GATES) if version == 1 else None,
         'residual_scale': version == 2,
         'act': choose(rng, ('gelu', 'relu')) if version == 1 else choose(rng, ('star_relu', 'gelu')),
     }
