@@ -33,9 +33,7 @@ from timm_ghn import Graph
 from timm_ghn.graph.structure import GraphBatch
 from timm_ghn.nn.gated import GatedGNN, plan_traversal
 from timm_ghn.ops import Edges, aggregate
-from timm_ghn.ops.aggregation import choose_backend
-from timm_ghn.ops.backends import BACKENDS
-from timm_ghn.ops.edges import MAX_DENSE_ELEMENTS
+from timm_ghn.ops.backends import BACKENDS, choose_backend
 
 #: Small and medium networks of many families, of 20 to 450 nodes; a batch of n takes the first n.
 NETWORKS = (
@@ -52,8 +50,6 @@ NETWORKS = (
 )  # fmt: skip
 CUTOFF = 50
 PARTS = ('backends', 'passes')
-#: Smallest batch of edges that dense matrices are left out for: they would take minutes.
-DENSE_LIMIT = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +82,18 @@ def traced(count: int) -> list[Graph]:
 
 
 def of_graphs(graphs: Sequence[Graph], device: torch.device) -> tuple[Edges, Edges]:
-    """Virtual edges of all graphs, with and without their factors."""
-    parts = []
+    """Virtual edges of all graphs, whose nodes are numbered through, with and without their factors."""
+    sources, targets, weights, nodes = [], [], [], 0
     for graph in graphs:
         distances_NN = graph.distances_NN(CUTOFF)
         source, target = distances_NN.nonzero(as_tuple=True)
-        weight = 1 / distances_NN[source, target].float()
-        nodes = len(graph)
-        parts.append(
-            Edges.of(
-                source.to(device), target.to(device), num_sources=nodes, num_targets=nodes, weight_E=weight.to(device)
-            )
-        )
-    joined = Edges.joined(parts)
-    return joined, dataclasses.replace(joined, weight_E=None)
+        sources.append(source + nodes)
+        targets.append(target + nodes)
+        weights.append(1 / distances_NN[source, target].float())
+        nodes += len(graph)
+    source, target, weight = (torch.cat(parts).to(device) for parts in (sources, targets, weights))
+    edges = Edges.of(source, target, num_sources=nodes, num_targets=nodes, weight_E=weight)
+    return edges, dataclasses.replace(edges, weight_E=None)
 
 
 def of_chance(count: int, device: torch.device) -> tuple[Edges, Edges]:
@@ -138,7 +132,6 @@ def actions(problem: Problem, *, gradients: bool, device: torch.device) -> dict[
         name
         for name, backend in BACKENDS.items()
         if backend.problem(device.type, problem.dtype, deterministic=False) is None
-        and (name != 'dense' or edges.num_sources * edges.num_targets <= min(DENSE_LIMIT, MAX_DENSE_ELEMENTS))
     ]
     if not gradients:
         return {name: lambda name=name: aggregate(messages, edges, backend=name) for name in (*usable, 'auto')}
@@ -183,7 +176,7 @@ def backends_table(args: argparse.Namespace, machine: Machine, graphs: Sequence[
         for problem in problems(args, graphs):
             best = least_times(actions(problem, gradients=gradients, device=machine.device), machine, args.budget)
             messages = torch.empty(problem.edges.num_sources, problem.width, device=machine.device, dtype=problem.dtype)
-            chosen = choose_backend(messages, problem.edges, fixed=not gradients).name
+            chosen = choose_backend(messages, 'auto').name
             fastest = min(seconds for name, seconds in best.items() if name != 'auto')
             excess.append(best['auto'] / fastest)
             cells = [f'{1e3 * best[name]:.4g}' if name in best else '' for name in names]
@@ -241,6 +234,7 @@ def passes_table(args: argparse.Namespace, machine: Machine, graphs: Sequence[Gr
     ghn = ghn_of('ghn2', machine.device)
     network = ghn.gnn
     rows, worst = [], 0.0
+    sparse = choose_backend(torch.empty(0, device=machine.device), 'auto').name
     for count in args.graphs:
         chosen = graphs[:count]
         batch = GraphBatch.of(chosen)
@@ -261,11 +255,11 @@ def passes_table(args: argparse.Namespace, machine: Machine, graphs: Sequence[Gr
             }
             alone = [GraphBatch.of(graph) for graph in chosen]
             one_each = machine.least(lambda alone=alone: [ghn.encode(one) for one in alone])
-            layouts = [layout_time(network, batch, x_Nd, layout, machine) for layout in ('dense', 'sparse')]
+            rows_times = [backend_time(network, batch, x_Nd, name, machine) for name in ('dense', sparse)]
         training = machine.least(
             lambda batch=batch, x=x_Nd: network(x.clone().requires_grad_(), batch).sum().backward()
         )
-        cells = [times['node by node'], one_each, *layouts]
+        cells = [times['node by node'], one_each, *rows_times]
         encodes = [times['encode, new batch'], times['encode, batch kept']]
         ratios = [f'{times["node by node"] / seconds:.1f}' for seconds in encodes]
         plan = plan_traversal(batch, CUTOFF, backward=False, like=x_Nd)
@@ -289,15 +283,15 @@ def _ms(seconds: float | None) -> str:
     return '' if seconds is None else f'{1e3 * seconds:.1f}'
 
 
-def layout_time(network: GatedGNN, batch: GraphBatch, x_Nd: Tensor, layout: str, machine: Machine) -> float | None:
-    """Seconds of both passes in one layout; None where matrices would take over a gigabyte."""
-    if layout == 'dense' and sum(batch.sizes) ** 2 > 2**25:
+def backend_time(network: GatedGNN, batch: GraphBatch, x_Nd: Tensor, name: str, machine: Machine) -> float | None:
+    """Seconds of both passes with one backend; None where matrices would take over a gigabyte."""
+    if name == 'dense' and sum(batch.sizes) ** 2 > 2**25:
         return None
     plans = tuple(
-        plan_traversal(batch, CUTOFF, backward=backward, like=x_Nd, layout=layout) for backward in (False, True)
+        plan_traversal(batch, CUTOFF, backward=backward, like=x_Nd, backend=name) for backward in (False, True)
     )
     other = GraphBatch(batch.graphs)
-    vars(other)['_traversals'] = {(CUTOFF, x_Nd.device, x_Nd.dtype, x_Nd.shape[1]): plans}
+    vars(other)['_traversals'] = {(CUTOFF, x_Nd.device, x_Nd.dtype, x_Nd.shape[1], 'auto'): plans}
     network(x_Nd, other)
     return machine.least(lambda: network(x_Nd, other))
 

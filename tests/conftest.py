@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from tiny import TINY, make_ghn
 
 from timm_ghn import GHN, cli
+from timm_ghn.ops import backends
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long
 
@@ -61,3 +64,23 @@ def image_data() -> Path:
 def ghn(request: pytest.FixtureRequest) -> GHN:
     """A small GHN of each kind with random weights."""
     return make_ghn(TINY[request.param])
+
+
+@pytest.fixture
+def scatter_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch-scatter's functions with their documented meaning, so that our part of the call is tested without it."""
+    double = types.ModuleType('torch_scatter')
+
+    def segment_csr(src, indptr, *, reduce):
+        assert (indptr.dtype, reduce) == (torch.int64, 'sum')
+        return torch.stack([src[a:b].sum(0) for a, b in itertools.pairwise(indptr)])
+
+    def gather_csr(src, indptr):
+        assert indptr.dtype == torch.int64
+        return torch.cat([src[row].expand(n, -1) for row, n in enumerate(indptr.diff().tolist())])
+
+    double.segment_csr, double.gather_csr = segment_csr, gather_csr
+    monkeypatch.setitem(sys.modules, 'torch_scatter', double)
+    backends.torch_scatter.cache_clear()
+    yield
+    backends.torch_scatter.cache_clear()

@@ -9,12 +9,17 @@ import weakref
 
 import literal
 import pytest
+import timm
 import torch
+from tiny import TINY, make_ghn as make_tiny
 from variants import VARIANTS
 
+from timm_ghn import predict, trace
 from timm_ghn.graph.structure import GraphBatch
 from timm_ghn.nn import gated
 from timm_ghn.nn.gated import GatedGNN, plan_traversal
+from timm_ghn.ops import use_backend
+from timm_ghn.ops.backends import BACKENDS, torch_scatter
 from timm_ghn.ops.rows import DenseRows, SparseRows
 
 GATED = [name for name, config in VARIANTS.items() if config.gnn == 'gated']
@@ -54,17 +59,17 @@ def make_cycle(make_graph):
     return make
 
 
-def passes(ghn, x, batch, layout):
-    """The network on schedules of one layout."""
-    plans = tuple(plan_traversal(batch, ghn.gnn.cutoff, backward=b, like=x, layout=layout) for b in (False, True))
+def passes(ghn, x, batch, backend):
+    """The network on schedules of one backend."""
+    plans = tuple(plan_traversal(batch, ghn.gnn.cutoff, backward=b, like=x, backend=backend) for b in (False, True))
     batch = GraphBatch(batch.graphs)
-    vars(batch)['_traversals'] = {(ghn.gnn.cutoff, x.device, x.dtype, x.shape[1]): plans}
+    vars(batch)['_traversals'] = {(ghn.gnn.cutoff, x.device, x.dtype, x.shape[1], 'auto'): plans}
     return ghn.gnn(x, batch)
 
 
-@pytest.mark.parametrize('layout', ['dense', 'sparse'])
+@pytest.mark.parametrize('backend', ['dense', 'bag'])
 @pytest.mark.parametrize('variant', GATED)
-def test_gradients_are_those_of_the_visit_of_single_nodes(variant, layout, make_ghn, make_graph, make_cycle):
+def test_gradients_are_those_of_the_visit_of_single_nodes(variant, backend, make_ghn, make_graph, make_cycle):
     """Graphs of a batch do not see one another, whatever their depth and whether they have cycles."""
     config = VARIANTS[variant]
     ghn = make_ghn(config)
@@ -73,7 +78,7 @@ def test_gradients_are_those_of_the_visit_of_single_nodes(variant, layout, make_
         sizes = [len(graph) for graph in graphs]
         x = torch.randn(sum(sizes), config.hid, dtype=torch.float64, requires_grad=True)
         outer = torch.randn_like(x)
-        found = passes(ghn, x, GraphBatch.of(graphs), layout)
+        found = passes(ghn, x, GraphBatch.of(graphs), backend)
         alone = [
             literal.gated(weights, config, graph, part) for graph, part in zip(graphs, x.split(sizes), strict=True)
         ]
@@ -82,6 +87,40 @@ def test_gradients_are_those_of_the_visit_of_single_nodes(variant, layout, make_
         ours, theirs = (torch.autograd.grad(result, leaves, outer) for result in (found, torch.cat(alone)))
         for one, other in zip(ours, theirs, strict=True):
             assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_any_backend_gives_the_predictions_and_gradients_of_ghn_2(backend, request):
+    if backend == 'scatter' and isinstance(torch_scatter(), str):
+        request.getfixturevalue('scatter_double')
+    problem = BACKENDS[backend].problem('cpu', torch.float32, deterministic=False)
+    if problem is not None:
+        pytest.skip(f'{backend} {problem}')
+    ghn, model = make_tiny(TINY['gated']), timm.create_model('test_resnet')
+    graph = trace(model)
+
+    def gradients():
+        embeddings_Nd = ghn.encode([graph])
+        outer = torch.linspace(-1, 1, embeddings_Nd.numel()).view_as(embeddings_Nd)
+        return torch.autograd.grad((embeddings_Nd * outer).sum(), list(ghn.gnn.parameters()))
+
+    expected, wanted = predict(model, ghn).state_dict, gradients()
+    called = []
+
+    def counting(*args):
+        called.append(args)
+        return replaced.sums(*args)
+
+    replaced = BACKENDS[backend]
+    with pytest.MonkeyPatch.context() as patch, use_backend(backend):
+        patch.setitem(BACKENDS, backend, dataclasses.replace(replaced, sums=counting))
+        found, ours = predict(model, ghn).state_dict, gradients()
+    assert called
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('variant', GATED)

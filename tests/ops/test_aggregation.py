@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-import types
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from timm_ghn.ops import Edges, aggregate, backends
-from timm_ghn.ops.aggregation import choose_backend, dense_is_faster
-from timm_ghn.ops.backends import BACKENDS
+from timm_ghn.ops import Edges, aggregate, backends, use_backend
+from timm_ghn.ops.backends import BACKENDS, choose_backend
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -60,12 +58,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def is_usable(backend: str, device: str, dtype: torch.dtype) -> bool:
+    return backend == 'auto' or BACKENDS[backend].problem(device, dtype, deterministic=False) is None
+
+
 def skip_unless_usable(backend: str, device: str, dtype: torch.dtype) -> None:
-    if backend == 'auto':
+    if is_usable(backend, device, dtype):
         return
-    problem = BACKENDS[backend].problem(device, dtype, deterministic=False)
-    if problem is not None:
-        pytest.skip(f'{backend} {problem}')
+    pytest.skip(f'{backend} {BACKENDS[backend].problem(device, dtype, deterministic=False)}')
 
 
 def definition(messages, source, target, weight, num_targets):
@@ -76,17 +76,19 @@ def definition(messages, source, target, weight, num_targets):
     return torch.stack(rows) if rows else messages.new_zeros(0, messages.shape[1])
 
 
-#: Every case in the dtypes that differ in their kernels; half precision where sums are long and where rows are.
-EXAMPLES = [(name, dtype) for name in CASES for dtype in (torch.float64, torch.float32)] + [
-    (name, dtype) for name in ('many features', 'all into one') for dtype in (torch.bfloat16, torch.float16)
-]
-
-
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('factors', ['given', 'in the schedule', 'none'])
-@pytest.mark.parametrize(('name', 'dtype'), EXAMPLES, ids=[f'{name}-{dtype}' for name, dtype in EXAMPLES])
-def test_sums_and_gradients_are_those_edge_by_edge(name, factors, dtype, backend, device):
-    skip_unless_usable(backend, device, dtype)
+@pytest.mark.parametrize('name', CASES)
+def test_sums_and_gradients_are_those_edge_by_edge(name, backend, device):
+    """With given factors, those of the schedule or none; in half precision where sums or rows are long."""
+    half = (torch.bfloat16, torch.float16) if name in ('many features', 'all into one') else ()
+    usable = [d for d in (torch.float64, torch.float32, *half) if is_usable(backend, device, d)]
+    if not usable:
+        skip_unless_usable(backend, device, torch.float32)
+    for dtype, factors in itertools.product(usable, ('given', 'in the schedule', 'none')):
+        check_sums_and_gradients(name, factors, dtype, backend, device)
+
+
+def check_sums_and_gradients(name, factors, dtype, backend, device):
     source, target, sources, targets, width = case(name)
     generator = torch.Generator().manual_seed(1)
     messages = torch.randn(sources, width, dtype=torch.float64, generator=generator).to(dtype)
@@ -138,8 +140,8 @@ def test_first_and_second_derivatives_pass_the_numerical_check(backend):
 
 
 def test_a_million_edges(backend):
-    if backend in ('dense', 'triton'):
-        pytest.skip('too large for a matrix; an interpreter takes minutes')
+    if backend == 'triton':
+        pytest.skip('an interpreter takes minutes')
     skip_unless_usable(backend, 'cpu', torch.float32)
     nodes, count = 100_000, 1_000_000
     generator = torch.Generator().manual_seed(0)
@@ -169,9 +171,8 @@ def test_equal_inputs_give_equal_bits(backend):
 
 
 def test_what_is_not_deterministic_is_refused_on_request(monkeypatch):
-    for name in ('index_add', 'csr', 'dense'):
-        assert 'not deterministic' in BACKENDS[name].problem('cuda', torch.float32, deterministic=True)
-        assert BACKENDS[name].problem('cuda', torch.float32, deterministic=False) is None
+    assert 'not deterministic' in BACKENDS['index_add'].problem('cuda', torch.float32, deterministic=True)
+    assert BACKENDS['index_add'].problem('cuda', torch.float32, deterministic=False) is None
     monkeypatch.setitem(BACKENDS, 'bag', dataclasses.replace(BACKENDS['bag'], deterministic_on=()))
     edges, messages = Edges.of(*case('random')[:2], num_sources=7, num_targets=9), torch.ones(7, 2)
     aggregate(messages, edges, backend='bag')
@@ -186,17 +187,34 @@ def test_what_is_not_deterministic_is_refused_on_request(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_automatic_choice_depends_on_size_and_dtype():
-    edges = Edges.of(*case('random')[:2], num_sources=7, num_targets=9, weight_E=torch.ones(40))
-    assert choose_backend(torch.ones(7, 5), edges, fixed=True).name == 'dense'
-    assert choose_backend(torch.ones(7, 5), edges, fixed=False).name == 'bag'
-    assert choose_backend(torch.ones(7, 5, dtype=torch.float64), edges, fixed=False).name == 'csr'
-    wide = Edges.of(
-        torch.arange(5000), torch.arange(5000), num_sources=5000, num_targets=5000, weight_E=torch.ones(5000)
-    )
-    assert choose_backend(torch.ones(5000, 5), wide, fixed=True).name == 'bag'
-    assert dense_is_faster(100, 100, 32)
-    assert not dense_is_faster(10**6, 10**3, 32)
+def test_the_automatic_choice_is_the_first_that_can_run(monkeypatch):
+    assert choose_backend(torch.ones(7, 5), 'auto').name == 'bag'
+    monkeypatch.setattr(backends, '_PREFERRED', {'cpu': ('triton', 'index_add', 'bag')})
+    expected = 'triton' if is_usable('triton', 'cpu', torch.float32) else 'index_add'
+    assert choose_backend(torch.ones(7, 5), 'auto').name == expected
+    assert choose_backend(torch.ones(7, 5, dtype=torch.float64), 'auto').name == 'index_add'
+
+
+def test_a_context_chooses_the_backend_of_all_sums(monkeypatch):
+    edges, called = Edges.of(*case('random')[:2], num_sources=7, num_targets=9), []
+
+    def counting(*args):
+        called.append(args)
+        return BACKENDS['bag'].sums(*args)
+
+    monkeypatch.setitem(BACKENDS, 'index_add', dataclasses.replace(BACKENDS['index_add'], sums=counting))
+    with use_backend('index_add'):
+        aggregate(torch.ones(7, 2), edges)
+        aggregate(torch.ones(7, 2), edges, backend='bag')
+        with use_backend('auto'):
+            aggregate(torch.ones(7, 2), edges)
+    aggregate(torch.ones(7, 2), edges)
+    assert len(called) == 1
+    with (
+        pytest.raises(ValueError, match="'auto', 'index_add', 'bag', 'scatter', 'triton'.*got 'fast'"),
+        use_backend('fast'),
+    ):
+        pass
 
 
 def test_autocast_changes_nothing(backend):
@@ -256,24 +274,7 @@ def test_a_missing_package_is_named(monkeypatch):
         backends.torch_scatter.cache_clear()
 
 
-def test_torch_scatter_is_called_as_its_documentation_says(monkeypatch):
-    """Where the package is absent: functions with its documented meaning, so that our part of the call is tested."""
-    double = types.ModuleType('torch_scatter')
-
-    def segment_csr(src, indptr, *, reduce):
-        assert (indptr.dtype, reduce) == (torch.int64, 'sum')
-        return torch.stack([src[a:b].sum(0) for a, b in itertools.pairwise(indptr)])
-
-    def gather_csr(src, indptr):
-        assert indptr.dtype == torch.int64
-        return torch.cat([src[row].expand(n, -1) for row, n in enumerate(indptr.diff().tolist())])
-
-    double.segment_csr, double.gather_csr = segment_csr, gather_csr
-    monkeypatch.setitem(sys.modules, 'torch_scatter', double)
-    backends.torch_scatter.cache_clear()
-    try:
-        test_sums_and_gradients_are_those_edge_by_edge('random', 'given', torch.float32, 'scatter', 'cpu')
-        test_first_and_second_derivatives_pass_the_numerical_check('scatter')
-        test_indices_of_both_kinds_and_strided_tensors_are_read_right(torch.int32, 'scatter')
-    finally:
-        backends.torch_scatter.cache_clear()
+def test_torch_scatter_is_called_as_its_documentation_says(scatter_double):
+    test_sums_and_gradients_are_those_edge_by_edge('random', 'scatter', 'cpu')
+    test_first_and_second_derivatives_pass_the_numerical_check('scatter')
+    test_indices_of_both_kinds_and_strided_tensors_are_read_right(torch.int32, 'scatter')

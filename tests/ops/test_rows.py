@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_ghn.ops import Edges, aggregate
-from timm_ghn.ops.rows import DenseRows, SparseRows, split_rows
+from timm_ghn.ops.rows import DenseRows, SparseRows, dense_is_faster, split_rows
 
 
 def banded(nodes: int, index: torch.dtype = torch.int64) -> Edges:
@@ -17,12 +17,12 @@ def banded(nodes: int, index: torch.dtype = torch.int64) -> Edges:
 
 
 @pytest.mark.parametrize('index', [torch.int32, torch.int64])
-@pytest.mark.parametrize(('layout', 'kind'), [('dense', DenseRows), ('sparse', SparseRows)])
+@pytest.mark.parametrize(('backend', 'kind'), [('dense', DenseRows), ('bag', SparseRows), ('index_add', SparseRows)])
 @pytest.mark.parametrize('sizes', [[30], [1] * 30, [4, 0, 9, 1, 16]])
-def test_parts_make_the_whole(sizes, layout, kind, index):
+def test_parts_make_the_whole(sizes, backend, kind, index):
     edges, messages = banded(30, index), torch.randn(30, 3)
     for schedule in (edges, edges.transposed):
-        parts = split_rows(schedule, sizes, messages, layout=layout)
+        parts = split_rows(schedule, sizes, messages, backend=backend)
         assert {type(part) for part in parts} == {kind}
         assert [len(part.sum(messages)) for part in parts] == sizes
         together = torch.cat([part.sum(messages) for part in parts])
@@ -30,7 +30,7 @@ def test_parts_make_the_whole(sizes, layout, kind, index):
 
 
 def test_matrices_reach_from_the_first_source_to_the_last():
-    parts = split_rows(banded(30), [1] * 30, torch.ones(30, 3), layout='dense')
+    parts = split_rows(banded(30), [1] * 30, torch.ones(30, 3), backend='dense')
     assert [part.matrix_nW.shape[1] for part in parts] == [min(row, 10) for row in range(30)]
     assert parts[20].window == slice(10, 20)
 
@@ -46,12 +46,17 @@ def test_parts_are_lists_where_matrices_would_be_mostly_zeros():
     assert held == 4000
 
 
+def test_a_product_is_chosen_by_its_size():
+    assert dense_is_faster(100, 100, 32, 1)
+    assert not dense_is_faster(10**6, 10**3, 32, 1)
+
+
 def test_what_does_not_fit_is_refused():
     edges = banded(30)
     with pytest.raises(ValueError, match='30 targets in all .got 29'):
         split_rows(edges, [29], torch.ones(30, 3))
     with pytest.raises(ValueError, match="got 'fast'"):
-        split_rows(edges, [30], torch.ones(30, 3), layout='fast')
+        split_rows(edges, [30], torch.ones(30, 3), backend='fast')
     bare = Edges.of(edges.source_E, edges.target_E, num_sources=30, num_targets=30)
     with pytest.raises(ValueError, match='expected factors'):
         split_rows(bare, [30], torch.ones(30, 3))

@@ -16,6 +16,7 @@ from timm_ghn.graph.structure import GraphBatch
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, linear_of
 from timm_ghn.nn.registry import register_gnn
+from timm_ghn.ops.backends import backend_in_use
 from timm_ghn.ops.edges import Edges
 from timm_ghn.ops.rows import Rows, split_rows
 
@@ -70,7 +71,7 @@ class Traversal:
             cycle. Their nodes are visited one by one, and such an edge carries the message from before the pass, which
             is in row F (N + r) + f.
         like: Empty (0, d), of the device and dtype of the features.
-        layout: See :func:`timm_ghn.ops.rows.split_rows`.
+        backend: See :func:`timm_ghn.ops.rows.split_rows`.
     """
 
     order_N: Tensor
@@ -80,22 +81,22 @@ class Traversal:
     edges: Edges
     cyclic: bool
     like: Tensor
-    layout: str = 'auto'
+    backend: str = 'auto'
 
     @functools.cached_property
     def receiving(self) -> tuple[Rows, ...]:
         """For each level the sums of the messages that its nodes receive."""
-        return split_rows(self.edges, self.sizes, self.like, layout=self.layout)
+        return split_rows(self.edges, self.sizes, self.like, backend=self.backend)
 
     @functools.cached_property
     def sending(self) -> tuple[Rows, ...]:
         """For each level the sums that are the gradients of its messages; then those of all messages from before."""
         sizes = [self.functions * size for size in self.sizes]
         before = [self.functions * len(self.order_N)] if self.cyclic else []
-        return split_rows(self.edges.transposed, sizes + before, self.like, layout=self.layout)
+        return split_rows(self.edges.transposed, sizes + before, self.like, backend=self.backend)
 
 
-def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tensor, layout: str = 'auto') -> Traversal:
+def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tensor, backend: str = 'auto') -> Traversal:
     """Group the nodes of a batch into levels such that edges lead from a lower level to a higher one.
 
     In an acyclic graph a shortest path of any length leads upwards too, so the nodes of a level do not read one
@@ -107,7 +108,7 @@ def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tens
         cutoff: Longest distance that makes an edge; 1 for the real edges only.
         backward: Whether edges are followed from target to source.
         like: Features (N, d): their device, dtype and width are those of the pass.
-        layout: See :func:`timm_ghn.ops.rows.split_rows`.
+        backend: See :func:`timm_ghn.ops.rows.split_rows`.
     """
     level_N = torch.cat([graph.backward_levels_N if backward else graph.forward_levels_N for graph in batch.graphs])
     order_N = level_N.argsort(stable=True)
@@ -138,9 +139,8 @@ def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tens
     )
     order_N, rank_N = order_N.to(like.device), rank_N.to(like.device)
     sizes = tuple(level_N.bincount().tolist())
-    return Traversal(
-        order_N, rank_N, sizes, functions, edges, cyclic, like.detach().new_empty(0, like.shape[1]), layout
-    )
+    empty = like.detach().new_empty(0, like.shape[1])
+    return Traversal(order_N, rank_N, sizes, functions, edges, cyclic, empty, backend)
 
 
 def _messages(
@@ -166,13 +166,17 @@ def _messages(
 def traversals(batch: GraphBatch, cutoff: int, like: Tensor) -> tuple[Traversal, Traversal]:
     """The forward and the backward pass over a batch, planned once.
 
-    They are kept by the batch itself, so they live as long as it does.
+    They are kept by the batch itself, so they live as long as it does; those of another backend beside them.
     """
     kept = vars(batch).setdefault('_traversals', {})
-    key = cutoff, like.device, like.dtype, like.shape[1]
+    backend = backend_in_use()
+    key = cutoff, like.device, like.dtype, like.shape[1], backend
     if key not in kept:
         with torch.inference_mode(False):  # what is planned there could not be used in training
-            kept[key] = tuple(plan_traversal(batch, cutoff, backward=backward, like=like) for backward in (False, True))
+            kept[key] = tuple(
+                plan_traversal(batch, cutoff, backward=backward, like=like, backend=backend)
+                for backward in (False, True)
+            )
     found: tuple[Traversal, Traversal] = kept[key]
     return found
 

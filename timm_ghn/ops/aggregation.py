@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_ghn.ops.backends import BACKENDS, Backend
+from timm_ghn.ops.backends import Backend, choose_backend
 from timm_ghn.ops.edges import Edges
-
-#: When a matrix product beats a sum over edges on a CPU. Fitted to times of both, float32, one thread of an AMD EPYC
-#: with AVX-512: a product takes 2.3 microseconds and 1 / 40 ns for each of its multiplications, a bag 4.0 microseconds
-#: and 1 / 28 ns. The table of benchmarks/scatter.py checks the choice.
-DENSE_START = 64_000
-DENSE_PER_EDGE = 1.4
 
 
 def aggregate(
@@ -22,19 +16,17 @@ def aggregate(
     edges: Edges,
     weight_E: Tensor | None = None,
     *,
-    backend: str = 'auto',
+    backend: str | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Weighted sum of the messages that arrive at each node: out[t] = sum over e into t of w[e] m[source[e]].
 
     The step that all message passing shares (arXiv 1704.01212, equation 1). Several graphs go through it together when
-    their nodes are numbered through, see :meth:`Edges.joined`. Half precision is added up in float32.
+    their nodes are numbered through. Half precision is added up in float32.
 
     ==========  =====================================================================================
     index_add   plain torch, a temporary row for each edge
-    csr         a sparse matrix in torch's compressed rows
     bag         torch's embedding bag: no temporary rows
-    dense       a matrix product, for small graphs
     scatter     torch-scatter's ``segment_csr`` and ``gather_csr``, where it is installed
     triton      one fused kernel for each of sum and gradients; float32 and bfloat16, on a GPU
     ==========  =====================================================================================
@@ -47,9 +39,9 @@ def aggregate(
         edges: The schedule, on the same device. If it has factors, they are used.
         weight_E: Factor of each edge, in the order in which the edges were given, in the dtype of the messages; None
             for those of the schedule, or for 1.
-        backend: One of the names above, or ``'auto'``: see :func:`choose_backend`.
+        backend: One of the names above, or ``'auto'``; None for that of :func:`timm_ghn.ops.use_backend`.
         deterministic: Whether equal inputs must give equal bits; None asks torch's
-            ``are_deterministic_algorithms_enabled``.
+            ``are_deterministic_algorithms_enabled``. What ``'auto'`` takes is deterministic.
 
     Returns:
         Zero where no edge arrives. Differentiable in the messages and in ``weight_E``, as often as wanted.
@@ -59,77 +51,10 @@ def aggregate(
             cannot do what is asked.
     """
     _check(messages_Md, edges, weight_E)
-    if backend == 'auto':
-        key = messages_Md.dtype, messages_Md.shape[1], weight_E is None
-        name = edges.choices.get(key)
-        if name is None:
-            name = edges.choices[key] = choose_backend(messages_Md, edges, fixed=weight_E is None).name
-        chosen = BACKENDS[name]
-    else:
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        chosen = _named(backend, messages_Md, deterministic=deterministic)
+    chosen = choose_backend(messages_Md, backend, deterministic=deterministic)
     arranged_E = None if weight_E is None else edges.arranged(weight_E)
     total_Td: Tensor = _Sum.apply(messages_Md, arranged_E, edges, chosen)
     return total_Td
-
-
-def choose_backend(messages_Md: Tensor, edges: Edges, *, fixed: bool) -> Backend:
-    """The backend that ``'auto'`` stands for; always a deterministic one.
-
-    On a CPU as measured by ``benchmarks/scatter.py``: a matrix product where the factors stay the same and
-    :func:`dense_is_faster`, else :func:`sparse_backend`. On a GPU no products of matrices.
-
-    Args:
-        messages_Md: What is to be summed.
-        edges: The schedule.
-        fixed: Whether the factors are those of the schedule, so that it keeps the matrix.
-    """
-    if fixed and edges.weight_E is not None and messages_Md.device.type == 'cpu':
-        elements = edges.num_targets * edges.num_sources
-        if dense_is_faster(elements, len(edges), messages_Md.shape[1]):
-            return BACKENDS['dense']
-    return sparse_backend(messages_Md)
-
-
-def sparse_backend(messages_Md: Tensor) -> Backend:
-    """The fastest backend that writes no matrix, and a deterministic one.
-
-    On a CPU, as measured: compressed rows in float64, the embedding bag in all other dtypes. On a GPU, where nothing
-    has been measured yet: the first of Triton, torch-scatter and the embedding bag that can run.
-
-    Args:
-        messages_Md: What is to be summed.
-    """
-    device, dtype = messages_Md.device.type, messages_Md.dtype
-    if device == 'cpu':
-        return BACKENDS['csr' if dtype == torch.float64 else 'bag']
-    for name in ('triton', 'scatter'):
-        if BACKENDS[name].problem(device, dtype, deterministic=True) is None:
-            return BACKENDS[name]
-    return BACKENDS['bag']
-
-
-def dense_is_faster(elements: int, edges: int, width: int, calls: int = 1) -> bool:
-    """Whether a product with a matrix beats the sum over its edges, on a CPU and in float32.
-
-    Args:
-        elements: Of the matrix, or of all matrices.
-        edges: Of them those that are not zero.
-        width: Number d of features.
-        calls: Number of the matrices.
-    """
-    return elements * width <= calls * DENSE_START + DENSE_PER_EDGE * edges * width
-
-
-def _named(name: str, messages_Md: Tensor, *, deterministic: bool) -> Backend:
-    if name not in BACKENDS:
-        raise ValueError(f"expected a backend among 'auto', {', '.join(map(repr, BACKENDS))} (got {name!r})")
-    backend = BACKENDS[name]
-    problem = backend.problem(messages_Md.device.type, messages_Md.dtype, deterministic=deterministic)
-    if problem is not None:
-        raise ValueError(f"backend {name!r} {problem}; 'auto' takes one that can run")
-    return backend
 
 
 def _check(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> None:
@@ -156,11 +81,7 @@ def summed(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None, backend: 
     """The sum without checks and without a gradient; factors in the order of the schedule."""
     if not len(edges) or not messages_Md.numel():
         return messages_Md.new_zeros(edges.num_targets, messages_Md.shape[1])
-    device = messages_Md.device.type
-    if not torch.is_autocast_enabled(device):
-        return backend.sums(messages_Md.contiguous(), edges, weight_E)
-    with torch.autocast(device, enabled=False):  # it would round the operands of a matrix product
-        return backend.sums(messages_Md.contiguous(), edges, weight_E)
+    return backend.sums(messages_Md.contiguous(), edges, weight_E)
 
 
 class _Sum(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Ways to compute one sum over edges, and the dot products that are the gradient of its factors.
+"""Ways to compute one sum over edges, the dot products that are the gradient of its factors, and the choice of one.
 
 All of them read the same schedule and give the same result to rounding. None of them is differentiable by itself:
 :mod:`timm_ghn.ops.aggregation` puts their gradients together from the two operations.
@@ -6,11 +6,12 @@ All of them read the same schedule and give the same result to rounding. None of
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -101,46 +102,6 @@ def _bag(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _accept_csr() -> None:
-    """Torch warns at the first CSR tensor that the layout is in beta state; a user can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
-        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
-
-
-def _matrix(edges: Edges, weight_E: Tensor) -> Tensor:
-    """(T, M) in compressed rows, which the schedule is already."""
-    _accept_csr()
-    size = edges.num_targets, edges.num_sources
-    return torch.sparse_csr_tensor(edges.pointer_T1, edges.source_E, weight_E, size, check_invariants=False)
-
-
-def _csr(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
-    weight_E = edges.weight_E if weight_E is None else weight_E
-    matrix_TM = _matrix(edges, messages_Md.new_ones(len(edges)) if weight_E is None else weight_E)
-    if messages_Md.device.type == 'cpu':  # torch's own kernel there is faster than MKL's, and knows half precision
-        total: Tensor = torch.sparse.mm(matrix_TM, messages_Md, 'sum')
-        return total
-    return matrix_TM @ messages_Md
-
-
-def _sampled_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
-    """Those elements of the product g m^T that belong to an edge, without a copy of the rows of each edge."""
-    # It knows no half precision, and refuses more edges than there are pairs of nodes.
-    if messages_Md.dtype not in (torch.float32, torch.float64) or len(edges) > edges.num_targets * edges.num_sources:
-        return _gathered_dots(messages_Md, gradient_Td, edges)
-    sampled_TM = _matrix(edges, messages_Md.new_zeros(len(edges)))
-    dots_TM: Tensor = torch.sparse.sampled_addmm(sampled_TM, gradient_Td.contiguous(), messages_Md.T, beta=0)
-    return dots_TM.values()
-
-
-def _dense(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
-    if weight_E is None and edges.weight_E is not None:
-        return edges.dense_TM @ messages_Md
-    return edges.dense_with(messages_Md.new_ones(len(edges)) if weight_E is None else weight_E) @ messages_Md
-
-
-@functools.cache
 def torch_scatter() -> ModuleType | str:
     """The package, or why it cannot be used: absent, or built for another torch."""
     try:
@@ -197,18 +158,77 @@ def _fused_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tenso
     return fused_dots(messages_Md, gradient_Td, edges)
 
 
-#: By name. A GPU adds what index_add scatters in any order, and cuSPARSE promises none; the others add the edges of a
-#: target one after another, or in a tree of fixed shape.
+#: By name. A GPU adds what index_add scatters in any order; the others add the edges of a target one after another, or
+#: in a tree of fixed shape.
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend('index_add', _index_add, _gathered_dots, ('cpu',), _FLOATS),
-        Backend('csr', _csr, _sampled_dots, ('cpu',), _FLOATS),
-        Backend('bag', _bag, _sampled_dots, ('cpu', 'cuda'), _FLOATS),
-        Backend('dense', _dense, _sampled_dots, ('cpu',), _FLOATS),
+        Backend('bag', _bag, _gathered_dots, ('cpu', 'cuda'), _FLOATS),
         Backend('scatter', _segments, _segment_dots, ('cpu', 'cuda'), _FLOATS, _scatter_missing),
         Backend(
             'triton', _fused, _fused_dots, ('cpu', 'cuda'), (torch.float32, torch.bfloat16), missing=_triton_missing
         ),
     )
 }
+
+#: What 'auto' tries in this order. On a CPU the embedding bag is the fastest (benchmarks/scatter.py); on a GPU nothing
+#: has been measured yet.
+_PREFERRED = {'cpu': ('bag',), 'cuda': ('triton', 'scatter', 'bag')}
+
+_asked_for: contextvars.ContextVar[str] = contextvars.ContextVar('backend', default='auto')
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let all sums over edges within the context, those of GHN-1 and GHN-2 included, use one backend.
+
+    Args:
+        name: One of :data:`BACKENDS`, or ``'auto'``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    _check_name(name)
+    token = _asked_for.set(name)
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+def backend_in_use() -> str:
+    """The name that :func:`use_backend` gave, ``'auto'`` outside of it."""
+    return _asked_for.get()
+
+
+def choose_backend(like: Tensor, name: str | None = None, *, deterministic: bool | None = None) -> Backend:
+    """The backend that sums messages like these.
+
+    Args:
+        like: Messages, or any tensor of their device and dtype.
+        name: One of :data:`BACKENDS`; ``'auto'`` for the fastest deterministic one that can run; None for
+            :func:`backend_in_use`.
+        deterministic: Whether equal inputs must give equal bits; None asks torch's
+            ``are_deterministic_algorithms_enabled``.
+
+    Raises:
+        ValueError: if the one that is named does not exist, is not installed, or cannot do what is asked.
+    """
+    name = backend_in_use() if name is None else name
+    device, dtype = like.device.type, like.dtype
+    if name == 'auto':
+        names = _PREFERRED.get(device, ('bag',))
+        return next(b for b in map(BACKENDS.__getitem__, names) if not b.problem(device, dtype, deterministic=True))
+    _check_name(name)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    problem = BACKENDS[name].problem(device, dtype, deterministic=deterministic)
+    if problem is not None:
+        raise ValueError(f"backend {name!r} {problem}; 'auto' takes one that can run")
+    return BACKENDS[name]
+
+
+def _check_name(name: str) -> None:
+    if name not in ('auto', *BACKENDS):
+        raise ValueError(f"expected a backend among 'auto', {', '.join(map(repr, BACKENDS))} (got {name!r})")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-#: Largest matrix that edges are written out to: half a gigabyte in float32.
-MAX_DENSE_ELEMENTS = 2**27
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,38 +71,6 @@ class Edges:
         source_E, weight_E = source_E.contiguous(), None if weight_E is None else weight_E.contiguous()
         return cls(source_E, _pointer(target_E, num_targets), num_sources, weight_E, order_E)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Edges]) -> Edges:
-        """The edges of several graphs as those of one: rows of the messages and of the result are numbered through.
-
-        Args:
-            parts: At least one; all with weights that stay the same, or none.
-
-        Raises:
-            ValueError: if only some have weights.
-        """
-        weights = [part.weight_E for part in parts if part.weight_E is not None]
-        if len(weights) not in (0, len(parts)):
-            raise ValueError(f'expected weights of all {len(parts)} schedules or of none (got {len(weights)})')
-        sources, pointers, orders, rows, edges = [], [], [], 0, 0
-        for part in parts:
-            sources.append(part.source_E + rows)
-            pointers.append(part.pointer_T1[:-1] + edges)
-            if part.order_E is None:
-                orders.append(torch.arange(edges, edges + len(part), device=part.source_E.device))
-            else:
-                orders.append(part.order_E + edges)
-            rows, edges = rows + part.num_sources, edges + len(part)
-        last = parts[-1].pointer_T1.new_tensor([edges])
-        in_order = all(part.order_E is None for part in parts)
-        return cls(
-            torch.cat(sources),
-            torch.cat([*pointers, last]),
-            rows,
-            torch.cat(weights) if weights else None,
-            None if in_order else torch.cat(orders),
-        )
-
     def __len__(self) -> int:
         return len(self.source_E)
 
@@ -114,11 +78,6 @@ class Edges:
     def num_targets(self) -> int:
         """Number T of rows of a result."""
         return len(self.pointer_T1) - 1
-
-    @functools.cached_property
-    def choices(self) -> dict[tuple[torch.dtype, int, bool], str]:
-        """Backend that was chosen, by the dtype and width of the messages and whether the factors are its own."""
-        return {}
 
     @functools.cached_property
     def target_E(self) -> Tensor:
@@ -136,25 +95,6 @@ class Edges:
         weight_E = None if self.weight_E is None else self.weight_E[order_E]
         pointer = _pointer(source_E, self.num_sources)
         return Edges(self.target_E[order_E], pointer, self.num_targets, weight_E, order_E)
-
-    @functools.cached_property
-    def dense_TM(self) -> Tensor:
-        """(T, M): the matrix that multiplies the messages, where the factors stay the same; equal edges add up."""
-        if self.weight_E is None:
-            raise ValueError('expected edges with factors that stay the same (got none)')
-        return self.dense_with(self.weight_E)
-
-    def dense_with(self, weight_E: Tensor) -> Tensor:
-        """(T, M): the matrix with these factors, in the order of the schedule.
-
-        Raises:
-            ValueError: if it has more than :data:`MAX_DENSE_ELEMENTS` elements.
-        """
-        elements = self.num_targets * self.num_sources
-        if elements > MAX_DENSE_ELEMENTS:
-            raise ValueError(f'expected a matrix of at most {MAX_DENSE_ELEMENTS:,} elements (got {elements:,})')
-        matrix_TM = weight_E.new_zeros(self.num_targets, self.num_sources)
-        return matrix_TM.index_put_((self.target_E.long(), self.source_E.long()), weight_E, accumulate=True)
 
     def arranged(self, values_E: Tensor) -> Tensor:
         """Values of the edges as they were given, in the order of the schedule."""

@@ -8,9 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from timm_ghn.ops.aggregation import dense_is_faster, sparse_backend
-from timm_ghn.ops.backends import Backend
+from timm_ghn.ops.aggregation import summed
+from timm_ghn.ops.backends import Backend, choose_backend
 from timm_ghn.ops.edges import Edges
+
+#: When products with matrices beat sums over edges on a CPU. Fitted to times of both, float32, one thread of an AMD
+#: EPYC with AVX-512: a product takes 2.3 microseconds and 1 / 40 ns for each of its multiplications, a bag 4.0
+#: microseconds and 1 / 28 ns. The table of benchmarks/scatter.py checks the choice.
+DENSE_START = 64_000
+DENSE_PER_EDGE = 1.4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,32 +50,28 @@ class SparseRows:
 
     def sum(self, messages_Md: Tensor) -> Tensor:
         """(n, d): the sums, without a gradient."""
-        if not len(self.edges):
-            return messages_Md.new_zeros(self.edges.num_targets, messages_Md.shape[1])
-        return self.backend.sums(messages_Md, self.edges, None)
+        return summed(messages_Md, self.edges, None, self.backend)
 
 
 Rows = DenseRows | SparseRows
 
 
-def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, layout: str = 'auto') -> tuple[Rows, ...]:
-    """Cut a schedule into parts of consecutive targets, all dense or all sparse, whichever takes less time.
+def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, backend: str = 'auto') -> tuple[Rows, ...]:
+    """Cut a schedule into parts of consecutive targets.
 
-    Matrices of a few targets reach over few sources in one graph, and are quick. In several graphs that are merged, the
-    sources of the targets of one graph lie among those of the others: the matrices of 64 graphs would be a hundred
-    times as large as the lists of edges.
+    ``'auto'`` makes them matrices where that is faster on a CPU. Matrices of a few targets reach over few sources in
+    one graph, and are quick. In several graphs that are merged, the sources of the targets of one graph lie among those
+    of the others: the matrices of 64 graphs would be a hundred times as large as the lists of edges.
 
     Args:
         edges: The schedule; its factors stay the same.
         sizes: Number of targets of each part; T in all.
         like: Messages (M, d) of the device, dtype and number of features that will be summed.
-        layout: ``'dense'``, ``'sparse'`` or ``'auto'``.
+        backend: ``'dense'`` for matrices, one of :data:`timm_ghn.ops.backends.BACKENDS`, or ``'auto'``.
 
     Raises:
-        ValueError: if the sizes do not sum up to T, the schedule has no factors, or the layout is another one.
+        ValueError: if the sizes do not sum up to T, the schedule has no factors, or the backend cannot run.
     """
-    if layout not in ('auto', 'dense', 'sparse'):
-        raise ValueError(f"expected 'auto', 'dense' or 'sparse' as layout (got {layout!r})")
     if sum(sizes) != edges.num_targets or edges.weight_E is None:
         raise ValueError(f'expected factors and parts of {edges.num_targets} targets in all (got {sum(sizes)})')
     starts = [0]
@@ -78,11 +80,24 @@ def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, layout: str 
     counts = edges.pointer_T1.cpu()[starts].diff().tolist()
     windows = [_window(source_e) for source_e in edges.source_E.cpu().split(counts)]
     elements = sum(size * (window.stop - window.start) for size, window in zip(sizes, windows, strict=True))
-    if layout == 'auto':
-        layout = 'dense' if dense_is_faster(elements, len(edges), like.shape[1], calls=len(sizes)) else 'sparse'
-    if layout == 'dense':
+    on_cpu = like.device.type == 'cpu'
+    if backend == 'auto' and on_cpu and dense_is_faster(elements, len(edges), like.shape[1], len(sizes)):
+        backend = 'dense'
+    if backend == 'dense':
         return tuple(_matrices(edges, starts, windows))
-    return tuple(_lists(edges, starts, counts, like))
+    return tuple(_lists(edges, starts, counts, choose_backend(like, backend)))
+
+
+def dense_is_faster(elements: int, edges: int, width: int, products: int) -> bool:
+    """Whether products with matrices beat the sums over their edges, on a CPU and in float32.
+
+    Args:
+        elements: Of all matrices.
+        edges: Of them those that are not zero.
+        width: Number d of features.
+        products: Number of the matrices.
+    """
+    return elements * width <= products * DENSE_START + DENSE_PER_EDGE * edges * width
 
 
 def _window(source_e: Tensor) -> slice:
@@ -111,9 +126,8 @@ def _matrices(edges: Edges, starts: Sequence[int], windows: Sequence[slice]) -> 
         yield DenseRows(window, matrix.view(size, window.stop - window.start))
 
 
-def _lists(edges: Edges, starts: Sequence[int], counts: list[int], like: Tensor) -> Iterator[SparseRows]:
+def _lists(edges: Edges, starts: Sequence[int], counts: list[int], backend: Backend) -> Iterator[SparseRows]:
     assert edges.weight_E is not None
-    backend = sparse_backend(like)
     lists = zip(edges.source_E.split(counts), edges.weight_E.split(counts), strict=True)
     for start, stop, (source_e, weight_e) in zip(starts[:-1], starts[1:], lists, strict=True):
         pointer_n1 = edges.pointer_T1[start : stop + 1]
