@@ -109,6 +109,17 @@ def test_post_processing_is_chosen_by_the_start_and_changed_by_parts():
     assert (chosen.orth, chosen.layer, chosen.beta) == (True, 37, 3e-5)
 
 
+@pytest.mark.parametrize('init', ['ghn', 'random'])
+@pytest.mark.parametrize(('postprocess', 'seed'), [('orth', 3), ('noise', 3), ('orth,layer=37', 3), ('orth,seed=5', 5)])
+def test_the_noise_of_post_processing_has_the_seed_of_the_run(init, postprocess, seed):
+    options = FinetuneOptions(**BASE, init=init, postprocess=postprocess, seed=3)
+    assert options.post().seed == seed
+
+
+def test_the_recommended_post_processing_has_the_seed_of_the_run():
+    assert FinetuneOptions(**BASE, seed=3).post('orth') == PostProcess.of('orth', seed=3)
+
+
 def test_model_arguments_are_read_as_yaml_reads_them():
     options = FinetuneOptions(**BASE, model_args='drop_path_rate=0.1,qkv_bias=false,act_layer=gelu,depth=3')
     assert options.arguments == {'drop_path_rate': 0.1, 'qkv_bias': False, 'act_layer': 'gelu', 'depth': 3}

@@ -156,7 +156,7 @@ class FinetuneOptions(DatasetOptions):
             recommended: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of a GHN.
         """
         name, *changes = (part.strip() for part in self.postprocess.split(','))
-        chosen = PostProcess.of(name, auto=recommended)
+        chosen = PostProcess.of(name, seed=self.seed, auto=recommended)
         if not changes:
             return chosen
         if chosen is None:
