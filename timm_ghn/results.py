@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from timm_ghn.errors import ConfigError
 from timm_ghn.version import __version__
 
 RESULTS = 'results.jsonl'
@@ -74,11 +75,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> bool:
     """Draw loss and accuracy over epochs; False where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        from timm_ghn.picture import new_figure
+    except ConfigError:
         return False
     epochs = [line for line in lines if line['kind'] == 'epoch']
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = new_figure((9, 3.6), title)
     losses, accuracies = figure.subplots(1, 2)
     for axis, curves in (
         (losses, {'training loss': 'train_loss', 'validation loss': 'val_loss'}),
@@ -93,6 +94,5 @@ def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> bool:
         axis.legend()
     losses.set_ylabel('cross-entropy')
     accuracies.set_ylabel('%')
-    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     return True
