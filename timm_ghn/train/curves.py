@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.results import points
 
 #: Curves by the kind of the lines and the key that hold them.
 _CURVES = (
@@ -32,9 +33,9 @@ def plot_training(lines: Sequence[dict[str, Any]], path: Path, title: str, *, ch
     figure = new_figure((7.5, 4), title)
     axis = figure.subplots()
     for kind, key, label, colour in _CURVES:
-        points = [(line['step'], line[key]) for line in lines if line['kind'] == kind and line.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker='.' if kind == 'eval' else '', color=colour, label=label)
+        curve = points(lines, kind, 'step', key)
+        if curve:
+            axis.plot(*zip(*curve, strict=True), marker='.' if kind == 'eval' else '', color=colour, label=label)
     axis.axhline(chance, color='black', linestyle=':', linewidth=1, label='chance')
     axis.set_xlabel('steps')
     axis.set_ylabel('accuracy, predicted, no training, %')
