@@ -74,11 +74,8 @@ def _finite(value: Any) -> Any:
 
 def _before(line: dict[str, Any], entry: str, reached: float) -> bool:
     place = line.get(entry)
-    return bool(line['kind'] == 'run' or (line['kind'] != 'end' and _is_number(place) and place <= reached))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    done = isinstance(place, int | float) and place <= reached
+    return bool(line['kind'] == 'run' or (line['kind'] != 'end' and done))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -110,7 +107,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def points(lines: Iterable[dict[str, Any]], kind: str, x: str, y: str) -> list[tuple[float, float]]:
     """A curve of the lines of a kind, of those that have both numbers."""
     pairs = [(line.get(x), line.get(y)) for line in lines if line['kind'] == kind]
-    return [(first, second) for first, second in pairs if _is_number(first) and _is_number(second)]
+    return [(a, b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> bool:
