@@ -131,7 +131,7 @@ def load_checkpoint(
             if accelerator.is_main_process:
                 warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
             continue
-        read = json.loads((place / PROGRESS).read_text(encoding='utf-8'))
+        read = _read_json(place / PROGRESS)
         _check_run(place, {**(defaults or {}), **read['run']}, run)
         accelerator.load_state(str(place))
         if average is not None:
@@ -143,8 +143,9 @@ def load_checkpoint(
 
 def damage(place: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
+    reading = 'manifest'
     try:
-        manifest = json.loads((place / MANIFEST).read_text(encoding='utf-8'))
+        manifest = _read_json(place / MANIFEST)
         for name, (size, digest) in manifest.items():
             file = place / name
             if not file.is_file():
@@ -153,9 +154,15 @@ def damage(place: Path) -> str | None:
                 return f'{name} has {file.stat().st_size} of {size} bytes'
             if _digest(file) != digest:
                 return f'{name} has changed'
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f'its manifest cannot be read ({" ".join(str(error).split()) or type(error).__name__})'
-    return None if PROGRESS in manifest else f'{PROGRESS} is missing'
+        if PROGRESS not in manifest:
+            return f'{PROGRESS} is missing'
+        reading = 'progress'
+        read = _read_json(place / PROGRESS)
+        if not all(isinstance(read[part], dict) for part in ('progress', 'run')):
+            raise ValueError('it does not say where which run stands')
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        return f'its {reading} cannot be read ({" ".join(str(error).split()) or type(error).__name__})'
+    return None
 
 
 def tidy(folder: Path) -> None:
@@ -206,8 +213,12 @@ def _digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding='utf-8')
+    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding='utf-8')
 
 
 def _flush(folder: Path) -> None:

@@ -14,7 +14,10 @@ def device_of(name: str) -> torch.device:
         ConfigError: if there is no such device here.
     """
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == 'meta':
+            raise RuntimeError('nothing can be computed there')
+        return device
     except (RuntimeError, AssertionError) as error:
         # torch's message may have pages of advice behind its first line.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__

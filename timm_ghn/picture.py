@@ -1,4 +1,4 @@
-"""The diversity of a network's weights as a picture, drawn with matplotlib.
+"""Figures, drawn with matplotlib; and the diversity of a network's weights as one.
 
 Importing this module without matplotlib is a :class:`ConfigError` that says how to install it.
 """
@@ -29,9 +29,17 @@ _LABELS = dict(zip(KINDS, ('predicted', 'post-processed', 'random (timm)'), stri
 _STYLES = dict(zip(KINDS, ('-', '-', '--'), strict=True))
 
 
-def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty figure of a size in inches."""
-    return Figure(figsize=size, layout='constrained')
+def new_figure(size: tuple[float, float], title: str = '') -> Figure:
+    """An empty figure.
+
+    Args:
+        size: Width and height in inches.
+        title: Stands above it, as it is: a name with two dollar signs is no formula.
+    """
+    figure = Figure(figsize=size, layout='constrained')
+    if title:
+        figure.suptitle(title, fontsize=12, parse_math=False)
+    return figure
 
 
 def draw(comparisons: Sequence[Comparison], path: Path, *, title: str) -> None:
@@ -48,8 +56,7 @@ def draw(comparisons: Sequence[Comparison], path: Path, *, title: str) -> None:
     """
     if not comparisons:
         raise ConfigError('there is no layer to draw')
-    figure = new_figure((12, 8))
-    figure.suptitle(title, fontsize=12)
+    figure = new_figure((12, 8), title)
     axes = figure.subplots(2, 2)
     measures = {
         'duplicated output channels, %': lambda layer: layer.duplicates,
@@ -97,11 +104,7 @@ def _draw_spectrum(ax: Any, comparison: Comparison) -> None:
         shown = [max(value, _LEAST) for value in comparison.weights[kind].spectrum]
         ax.plot(range(1, len(shown) + 1), shown, _STYLES[kind], color=_COLOURS[kind], label=_LABELS[kind])
     shape = 'x'.join(map(str, first.shape))
-    ax.set(
-        title=f'eigenvalues of the channel correlations, layer {comparison.number}:\n{first.name} ({shape})',
-        xlabel='eigenvalue, the largest first',
-        ylabel=f'{_LEAST:g} stands for less',
-        yscale='log',
-    )
-    ax.title.set_fontsize(10)
+    title = f'eigenvalues of the channel correlations, layer {comparison.number}:\n{first.name} ({shape})'
+    ax.set_title(title, fontsize=10, parse_math=False)
+    ax.set(xlabel='eigenvalue, the largest first', ylabel=f'{_LEAST:g} stands for less', yscale='log')
     ax.grid(alpha=0.3)

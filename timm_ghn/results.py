@@ -6,10 +6,13 @@ import json
 import math
 import os
 import platform
+import warnings
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from timm_ghn.errors import ConfigError
 from timm_ghn.version import __version__
 
 RESULTS = 'results.jsonl'
@@ -45,54 +48,89 @@ class Results:
         if resume is not None and self.path.exists():
             kept = [line for line in read_results(self.path) if _before(line, *resume)]
         part = self.path.with_name(f'.{RESULTS}')
-        part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+        part.write_text(''.join(to_json(line) + '\n' for line in kept), encoding='utf-8')
         os.replace(part, self.path)
 
     def add(self, kind: str, values: dict[str, Any]) -> None:
         """Append a line; it is on the disk when this returns."""
         with self.path.open('a', encoding='utf-8') as file:
-            file.write(json.dumps({'kind': kind, **values}) + '\n')
+            file.write(to_json({'kind': kind, **values}) + '\n')
             file.flush()
             os.fsync(file.fileno())
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON as its standard has it: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _before(line: dict[str, Any], entry: str, reached: float) -> bool:
-    return bool(line['kind'] == 'run' or (line['kind'] != 'end' and line.get(entry, math.inf) <= reached))
+    place = line.get(entry)
+    done = isinstance(place, int | float) and place <= reached
+    return bool(line['kind'] == 'run' or (line['kind'] != 'end' and done))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Lines of a results file; one that a killed process left unfinished is dropped."""
-    lines = []
-    for text in path.read_text(encoding='utf-8').splitlines():
+    """Lines of a results file: objects with a ``kind``.
+
+    One at the end that a killed process left unfinished is dropped; any other that is no such object is passed over
+    with a warning.
+    """
+    lines, wrong = [], []
+    texts = path.read_bytes().split(b'\n')
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
+            line = json.loads(text.decode('utf-8'))
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and isinstance(line.get('kind'), str):
+            lines.append(line)
+        elif number < len(texts) and text.strip():
+            wrong.append(number)
+    if wrong:
+        warnings.warn(
+            f'{str(path)!r} has {len(wrong)} lines that are no results and are passed over (the first is line '
+            f'{wrong[0]})',
+            stacklevel=2,
+        )
     return lines
+
+
+def points(lines: Iterable[dict[str, Any]], kind: str, x: str, y: str) -> list[tuple[float, float]]:
+    """A curve of the lines of a kind, of those that have both numbers."""
+    pairs = [(line.get(x), line.get(y)) for line in lines if line['kind'] == kind]
+    return [(a, b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
 
 
 def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> bool:
     """Draw loss and accuracy over epochs; False where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        from timm_ghn.picture import new_figure
+    except ConfigError:
         return False
-    epochs = [line for line in lines if line['kind'] == 'epoch']
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = new_figure((9, 3.6), title)
     losses, accuracies = figure.subplots(1, 2)
     for axis, curves in (
         (losses, {'training loss': 'train_loss', 'validation loss': 'val_loss'}),
         (accuracies, {'validation accuracy': 'val_top1', 'of averaged weights': 'ema_top1'}),
     ):
         for label, key in curves.items():
-            points = [(line['epoch'], line[key]) for line in epochs if line.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker='.', label=label)
+            curve = points(lines, 'epoch', 'epoch', key)
+            if curve:
+                axis.plot(*zip(*curve, strict=True), marker='.', label=label)
         axis.set_xlabel('epochs trained')
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     losses.set_ylabel('cross-entropy')
     accuracies.set_ylabel('%')
-    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     return True

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import math
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -21,12 +24,17 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 
 from timm_ghn.checkpoints import any_process, load_checkpoint, save_checkpoint, tidy
-from timm_ghn.errors import ConfigError
+from timm_ghn.errors import ConfigError, TrainingError
 from timm_ghn.generators import kept_generators
 from timm_ghn.results import Results
 
+if sys.platform != 'win32':
+    import fcntl
+
 #: Folder of the checkpoints in the output folder.
 CHECKPOINTS = 'checkpoints'
+#: File in the output folder that the main process of a run locks.
+_LOCK = '.lock'
 #: Steps after which several processes ask one another whether to end; each time they wait for the slowest.
 _AGREE = 16
 
@@ -50,7 +58,7 @@ def undisturbed() -> Iterator[None]:
 def local_arguments(arguments: dict[str, Any]) -> list[str]:
     """Which arguments name files or folders of this machine: those who read the results elsewhere cannot tell."""
     named = {name: arguments.get(name) for name in ('dataset', 'init')}
-    return [name for name, value in named.items() if value and Path(str(value)).expanduser().exists()]
+    return [name for name, value in named.items() if value and os.path.exists(os.path.expanduser(str(value)))]
 
 
 class RunOptions(Protocol):
@@ -81,14 +89,42 @@ class RunOptions(Protocol):
         """A tracker."""
 
 
-def refuse_to_write_over(options: RunOptions) -> None:
-    """Refuse an output folder that holds a run, unless it is to go on.
+@contextlib.contextmanager
+def exclusive_output(options: RunOptions, *, main: bool) -> Iterator[None]:
+    """Keep other runs out of the output folder until the context ends, and refuse one that holds a run already.
+
+    The main process locks a file in the folder; the lock ends with the process, however that ends. Where the system
+    has no such locks (Windows, some network file systems), nothing is locked.
+
+    Args:
+        options: Of the run.
+        main: Whether this is the main process.
 
     Raises:
-        ConfigError: if there are checkpoints.
+        ConfigError: if another run is at work there, or if there are checkpoints and the run is not to go on.
     """
-    if not options.resume and any((options.output / CHECKPOINTS).glob('step_*[0-9]')):
-        raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+    with _locked(options.output) if main else contextlib.nullcontext():
+        if not options.resume and any((options.output / CHECKPOINTS).glob('step_*[0-9]')):
+            raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if sys.platform == 'win32':
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock of the process, which workers that are forked do not share: they may outlive it by seconds.
+    with (folder / _LOCK).open('w') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f'another run is at work in {str(folder)!r}: wait for its end, or choose another --output'
+                ) from error
+        yield
 
 
 def build_accelerator(options: RunOptions, module: str, **arguments: Any) -> Accelerator:
@@ -217,6 +253,24 @@ class Run:
     def _defaults(self) -> dict[str, Any]:
         """What the options are that a run of before did not have yet."""
         return {field.name: field.default for field in dataclasses.fields(self._settings)}  # type: ignore[arg-type]
+
+    def _expect_finite_weights(self, step: int, *modules: nn.Module | None) -> None:
+        """Refuse to go on, and above all to write anything, with weights that are lost; all processes call it.
+
+        Raises:
+            TrainingError: if parameters or buffers are not finite.
+        """
+        kept = [module for module in modules if module is not None]
+        finite = [parameter.isfinite().all() for module in kept for parameter in module.parameters()]
+        # Constant buffers may be masks of minus infinity.
+        finite += [(b < math.inf).all() for module in kept for b in module.buffers() if b.is_floating_point()]
+        lost = not bool(torch.stack(finite).all())
+        if any_process(self.accelerator, lost):
+            left = any((self._settings.output / CHECKPOINTS).glob('step_*[0-9]'))
+            raise TrainingError(
+                f'weights are not finite after step {step}; begin again with a smaller --lr or --clip-grad, or from '
+                'another start' + ('. The checkpoints before it are in the output folder' if left else '')
+            )
 
     def _save(self, progress: dict[str, Any], identity: dict[str, Any], average: nn.Module | None) -> None:
         options = self._settings

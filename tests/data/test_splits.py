@@ -13,11 +13,39 @@ def folder(tmp_path_factory):
 
 
 def test_columns_classes_and_splits_are_found(folder):
-    splits = load_splits(DataOptions(str(folder)))
+    splits = load_splits(DataOptions(str(folder), val_split='test'))
     assert splits.classes == ('red', 'green', 'blue')
     assert (len(splits.train), len(splits.val)) == (30, 12)
     assert splits.names == ('train', 'test')
     assert splits.train.labels.tolist() == [0, 1, 2] * 10
+
+
+def test_the_test_split_is_kept_for_the_end(folder):
+    splits = load_splits(DataOptions(str(folder)))
+    assert (len(splits.train), len(splits.val)) == (27, 3)
+    assert splits.names == ('train', '0.1 of train')
+    assert len(splits.test) == 12
+
+
+@pytest.mark.parametrize('changes', [{'val_split': 'test[:5]'}, {'train_split': 'train+test'}])
+def test_a_test_split_that_is_used_otherwise_is_no_test_split(folder, changes):
+    assert load_splits(DataOptions(str(folder), **changes)).test is None
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path):
+    secret = make_dataset(12).map(lambda row: {'label': -1}, features=make_dataset(1).features)
+    folder = save_dataset(tmp_path / 'secret', make_dataset(30), secret)
+    with pytest.warns(UserWarning, match='test split is left out: 12 of 12 rows of split .test. have no known label'):
+        assert load_splits(DataOptions(str(folder))).test is None
+
+
+def test_a_validation_split_goes_before_a_share(tmp_path):
+    parts = {'train': make_dataset(9), 'validation': make_dataset(6), 'test': make_dataset(12)}
+    DatasetDict(parts).save_to_disk(tmp_path / 'saved')
+    splits = load_splits(DataOptions(str(tmp_path / 'saved')))
+    assert (len(splits.train), len(splits.val), len(splits.test), splits.names[1]) == (9, 6, 12, 'validation')
+    splits = load_splits(DataOptions(str(tmp_path / 'saved'), train_split='train+validation'))
+    assert (len(splits.train), len(splits.val), splits.names[1]) == (13, 2, '0.1 of train+validation')
 
 
 def test_a_slice_is_a_split(folder):
@@ -25,12 +53,26 @@ def test_a_slice_is_a_split(folder):
     assert (len(splits.train), len(splits.val)) == (15, 10)
 
 
+def pixels(split):
+    return {row['image']['bytes'] for row in split.rows}
+
+
 def test_a_share_is_held_out_with_a_seed(folder):
-    options = DataOptions(str(folder), val_split='0.2', seed=3)
-    first, second = load_splits(options), load_splits(options)
+    options = DataOptions(str(folder), val_split='0.2')
+    first, second, other = (load_splits(options, seed=seed) for seed in (3, 3, 4))
     assert (len(first.train), len(first.val)) == (24, 6)
-    assert first.val.rows[:] == second.val.rows[:]
-    assert load_splits(DataOptions(str(folder), val_split='0.2', seed=4)).val.rows[:] != first.val.rows[:]
+    assert pixels(first.val) == pixels(second.val) != pixels(other.val)
+    assert not pixels(first.train) & pixels(first.val)
+    assert len(pixels(first.train) | pixels(first.val)) == 30
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_share_has_the_classes_in_their_proportions(tmp_path, seed):
+    rows = make_dataset(60).select([*range(0, 30, 3), *range(1, 60, 3), *range(2, 60, 3)])
+    splits = load_splits(DataOptions(str(save_dataset(tmp_path / 'rare', rows)), val_split='0.2'), seed=seed)
+    assert np.bincount(splits.train.labels).tolist() == [8, 16, 16]
+    assert np.bincount(splits.val.labels).tolist() == [2, 4, 4]
+    assert splits.train.labels.tolist() == sorted(splits.train.labels), 'the rows stay in their order'
 
 
 def test_nothing_is_written_into_the_folder_of_a_data_set(tmp_path):
@@ -72,7 +114,7 @@ def test_text_and_integers_are_labels_too(tmp_path):
     for name, kind, values in (('text', 'string', ['dog', 'cat'] * 6), ('numbers', 'int64', [7, 3] * 6)):
         features = Features({'picture': Image(), 'class': Value(kind)})
         rows = Dataset.from_dict({'picture': [image] * 12, 'class': values}, features=features)
-        splits = load_splits(DataOptions(str(save_dataset(tmp_path / name, rows, rows))))
+        splits = load_splits(DataOptions(str(save_dataset(tmp_path / name, rows, rows)), val_split='test'))
         assert splits.classes == tuple(map(str, sorted(set(values))))
         assert splits.train.labels.tolist() == [1, 0] * 6
 
@@ -86,10 +128,26 @@ def test_shots_are_the_first_of_each_class_in_order():
     assert any(first_shots(labels, 2, seed=seed).tolist() != drawn.tolist() for seed in range(2, 9))
 
 
-def test_shots_of_a_split_are_taken_from_the_training_images(folder):
-    splits = load_splits(DataOptions(str(folder), shots=4))
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('val_split', ['auto', '0.1', 'test'])
+def test_shots_are_the_same_whatever_is_validated_on(folder, val_split, seed):
+    splits = load_splits(DataOptions(str(folder), val_split=val_split), shots=4, seed=seed)
     assert splits.train.labels.tolist() == [0, 1, 2] * 4
-    assert len(splits.val) == 12
+    assert pixels(splits.train) == {row['image']['bytes'] for row in undecoded(make_dataset(12))}
+    assert len(splits.val) == (12 if val_split == 'test' else 3)
+    assert not pixels(splits.train) & pixels(splits.val)
+
+
+def undecoded(rows):
+    return rows.cast_column('image', Image(decode=False))
+
+
+def test_images_that_are_no_shots_are_needed_to_validate_on(folder):
+    splits = load_splits(DataOptions(str(folder), val_split='0.5'), shots=9)
+    assert (len(splits.train), len(splits.val)) == (27, 3)
+    with pytest.raises(DataError, match=r'none can be held out .*all of them are shots: ask for fewer.* val_split'):
+        load_splits(DataOptions(str(folder)), shots=10)
+    assert len(load_splits(DataOptions(str(folder), val_split='test'), shots=10).train) == 30
 
 
 def rows(**columns):
@@ -113,7 +171,6 @@ LABELS = (ClassLabel(names=['a', 'b']), [0, 1, 0, 1])
         (rows(image=IMAGES, label=LABELS), {'image_column': 'picture'}, "no column 'picture'"),
         (rows(image=IMAGES, label=LABELS), {'image_column': 'label'}, 'expected images'),
         (rows(image=IMAGES, label=LABELS), {'label_column': 'image'}, 'expected class labels'),
-        (rows(image=IMAGES, label=LABELS), {'shots': 3}, "expected 3 images of each class, but 'a' has 2"),
         (rows(image=IMAGES, label=LABELS), {'train_split': 'training'}, "train_split 'training' is no split"),
         (rows(image=IMAGES, label=LABELS), {'val_split': 'train['}, "val_split 'train\\[' is no split"),
         (rows(image=IMAGES, label=LABELS), {'train_split': 'train[:0]'}, 'has no images'),
@@ -125,15 +182,23 @@ def test_what_is_missing_is_named(tmp_path, train, options, message):
         load_splits(DataOptions(str(folder), **options))
 
 
+def test_too_many_shots_are_named(tmp_path):
+    folder = save_dataset(tmp_path / 'few', rows(image=IMAGES, label=LABELS))
+    with pytest.raises(DataError, match="expected 3 images of each class, but 'a' has 2"):
+        load_splits(DataOptions(str(folder)), shots=3)
+
+
 def test_a_validation_split_with_other_classes_is_refused(tmp_path):
     # As parquet files, datasets would cast the second to the features of the first.
     both = DatasetDict({'train': make_dataset(9), 'test': make_dataset(9, ('red', 'blue', 'green'))})
     both.save_to_disk(tmp_path / 'two')
     with pytest.raises(DataError, match='other classes'):
-        load_splits(DataOptions(str(tmp_path / 'two')))
+        load_splits(DataOptions(str(tmp_path / 'two'), val_split='test'))
+    with pytest.warns(UserWarning, match='test split is left out: .*other classes'):
+        assert load_splits(DataOptions(str(tmp_path / 'two'))).test is None
 
 
-@pytest.mark.parametrize('place', ['missing-data-set/of-nobody', 'nothing-of-the-kind'])
+@pytest.mark.parametrize('place', ['missing-data-set/of-nobody', 'nothing-of-the-kind', '~no-such-user/x'])
 def test_a_data_set_that_is_not_there_says_what_was_expected(place, monkeypatch):
     monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
     with pytest.raises(DataError, match='cannot be loaded: .*expected a name on the Hub'):
@@ -150,7 +215,7 @@ def test_a_file_that_is_no_data_set_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'options', [{'dataset': ''}, {'dataset': 'x', 'shots': 0}, {'dataset': 'x', 'val_split': '1.5'}]
+    'options', [{'dataset': ''}, {'dataset': ['a', 'b']}, {'dataset': 'x', 'val_split': '1.5'}, {'dataset': None}]
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ConfigError):

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import random
 import signal
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -13,11 +15,12 @@ from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
 
 from timm_ghn import checkpoints, load_ghn, predict
+from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from timm_ghn.finetune import loop
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.finetune.setup import build
+from timm_ghn.finetune.setup import build, loaders
 from timm_ghn.results import read_results
 
 GHN_NAME = 'ghn_tiny'
@@ -31,8 +34,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def base(folder, tmp_path):
     return FinetuneOptions(
-        model='test_vit', init='random', dataset=str(folder), image_size=32, epochs=2, batch_size=12, lr=3e-3,
-        train_crop_mode='pad', output=tmp_path / 'out',
+        model='test_vit', init='random', dataset=str(folder), val_split='test', image_size=32, epochs=2, batch_size=12,
+        lr=3e-3, train_crop_mode='pad', output=tmp_path / 'out',
     )  # fmt: skip
 
 
@@ -101,6 +104,46 @@ def test_a_run_that_stopped_ends_as_if_it_had_not(base, tmp_path, changes):
     for line, other in zip(whole[1:-1], parts[1:-1], strict=True):
         timed = ('seconds', 'train_seconds')
         assert {k: v for k, v in line.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_the_best_weights_are_tested_once_at_the_end(base, monkeypatch):
+    evaluate, seen = loop._Run._evaluate, []
+
+    def watched(run, model, batches, split):
+        seen.append((split, len(batches.dataset)))
+        metrics = evaluate(run, model, batches, split)
+        if split == 'validation':
+            # The second epoch is the best one, whatever it is.
+            metrics['top1'] = 90.0 if run.progress.epoch == 2 else 10.0
+        return metrics
+
+    monkeypatch.setattr(loop._Run, '_evaluate', watched)
+    options = dataclasses.replace(base, val_split='auto', epochs=3, lr=1e-2, model_ema=True)
+    assert not finetune(dataclasses.replace(options, max_steps=7)).finished
+    assert {split for split, _ in seen} == {'validation'}
+    result = finetune(dataclasses.replace(options, resume=True))
+    assert [number for split, number in seen if split == 'test'] == [21]
+    assert {number for split, number in seen if split == 'validation'} == {5}
+    lines = read_results(options.output / 'results.jsonl')
+    assert lines[0]['splits'] == ['train', '0.1 of train']
+    assert lines[0]['images'] == {'train': 45, 'val': 5, 'test': 21}
+    assert all('test_top1' not in line for line in lines[:-1])
+    best = weights(options, 'model_best.safetensors')
+    assert not same(best, weights(options))
+    # The same weights on the same images, by hand.
+    start = build(options, 3)
+    start.model.load_state_dict(best)
+    test = loaders(options, load_splits(options), start.data_config, 1)[2]
+    with torch.no_grad():
+        right = sum(int((start.model.eval()(images).argmax(1) == labels).sum()) for images, labels, _ in test)
+    assert lines[-1]['test_top1'] == result.test_top1 == pytest.approx(100 * right / 21)
+
+
+def test_a_split_that_is_validated_on_is_not_tested_on(base):
+    result = finetune(dataclasses.replace(base, epochs=1))
+    assert result.finished
+    assert result.test_top1 is None
+    assert all('test_top1' not in line for line in read_results(base.output / 'results.jsonl'))
 
 
 def test_no_time_left_is_a_stop_and_no_error(base):
@@ -233,6 +276,76 @@ def test_no_checkpoint_has_weights_that_are_lost(base, monkeypatch):
         finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
     assert not list((base.output / 'checkpoints').glob('step_*'))
     assert all(tensor.isfinite().all() for tensor in weights(base, 'model_best.safetensors').values())
+
+
+def test_weights_that_the_last_step_lost_are_not_written(base, monkeypatch):
+    # The losses are finite: they are computed before the step.
+    step = loop._Run._after_step
+
+    def lost(run, loss):
+        if run.progress.step == 3:
+            torch.nn.init.constant_(run.bare.head.weight, torch.nan)
+        step(run, loss)
+
+    monkeypatch.setattr(loop._Run, '_after_step', lost)
+    options = dataclasses.replace(base, epochs=1, model_ema=True)
+    with pytest.raises(TrainingError, match=r'weights are not finite after step 4; begin again with a smaller --lr'):
+        finetune(options)
+    assert not list((base.output / 'checkpoints').glob('step_*'))
+    written = sorted(base.output.glob('*.safetensors'))
+    assert [path.name for path in written] == ['model_best.safetensors'], 'that of before the training'
+    assert all(tensor.isfinite().all() for tensor in load_file(written[0]).values())
+
+
+def test_a_stop_writes_no_weights_that_are_lost(base, monkeypatch):
+    step = loop._Run._after_step
+
+    def lost(run, loss):
+        step(run, loss)
+        if run.progress.step == 2:
+            torch.nn.init.constant_(run.average.module.head.weight, torch.inf)
+
+    monkeypatch.setattr(loop._Run, '_after_step', lost)
+    with pytest.raises(TrainingError, match='weights are not finite after step 2'):
+        finetune(dataclasses.replace(base, max_steps=2, model_ema=True))
+    assert not list((base.output / 'checkpoints').glob('step_*'))
+    assert not (base.output / 'model.safetensors').exists()
+
+
+def test_masks_of_minus_infinity_are_no_lost_weights(base, monkeypatch):
+    start = loop.build
+
+    def masked(*args):
+        found = start(*args)
+        found.model.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
+        return found
+
+    monkeypatch.setattr(loop, 'build', masked)
+    assert finetune(dataclasses.replace(base, epochs=1)).finished
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1] + '/.lock', 'w')
+fcntl.lockf(file, fcntl.LOCK_EX)
+print('locked', flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no such locks')
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_folder_has_one_run_at_a_time(base, resume):
+    base.output.mkdir()
+    options = dataclasses.replace(base, max_steps=1, resume=resume)
+    command = [sys.executable, '-c', HOLDER, str(base.output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'locked\n'
+        with pytest.raises(ConfigError, match=r"another run is at work in '.*out': wait for its end, or choose"):
+            finetune(options)
+        assert [path.name for path in base.output.iterdir()] == ['.lock']
+        other.kill()
+    assert finetune(options).steps == 1
 
 
 def test_a_run_leaves_the_process_as_it_was(base, tmp_path):

@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
 
 def arguments(folder, output, *more: str) -> list[str]:
     given = ['--model', 'test_vit', '--init', 'random', '--dataset', str(folder), '--image-size', '32', '--epochs', '2',
-             '--opt', 'sgd', '--lr', '0.05', '--train-crop-mode', 'pad', '--output', str(output)]  # fmt: skip
+             '--val-split', 'test', '--opt', 'sgd', '--lr', '0.05', '--train-crop-mode', 'pad',
+             '--output', str(output)]  # fmt: skip
     return [*given, *more]
 
 
@@ -85,6 +86,14 @@ def test_two_processes_equal_one_at_the_same_total_batch(folder, tmp_path):
     check_two_processes(folder, tmp_path, tolerance=1e-5)
 
 
+def test_two_processes_test_what_one_does(folder, tmp_path):
+    check_two_processes(folder, tmp_path, '--val-split', 'auto', tolerance=1e-5)
+    one, two = (read_results(tmp_path / name / 'results.jsonl')[-1] for name in ('one', 'two'))
+    assert one['test_images'] == two['test_images'] == 21
+    assert one['test_top1'] == two['test_top1']
+    assert one['test_loss'] == pytest.approx(two['test_loss'], rel=1e-4)
+
+
 def test_two_processes_equal_one_on_real_images(image_data, tmp_path):
     more = ('--train-split', 'train[:200]', '--val-split', 'test[:101]')
     check_two_processes(image_data / 'cifar10', tmp_path, *more, tolerance=1e-4)
@@ -95,11 +104,12 @@ def test_two_processes_evaluate_the_averaged_weights_that_are_written(folder, tm
     more = ('--model', 'test_resnet', '--small-stem', 'off', '--model-ema', '--model-ema-decay', '0.5')
     launched([*processes(2), *arguments(folder, output, '--batch-size', '6', *more)])
     options = FinetuneOptions(
-        dataset=str(folder), model='test_resnet', init='random', small_stem='off', image_size=32, batch_size=21
-    )
+        dataset=str(folder), val_split='test', model='test_resnet', init='random', small_stem='off', image_size=32,
+        batch_size=21,
+    )  # fmt: skip
     start = build(options, 3)
     start.model.load_state_dict(load_file(output / 'model_ema.safetensors'))
-    _, batches = loaders(options, load_splits(options.data), start.data_config, 1)
+    _, batches, _ = loaders(options, load_splits(options), start.data_config, 1)
     (batch,) = batches
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(start.model.eval()(batch[0]), batch[1])

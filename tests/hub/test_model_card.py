@@ -225,14 +225,16 @@ def trained(tmp_path_factory):
 def test_a_fine_tuned_model(push, hub: HubServer, trained):
     source = read_source(trained)
     lines = [json.loads(line) for line in (trained / 'results.jsonl').read_text().splitlines()]
-    best = lines[-2]['best_top1']
+    best, tested = lines[-2]['best_top1'], lines[-1]['test_top1']
     card = push(source.model, results=trained, model_args=source.model_args)
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.dataset_split, result.metric_type) == ('colours', 'test', 'accuracy')
-    assert result.metric_value == round(best, 4)
-    assert 'fine-tuned for' in result.metric_name
+    assert result.metric_value == round(tested, 4)
+    assert result.metric_name == 'top-1 test accuracy in percent, fine-tuned for 1 epochs'
     assert card.data.datasets is None  # a folder, not a data set of the Hub
-    assert f'{best:.2f} % accuracy on its split `test`' in card.text
+    assert f'{best:.2f} % validation accuracy on its split `0.1 of train`. On the test split' in card.text
+    assert f'| validation accuracy, fine-tuned for 1 epochs | {best:.2f} % |' in card.text
+    assert f'| test accuracy, fine-tuned for 1 epochs | {tested:.2f} % (21 images) |' in card.text
     assert '**predicted, no training**' not in card.text
     assert 'lr=0.003' in code_of(card)
     assert str(trained.parent) not in str(card)
@@ -247,9 +249,18 @@ def test_a_fine_tuned_model(push, hub: HubServer, trained):
 def test_the_accuracy_is_that_of_the_weights(trained):
     lines = [json.loads(line) for line in (trained / 'results.jsonl').read_text().splitlines()]
     last = Training.read(trained / 'model.safetensors')
-    assert (last.top1, last.epoch) == (lines[-2]['val_top1'], 1)
+    assert (last.top1, last.epoch, last.test_top1) == (lines[-2]['val_top1'], 1, None)
     best = Training.read(trained)
-    assert best.top1 == lines[-2]['best_top1']
+    assert (best.top1, best.test_top1) == (lines[-2]['best_top1'], lines[-1]['test_top1'])
+
+
+def test_an_accuracy_that_weights_were_chosen_by_is_that_of_validation(trained):
+    training = dataclasses.replace(Training.read(trained), test_top1=None)
+    card = model_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training))
+    (result,) = card.data.eval_results
+    assert result.metric_name == 'top-1 validation accuracy in percent, fine-tuned for 1 epochs'
+    assert (result.dataset_split, result.metric_value) == ('0.1 of train', round(training.top1, 4))
+    assert 'test accuracy' not in card.text
 
 
 def test_a_data_set_of_the_hub_is_linked(trained):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
+from tiny import TINY, make_ghn
 
 from timm_ghn import load_ghn
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
@@ -31,6 +32,8 @@ CHEAP = {
     'activations': 30_000,
     'attempts': 2000,
 }
+
+TINY_CLASSES = dataclasses.replace(TINY['gated'], num_classes=3)
 
 
 @pytest.fixture(scope='module')
@@ -280,6 +283,8 @@ def test_networks_can_compute_in_bfloat16(base, tmp_path):
             'expected at least 400 training images',
         ),
         ({'init': 'no-such-ghn'}, LookupError, 'no-such-ghn'),
+        ({'image_size': 1_000_000_000}, DataError, r'108 images of 3x1000000000x1000000000 need .* GB of memory'),
+        ({'dataset': '~no-such-user/x'}, DataError, 'cannot be loaded'),
     ],
 )
 def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
@@ -303,6 +308,18 @@ def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
         {'held_out': 'regnet,alexnet'},
         {'sampler_args': '{families: [vgg'},
         {'sampler_args': '{families: [alexnet]}'},
+        {'sampler_args': '{families: 3}'},
+        {'sampler_args': '{macs: lots}'},
+        {'sampler_args': '{macs: .inf}'},
+        {'sampler_args': '{parameters: 5}'},
+        {'sampler_args': '{split: [test]}'},
+        {'sampler_args': '{5: 5}'},
+        {'sampler': 'names', 'sampler_args': '{names: {}}'},
+        {'sampler': 'mix', 'sampler_args': '{parts: [{sampler: [timm]}]}'},
+        {'sampler_args': '[' * 10_000},
+        {'held_out': 5},
+        {'weight_decay': float('nan')},
+        {'name': None},
         {'max_channels': 0},
         {'mixed_precision': 'fp16'},
         {'ema_decay': 1.0},
@@ -315,6 +332,21 @@ def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
 def test_options_that_make_no_sense_are_refused(changes):
     with pytest.raises(ConfigError):
         TrainOptions(dataset='x', **changes)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'message'),
+    [
+        ({'image_size': 1_000_000_000}, DataError, 'GB of memory'),
+        ({'device': 'meta'}, ConfigError, "the device 'meta' cannot be used"),
+        ({'dataset': '~no-such-user/x'}, DataError, 'cannot be loaded'),
+    ],
+)
+def test_wrong_input_of_an_evaluation_is_named(folder, monkeypatch, changes, error, message):
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('timm_ghn.train.evaluate.load_ghn', lambda *_, **__: make_ghn(TINY_CLASSES))
+    with pytest.raises(error, match=message):
+        evaluate(EvaluateOptions(**{'dataset': str(folder), 'ghn': 'tiny', **changes}))
 
 
 def test_a_ghn_of_other_classes_cannot_be_evaluated(folder):

@@ -21,6 +21,7 @@ from torchvision import transforms
 from timm_ghn.data.splits import Split
 from timm_ghn.errors import ConfigError, DataError
 from timm_ghn.generators import kept_generators
+from timm_ghn.recipes import NOT_NEGATIVE, POSITIVE, PROPORTION, Options, option
 
 #: Label of an image that cannot be decoded; losses and metrics leave it out.
 NO_LABEL = -100
@@ -36,43 +37,30 @@ _decoder = Image()
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformOptions:
-    """How images become tensors; the names are timm's.
+class TransformOptions(Options):
+    """How training images become tensors; the names are timm's. Every field is an option and a key of a recipe.
 
-    Attributes:
-        no_aug: Train on the images as they are evaluated.
-        train_crop_mode: One of :data:`CROP_MODES`.
-        scale: Area of the random crop, as shares of the image.
-        ratio: Aspect ratio of the random crop.
-        hflip: Probability of a horizontal flip.
-        vflip: Probability of a vertical flip.
-        color_jitter: Strength of colour jitter; None for none.
-        aa: Automatic augmentation, for instance 'rand-m9-mstd0.5'.
-        reprob: Probability of random erasing.
+    Raises:
+        ConfigError: if an option makes no sense.
     """
 
-    no_aug: bool = False
-    train_crop_mode: str = 'rrc'
-    scale: tuple[float, float] | None = None
-    ratio: tuple[float, float] | None = None
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float | None = None
-    aa: str | None = None
-    reprob: float = 0.0
+    no_aug: bool = option(False, 'train without augmentation')
+    train_crop_mode: str = option('rrc', 'rrc, rkrc, rkrr (see timm) or pad (crop out of a padded image)',
+                                  choices=CROP_MODES)  # fmt: skip
+    scale: tuple[float, float] | None = option(None, 'area of the random crop, as shares of the image', within=POSITIVE)
+    ratio: tuple[float, float] | None = option(None, 'aspect ratio of the random crop', within=POSITIVE)
+    hflip: float = option(0.5, 'probability of a horizontal flip', within=PROPORTION)
+    vflip: float = option(0.0, 'probability of a vertical flip', within=PROPORTION)
+    color_jitter: float | None = option(None, 'strength of colour jitter (default: none)', within=NOT_NEGATIVE)
+    aa: str | None = option(None, "automatic augmentation, e.g. 'rand-m9-mstd0.5'")
+    reprob: float = option(0.0, 'probability of random erasing', within=PROPORTION)
 
     def __post_init__(self) -> None:
-        if self.train_crop_mode not in CROP_MODES:
-            raise ConfigError(
-                f'expected train_crop_mode to be one of {", ".join(CROP_MODES)} (got {self.train_crop_mode!r})'
-            )
-        for name in ('hflip', 'vflip', 'reprob'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f'expected {name} between 0 and 1 (got {getattr(self, name)})')
+        super().__post_init__()
         for name in ('scale', 'ratio'):
             values = getattr(self, name)
-            if values is not None and not (len(values) == 2 and 0 < values[0] <= values[1]):
-                raise ConfigError(f'expected {name} to be two ascending numbers above 0 (got {values})')
+            if values is not None and not values[0] <= values[1]:
+                raise ConfigError(f'expected {name} to be two ascending numbers (got {values})')
 
 
 def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Callable[[PILImage.Image], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,11 +55,19 @@ def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = Fa
         progress: Whether to show a bar.
 
     Raises:
-        DataError: if none can be read.
+        DataError: if none can be read, or if they need more memory than there is.
     """
     transform: Any = create_transform(size, crop_pct=1.0, interpolation='bicubic', normalize=False)
     mode = 'L' if size[0] == 1 else 'RGB'
-    images = torch.empty((len(split), *size), dtype=torch.uint8)
+    try:
+        images = torch.empty((len(split), *size), dtype=torch.uint8)
+    except (RuntimeError, TypeError) as error:
+        # Out of memory, or more elements than torch can count.
+        gigabytes = len(split) * math.prod(size) / 1e9
+        raise DataError(
+            f'{len(split):,} images of {"x".join(map(str, size))} need {gigabytes:,.0f} GB of memory, which cannot be '
+            'had; choose a smaller image_size'
+        ) from error
     good = np.zeros(len(split), dtype=bool)
     values = split.rows[split.image_column]
     for row, value in enumerate(tqdm(values, desc='decoding', unit='image', disable=None if progress else True)):

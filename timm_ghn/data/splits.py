@@ -1,11 +1,12 @@
-"""A Hugging Face data set as a training and a validation split with known columns and classes."""
+"""A Hugging Face data set as a training, a validation and a test split with known columns and classes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +25,20 @@ from datasets import (
     load_from_disk,
 )
 
-from timm_ghn.errors import ConfigError, DataError
+from timm_ghn.data.options import DataOptions
+from timm_ghn.errors import DataError
 
 #: Names under which labels stand, the first that exists wins; a single column of class labels is found by its type.
 LABEL_COLUMNS = ('label', 'labels', 'class', 'target', 'category')
 
 #: Splits that are validated on where none is named, the first that exists wins.
-VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev', 'test')
+VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev')
 
-#: Share of the training split that is held out where the data set has no other split.
+#: Split that is kept for the end: nothing is chosen by it.
+TEST_SPLIT = 'test'
+
+#: Share of the training split that is held out for validation where the data set has no split for it.
 HELD_OUT = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Which images to train on and to validate on.
-
-    Attributes:
-        dataset: Name on the Hub, a folder (parquet files, a folder per class, or what ``save_to_disk`` wrote), or a
-            parquet file.
-        subset: Configuration of a data set that has several.
-        train_split: Split to train on, in the notation of datasets: 'train', 'train[:90%]'.
-        val_split: Split to validate on, or the share of the training split to hold out (drawn with ``seed``). 'auto':
-            the validation or test split if there is one, else a tenth of the training split.
-        image_column: Column of images; None finds it by its type.
-        label_column: Column of labels; None finds it by its type and name.
-        shots: Images of each class to train on; None for all.
-        shots_seed: Draw the shots with this seed; None takes the first of each class in the order of the data set.
-        seed: Of the split that is held out.
-    """
-
-    dataset: str
-    subset: str | None = None
-    train_split: str = 'train'
-    val_split: str = 'auto'
-    image_column: str | None = None
-    label_column: str | None = None
-    shots: int | None = None
-    shots_seed: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ConfigError('expected a data set: a name on the Hub, a folder or a parquet file (got nothing)')
-        if self.shots is not None and self.shots < 1:
-            raise ConfigError(f'expected shots of at least 1 (got {self.shots})')
-        share = _share(self.val_split)
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f'expected a share of the training split between 0 and 1 (got {self.val_split})')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +58,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, rows: np.ndarray) -> Split:
+        """Some of the rows, in the given order."""
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
+        return Split(self.rows.select(rows), self.image_column, self.labels[rows])
+
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
@@ -99,43 +72,103 @@ class Splits:
     Attributes:
         train: To train on.
         val: To validate on.
+        test: To look at once, at the end; None where the data set has none, or where it is trained or validated on.
         classes: Names of the classes, in the order of the labels.
-        names: Names of the two splits, as far as they were named.
+        names: Names of the training and the validation split, as far as they were named.
     """
 
     train: Split
     val: Split
+    test: Split | None
     classes: tuple[str, ...]
     names: tuple[str, str]
 
 
-def load_splits(options: DataOptions) -> Splits:
+def load_splits(
+    options: DataOptions, *, seed: int = 0, shots: int | None = None, shots_seed: int | None = None
+) -> Splits:
     """Load a data set and find its images, labels, classes and splits.
+
+    A validation split that is held out has the classes of the training split in its proportions. Of a few-shot problem
+    it consists of images that are no shots: these are the same whatever is held out, and as many as asked for.
+
+    Args:
+        options: Which data set, and what of it.
+        seed: Of the images that are held out for validation.
+        shots: Images of each class to train on; None for all.
+        shots_seed: Draw the shots with this seed; None takes the first of each class in the order of the data set.
 
     Raises:
         DataError: if the data set cannot be had, or lacks something.
     """
     parts = _load(options)
-    train, val, names = _choose(parts, options)
+    train, val, share, names = _choose(parts, options)
     image_column = _image_column(train, options.image_column)
     label_column = _label_column(train, options.label_column, image_column)
-    for part, name in ((train, names[0]), (val, names[1])):
+    classes = _classes(train, label_column)
+
+    def read(part: Dataset, name: str) -> Split:
         missing = [column for column in (image_column, label_column) if column not in part.column_names]
         if missing:
             raise DataError(f'split {name!r} has no column {missing[0]!r} (it has {", ".join(part.column_names)})')
-    classes = _classes(train, label_column)
-    labels = [_labels(part, label_column, classes, name) for part, name in zip((train, val), names, strict=True)]
-    _check_classes(labels[0], classes, names[0])
-    if options.shots is not None:
-        chosen = first_shots(labels[0], options.shots, options.shots_seed)
-        _check_shots(labels[0], chosen, options.shots, classes)
-        train, labels[0] = train.select(chosen), labels[0][chosen]
-    found = []
-    for part, name, label in zip((train, val), names, labels, strict=True):
+        labels = _labels(part, label_column, classes, name)
         if not len(part):
             raise DataError(f'split {name!r} of {options.dataset!r} has no images')
-        found.append(Split(_undecoded(part, image_column), image_column, label))
-    return Splits(found[0], found[1], classes, names)
+        return Split(_undecoded(part, image_column), image_column, labels)
+
+    whole = read(train, names[0])
+    _check_classes(whole.labels, classes, names[0])
+    chosen = np.arange(len(whole))
+    if shots is not None:
+        chosen = first_shots(whole.labels, shots, shots_seed)
+        _check_shots(whole.labels, chosen, shots, classes)
+    if share is None:
+        held_out = None
+    else:
+        held_out = _held_out(whole.labels, share, seed, np.array([]) if shots is None else chosen, names[0])
+        chosen = np.setdiff1d(chosen, held_out)
+        _check_classes(whole.labels[chosen], classes, names[0])
+    return Splits(
+        train=whole.select(chosen),
+        val=read(val, names[1]) if held_out is None else whole.select(held_out),
+        test=_test_split(parts, options, names, read),
+        classes=classes,
+        names=names,
+    )
+
+
+def _test_split(
+    parts: Mapping[str, Dataset], options: DataOptions, names: tuple[str, str], read: Callable[[Dataset, str], Split]
+) -> Split | None:
+    """The test split, unless it is used for something else, or cannot be used: of some, the labels are secret."""
+    if TEST_SPLIT not in parts or TEST_SPLIT in _named(options.train_split) | _named(names[1]):
+        return None
+    try:
+        return read(parts[TEST_SPLIT], TEST_SPLIT)
+    except DataError as error:
+        warnings.warn(f'the test split is left out: {error}', stacklevel=3)
+        return None
+
+
+def _held_out(labels: np.ndarray, share: float, seed: int, shots: np.ndarray, name: str) -> np.ndarray:
+    """Rows to validate on: a share of all rows, out of those that are no shots.
+
+    They are drawn by systematic sampling of the rows in the order of their classes, so that each class has its share
+    but for a fraction of an image.
+    """
+    rows = np.setdiff1d(np.arange(len(labels)), shots)
+    if len(labels) < 2 or not len(rows):
+        what = 'all of them are shots: ask for fewer' if len(labels) > 1 else 'too few'
+        raise DataError(
+            f'split {name!r} has {len(labels)} images, of which none can be held out for validation ({what}); or name '
+            'a split to validate on with val_split'
+        )
+    count = min(math.ceil(share * len(labels)), len(rows) if len(shots) else len(rows) - 1)
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(rows)
+    rows = rows[np.argsort(labels[rows], kind='stable')]
+    places = (np.arange(count) + rng.random()) * (len(rows) / count)
+    return np.sort(rows[np.minimum(places.astype(np.int64), len(rows) - 1)])
 
 
 def first_shots(labels: np.ndarray, shots: int, seed: int | None = None) -> np.ndarray:
@@ -155,7 +188,7 @@ def first_shots(labels: np.ndarray, shots: int, seed: int | None = None) -> np.n
 
 def _load(options: DataOptions) -> Mapping[str, Dataset]:
     """All splits of the data set."""
-    place = Path(options.dataset).expanduser()
+    place = Path(os.path.expanduser(options.dataset))  # an unknown user's ~ stays as it is
     try:
         if place.is_file():
             kind = {'.parquet': 'parquet', '.arrow': 'arrow'}.get(place.suffix.lower())
@@ -182,23 +215,24 @@ def _load(options: DataOptions) -> Mapping[str, Dataset]:
     return dict(loaded)
 
 
-def _choose(parts: Mapping[str, Dataset], options: DataOptions) -> tuple[Dataset, Dataset, tuple[str, str]]:
-    """Training and validation rows and their names."""
+def _choose(
+    parts: Mapping[str, Dataset], options: DataOptions
+) -> tuple[Dataset, Dataset, float | None, tuple[str, str]]:
+    """Training rows, validation rows or the share of the training rows that they are, and the names of both."""
     train = _part(parts, options.train_split, 'train_split')
-    base = re.split(r'[\[+]', options.train_split)[0].strip()
-    wanted, share = options.val_split, _share(options.val_split)
+    wanted, share = options.val_split, options.val_share
     if wanted == 'auto':
-        others = [name for name in VALIDATION_SPLITS if name in parts and name != base]
+        trained = _named(options.train_split)
+        others = [name for name in VALIDATION_SPLITS if name in parts and name not in trained]
         wanted, share = (others[0], None) if others else (wanted, HELD_OUT)
     if share is None:
-        return train, _part(parts, wanted, 'val_split'), (options.train_split, wanted)
-    if len(train) < 2:
-        raise DataError(f'split {options.train_split!r} has {len(train)} images, too few to hold some out')
-    held_out = min(max(1, math.ceil(share * len(train))), len(train) - 1)
-    # As Dataset.train_test_split draws them, which would write into the folder of the data set.
-    rows = np.random.default_rng(options.seed).permutation(len(train))
-    order = f'{share:g} of {options.train_split}'
-    return train.select(rows[held_out:]), train.select(rows[:held_out]), (options.train_split, order)
+        return train, _part(parts, wanted, 'val_split'), None, (options.train_split, wanted)
+    return train, train, share, (options.train_split, f'{share:g} of {options.train_split}')
+
+
+def _named(spec: str) -> set[str]:
+    """Splits that slices like 'train[:90%]+validation' are of."""
+    return {part.partition('[')[0].strip() for part in spec.split('+')}
 
 
 def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
@@ -219,13 +253,6 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
 
 def _end(to: int | None, size: int) -> int:
     return size if to is None else to
-
-
-def _share(val_split: str) -> float | None:
-    try:
-        return float(val_split)
-    except ValueError:
-        return None
 
 
 def _image_column(part: Dataset, named: str | None) -> str:

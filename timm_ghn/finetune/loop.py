@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration
+from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
@@ -50,7 +51,7 @@ from timm_ghn.finetune.setup import (
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.output import write_state_dict
 from timm_ghn.results import CURVES, RESULTS, plot_curves, read_results, versions
-from timm_ghn.runs import CHECKPOINTS, Run, build_accelerator, local_arguments, refuse_to_write_over, undisturbed
+from timm_ghn.runs import CHECKPOINTS, Run, build_accelerator, exclusive_output, local_arguments, undisturbed
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
@@ -101,6 +102,8 @@ class Result:
         epochs: The metrics after each epoch; those of epoch 0 are from before the training.
         steps: Optimiser steps done.
         finished: Whether all epochs are done; else the run can go on with ``resume``.
+        test_top1: Accuracy of the best weights on the test split, in percent; None where the data set has none, where
+            it was used to train or validate on, or where the run is not finished.
         pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
     """
 
@@ -108,6 +111,7 @@ class Result:
     epochs: tuple[dict[str, Any], ...]
     steps: int
     finished: bool
+    test_top1: float | None = None
     pushed: str | None = None
 
 
@@ -133,24 +137,28 @@ def _finetune(options: FinetuneOptions) -> Result:
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         step_scheduler_with_optimizer=False,
     )
-    refuse_to_write_over(options)
+    with exclusive_output(options, main=accelerator.is_main_process):
+        return _fine_tuned(options, accelerator, started)
+
+
+def _fine_tuned(options: FinetuneOptions, accelerator: Accelerator, started: float) -> Result:
     if accelerator.is_main_process:
         check_target(options)
     with accelerator.main_process_first():
-        splits = load_splits(options.data)
+        splits = load_splits(options, seed=options.seed, shots=options.shots, shots_seed=options.shots_seed)
     num_classes = class_count(options, splits)
     with accelerator.main_process_first():
         start = build(options, num_classes)
     if accelerator.is_main_process:
         check_start(options, start)
-    train, val = loaders(options, splits, start.data_config, accelerator.num_processes)
-    run = _Run(options, accelerator, start, train, val, num_classes, started)
+    batches = loaders(options, splits, start.data_config, accelerator.num_processes)
+    run = _Run(options, accelerator, start, *batches, num_classes, started)
     run.facts = {
         'arguments': options.to_dict(),
         'local': local_arguments(options.to_dict()),
         'processes': accelerator.num_processes,
         'classes': list(splits.classes),
-        'images': {'train': len(splits.train), 'val': len(splits.val)},
+        'images': {'train': len(splits.train), 'val': len(splits.val), 'test': len(splits.test or ())},
         'splits': list(splits.names),
         'model_args': start.arguments,
         'stem': list(start.edits),
@@ -175,6 +183,7 @@ class _Run(Run):
         start: Start,
         train: DataLoader[Batch],
         val: DataLoader[Batch],
+        test: DataLoader[Batch] | None,
         num_classes: int,
         started: float,
     ) -> None:
@@ -190,6 +199,7 @@ class _Run(Run):
         self.loss: Callable[[Tensor, Tensor], Tensor] = loss
         optimizer = optimizer_of(options, start.model)
         self.model, self.optimizer, self.train, self.val = accelerator.prepare(start.model, optimizer, train, val)
+        self.test = None if test is None else accelerator.prepare_data_loader(test)
         updates = updates_per_epoch(len(self.train), options.grad_accum_steps)
         self.scheduler: Scheduler | None = scheduler_of(options, optimizer, updates)
         self.average: ModelEmaV3 | None = None
@@ -239,11 +249,14 @@ class _Run(Run):
                 # To look at. The run that goes on knows nothing of it, so it keeps no weights either.
                 self._evaluated(round(progress.epoch + progress.batch / len(self.train), 3), keep=False)
             self._say('stopped after %d steps; go on with --resume', progress.step)
+        self._expect_finite_weights(progress.step, *self._weights)
         if self.accelerator.is_main_process:
             self._write(self.bare, WEIGHTS)
             if self.average is not None:
                 self._write(self.average.module, AVERAGED_WEIGHTS)
-            self._record('end', {'steps': progress.step, 'finished': finished, 'seconds': self._seconds()})
+        tested = self._tested() if finished else {}
+        if self.accelerator.is_main_process:
+            self._record('end', {'steps': progress.step, 'finished': finished, **tested, 'seconds': self._seconds()})
             lines = read_results(options.output / RESULTS)
             title = f'{options.model}, {options.init}, {Path(options.dataset).name}'
             if not plot_curves(lines, options.output / CURVES, title):
@@ -251,7 +264,21 @@ class _Run(Run):
         self.accelerator.wait_for_everyone()
         lines = read_results(options.output / RESULTS)
         epochs = tuple(line for line in lines if line['kind'] == 'epoch')
-        return Result(options.output, epochs, progress.step, finished)
+        return Result(options.output, epochs, progress.step, finished, tested.get('test_top1'))
+
+    def _tested(self) -> dict[str, Any]:
+        """Metrics of the best weights on the test split, by which nothing is chosen; none where there is no such split.
+
+        The model has the best weights afterwards.
+        """
+        self.accelerator.wait_for_everyone()
+        best = self.options.output / BEST_WEIGHTS
+        if self.test is None or not best.is_file():
+            return {}
+        self.bare.load_state_dict(load_file(best))
+        metrics = self._evaluate(self.model, self.test, 'test')
+        self._say('test split, best weights: test_loss %.4g, test_top1 %.4g', metrics['loss'], metrics['top1'])
+        return {f'test_{name}': value for name, value in metrics.items()}
 
     def _train_epoch(self) -> None:
         """Train for what is left of an epoch, unless a limit is met."""
@@ -348,16 +375,22 @@ class _Run(Run):
             'another start' + ('. The checkpoints before it are in the output folder' if left else '')
         )
 
+    @property
+    def _weights(self) -> list[nn.Module]:
+        """What has weights that are written: the model, and its average."""
+        return [self.bare, *([self.average.module] if self.average is not None else [])]
+
     def _evaluated(self, epoch: float, *, keep: bool = True, **more: Any) -> None:
         """Validate, write down what comes out, and keep the best weights."""
         if self.accelerator.num_processes > 1:
-            for module in (self.bare, *((self.average.module,) if self.average is not None else ())):
+            for module in self._weights:
                 distribute_bn(module, self.accelerator.num_processes, reduce=True)
-        metrics = self._evaluate(self.model)
+        self._expect_finite_weights(self.progress.step, *self._weights)
+        metrics = self._evaluate(self.model, self.val, 'validation')
         values = {'epoch': epoch, 'step': self.progress.step, **more, **{f'val_{k}': v for k, v in metrics.items()}}
         best, source = metrics['top1'], self.bare
         if self.average is not None:
-            averaged = self._evaluate(self.average.module)
+            averaged = self._evaluate(self.average.module, self.val, 'validation')
             values |= {f'ema_{key}': averaged[key] for key in ('loss', 'top1', 'top5')}
             if averaged['top1'] > best:
                 best, source = averaged['top1'], self.average.module
@@ -375,12 +408,12 @@ class _Run(Run):
             self.accelerator.log(numbers, step=self.progress.step)
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """Loss and accuracies in percent on the validation split; each image counts once, damaged ones never."""
+    def _evaluate(self, model: nn.Module, batches: DataLoader[Batch], split: str) -> dict[str, Any]:
+        """Loss and accuracies in percent on a split; each image counts once, damaged ones never."""
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64)
         damaged = 0
-        bar = tqdm(self.val, desc='validating', leave=False, disable=None if self.accelerator.is_main_process else True)
+        bar = tqdm(batches, desc=split, leave=False, disable=None if self.accelerator.is_main_process else True)
         for images, labels, _ in bar:
             with self.accelerator.autocast():
                 logits = model(self._laid_out(images)).float()
@@ -391,7 +424,7 @@ class _Run(Run):
             sums += row.sum(0)
             damaged += int((row[:, 3] == 0).sum())
         if not sums[3]:
-            raise DataError('none of the validation images can be read')
+            raise DataError(f'none of the {split} images can be read')
         loss, top1, top5 = (sums[:3] / sums[3]).tolist()
         return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'images': int(sums[3]), 'damaged': damaged}
 
@@ -415,6 +448,7 @@ class _Run(Run):
 
     def _checkpoint(self) -> None:
         self._gather_sums()
+        self._expect_finite_weights(self.progress.step, *self._weights)
         self._save(dataclasses.asdict(self.progress), self.identity, self.average)
 
     def _gather_sums(self) -> None:

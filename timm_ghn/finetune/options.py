@@ -9,22 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from timm_ghn.data.images import TransformOptions
-from timm_ghn.data.options import DatasetOptions
+from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.params.plan import HEAD_OPTIONS
 from timm_ghn.postprocess import PostProcess
 from timm_ghn.publish.send import Target
-from timm_ghn.recipes import option, those_of
+from timm_ghn.recipes import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_PROPORTION,
+    option,
+    read_yaml,
+)
 
 #: Values of ``small_stem``.
 SMALL_STEM = ('auto', 'on', 'off')
 #: Values of ``mixed_precision``, which are those of accelerate.
 PRECISIONS = ('no', 'fp16', 'bf16')
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'dataset': 'data', 'model': 'start', 'image_size': 'images', 'epochs': 'training', 'seed': 'run',
+GROUPS = {'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'model': 'start', 'image_size': 'images',
+          'epochs': 'training', 'seed': 'run',
           'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
@@ -32,74 +38,81 @@ _OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneOptions(DatasetOptions):
+class FinetuneOptions(TransformOptions, DataOptions):
     """What to train, on what, and how. Every field is an option of the command line and a key of a recipe.
 
     Raises:
         ConfigError: if options contradict themselves.
     """
 
-    shots: int | None = option(None, 'train on so many images of each class (default: all)')
-    shots_seed: int | None = option(None, 'draw the shots (default: the first of each class)')
+    shots: int | None = option(None, 'train on so many images of each class (default: all)', within=POSITIVE)
+    shots_seed: int | None = option(None, 'draw the shots (default: the first of each class)', within=NOT_NEGATIVE)
 
     model: str = option('', 'timm model', metavar='NAME')
     init: str = option('ghn', "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's)")
     postprocess: str = option(
         'auto', "'orth', 'noise' or 'none', or like 'orth,layer=37,beta=3e-5'; auto: what the GHN recommends"
     )
-    head: str = option('auto', 'classifier of a GHN: auto, predict or keep')
+    head: str = option('auto', 'classifier of a GHN: auto, predict or keep', choices=HEAD_OPTIONS)
     num_classes: str = option('auto', 'classes; auto takes them from the data set', metavar='N')
     model_args: Any = option(None, "more arguments of timm.create_model, as in 'drop_path_rate=0.1,act_layer=gelu'")
 
-    image_size: int | None = option(None, "side of the images in pixels (default: the model's own)")
-    small_stem: str = option('auto', 'stem for small images: on, off, or auto (up to 64 pixels)')
-    crop_pct: float | None = option(None, "share of the side the centre crop keeps (default: the model's; 1 if small)")
+    image_size: int | None = option(None, "side of the images in pixels (default: the model's own)", within=POSITIVE)
+    small_stem: str = option('auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=SMALL_STEM)
+    crop_pct: float | None = option(
+        None,
+        "share of the side the centre crop keeps (default: the model's; 1 if small)",
+        within=POSITIVE_PROPORTION,
+    )
     mean: tuple[float, ...] | None = option(None, "mean of each channel (default: the model's)")
-    std: tuple[float, ...] | None = option(None, "standard deviation of each channel (default: the model's)")
-    no_aug: bool = option(False, 'train without augmentation')
-    train_crop_mode: str = option('rrc', 'rrc, rkrc, rkrr (see timm) or pad (crop out of a padded image)')
-    scale: tuple[float, float] | None = option(None, 'area of the random crop')
-    ratio: tuple[float, float] | None = option(None, 'aspect ratio of the random crop')
-    hflip: float = option(0.5, 'probability of a horizontal flip')
-    vflip: float = option(0.0, 'probability of a vertical flip')
-    color_jitter: float | None = option(None, 'strength of colour jitter (default: none)')
-    aa: str | None = option(None, "automatic augmentation, e.g. 'rand-m9-mstd0.5'")
-    reprob: float = option(0.0, 'probability of random erasing')
-    mixup: float = option(0.0, 'alpha of mixup')
-    cutmix: float = option(0.0, 'alpha of cutmix')
-    smoothing: float = option(0.0, 'label smoothing')
+    std: tuple[float, ...] | None = option(
+        None, "standard deviation of each channel (default: the model's)", within=POSITIVE
+    )
+    mixup: float = option(0.0, 'alpha of mixup', within=NOT_NEGATIVE)
+    cutmix: float = option(0.0, 'alpha of cutmix', within=NOT_NEGATIVE)
+    smoothing: float = option(0.0, 'label smoothing', within=BELOW_ONE)
 
-    epochs: int = option(10, 'epochs to train')
-    max_steps: int | None = option(None, 'stop after so many optimiser steps')
-    time_limit: float | None = option(None, 'stop, with a checkpoint, after so many minutes', metavar='MINUTES')
-    batch_size: int = option(64, 'images in a batch, of each process')
-    val_batch_size: int | None = option(None, 'images in a batch when validating (default: the same)')
-    grad_accum_steps: int = option(1, 'batches whose gradients are averaged for one step')
+    epochs: int = option(10, 'epochs to train', within=POSITIVE)
+    max_steps: int | None = option(None, 'stop after so many optimiser steps', within=POSITIVE)
+    time_limit: float | None = option(
+        None, 'stop, with a checkpoint, after so many minutes', within=POSITIVE, metavar='MINUTES'
+    )
+    batch_size: int = option(64, 'images in a batch, of each process', within=POSITIVE)
+    val_batch_size: int | None = option(None, 'images in a batch when validating (default: the same)', within=POSITIVE)
+    grad_accum_steps: int = option(1, 'batches whose gradients are averaged for one step', within=POSITIVE)
     opt: str = option('adamw', 'optimiser of timm')
-    lr: float = option(1e-3, 'learning rate')
-    weight_decay: float = option(0.05, 'weight decay')
-    momentum: float = option(0.9, 'momentum')
+    lr: float = option(1e-3, 'learning rate', within=POSITIVE)
+    weight_decay: float = option(0.05, 'weight decay', within=NOT_NEGATIVE)
+    momentum: float = option(0.9, 'momentum', within=NOT_NEGATIVE)
     decay_norms: bool = option(False, 'weight decay also on biases and norm layers, as in plain torch')
-    layer_decay: float | None = option(None, 'factor of the learning rate from layer to layer')
+    layer_decay: float | None = option(None, 'factor of the learning rate from layer to layer', within=POSITIVE)
     sched: str = option('cosine', "schedule of timm; 'none' for a constant rate")
-    warmup_epochs: int = option(0, 'epochs of linear warm-up; the first is at warmup_lr, unless sched_on_updates')
-    warmup_lr: float = option(1e-6, 'learning rate at the start of the warm-up')
-    min_lr: float = option(0.0, 'learning rate at the end')
+    warmup_epochs: int = option(
+        0, 'epochs of linear warm-up; the first is at warmup_lr, unless sched_on_updates', within=NOT_NEGATIVE
+    )
+    warmup_lr: float = option(1e-6, 'learning rate at the start of the warm-up', within=NOT_NEGATIVE)
+    min_lr: float = option(0.0, 'learning rate at the end', within=NOT_NEGATIVE)
     sched_on_updates: bool = option(False, 'change the rate after every step, not every epoch')
-    clip_grad: float | None = option(None, 'largest norm of the gradient')
+    clip_grad: float | None = option(None, 'largest norm of the gradient', within=POSITIVE)
     model_ema: bool = option(False, 'also evaluate an average of the weights')
-    model_ema_decay: float = option(0.999, 'decay of that average')
-    calibrate_batches: int = option(8, 'batches for batch-norm statistics before training; not if pretrained')
+    model_ema_decay: float = option(0.999, 'decay of that average', within=BELOW_ONE)
+    calibrate_batches: int = option(
+        8, 'batches for batch-norm statistics before training; not if pretrained', within=NOT_NEGATIVE
+    )
 
-    seed: int = option(0, 'of everything that is drawn')
-    mixed_precision: str | None = option(None, 'no, fp16 or bf16 (default: as accelerate is configured)')
+    seed: int = option(0, 'of everything that is drawn', within=NOT_NEGATIVE)
+    mixed_precision: str | None = option(
+        None, 'no, fp16 or bf16 (default: as accelerate is configured)', choices=PRECISIONS
+    )
     torchcompile: bool = option(False, 'compile the model')
     channels_last: bool = option(False, 'channels-last memory: often faster for convolutions, on a CPU too')
-    workers: int = option(0, 'processes that load images, of each process')
+    workers: int = option(0, 'processes that load images, of each process', within=NOT_NEGATIVE)
     output: Path = option(Path('finetune-out'), 'folder for results, checkpoints and weights', metavar='DIR')
     resume: bool = option(False, 'go on from the last good checkpoint in the output folder')
-    checkpoint_steps: int | None = option(None, 'steps between checkpoints (default: after each epoch)')
-    checkpoint_hist: int = option(2, 'checkpoints to keep')
+    checkpoint_steps: int | None = option(
+        None, 'steps between checkpoints (default: after each epoch)', within=POSITIVE
+    )
+    checkpoint_hist: int = option(2, 'checkpoints to keep', within=POSITIVE)
     log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
 
     # No token: options are written into results, weights and trackers, and whoever lists the processes reads them.
@@ -110,44 +123,14 @@ class FinetuneOptions(DatasetOptions):
     hub_license: str | None = option(None, "licence of the model (default: that of the catalogue's GHN)", metavar='ID')
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
-        # In Python, a number and a text are as good.
-        object.__setattr__(self, 'num_classes', str(self.num_classes))
-        object.__setattr__(self, 'output', Path(self.output))
-        positive = ('epochs', 'batch_size', 'grad_accum_steps', 'lr', 'checkpoint_hist')
-        optional = (
-            'max_steps', 'time_limit', 'val_batch_size', 'image_size', 'checkpoint_steps', 'clip_grad', 'crop_pct',
-            'layer_decay',
-        )  # fmt: skip
-        for name in positive + tuple(name for name in optional if getattr(self, name) is not None):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f'expected {name} above 0 (got {getattr(self, name)})')
-        for name in (
-            'weight_decay', 'momentum', 'warmup_lr', 'min_lr', 'mixup', 'cutmix', 'workers', 'warmup_epochs',
-            'calibrate_batches', 'seed',
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ConfigError(f'expected {name} of 0 or more (got {getattr(self, name)})')
-        for name in ('smoothing', 'model_ema_decay'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f'expected {name} from 0 to below 1 (got {getattr(self, name)})')
-        if self.std is not None and not all(value > 0 for value in self.std):
-            raise ConfigError(f'expected std above 0 (got {self.std})')
-        choices = {'small_stem': SMALL_STEM, 'head': HEAD_OPTIONS, 'mixed_precision': (None, *PRECISIONS)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                words = ', '.join(filter(None, allowed))
-                raise ConfigError(f'expected {name} to be one of {words} (got {getattr(self, name)!r})')
-        if self.num_classes != 'auto' and not (self.num_classes.isdigit() and int(self.num_classes) > 1):
+        digits = self.num_classes.isascii() and self.num_classes.isdigit()
+        if self.num_classes != 'auto' and not (digits and int(self.num_classes) > 1):
             raise ConfigError(f"expected num_classes of 2 or more, or 'auto' (got {self.num_classes!r})")
         # Their own checks.
-        _ = self.data, self.transforms, self.post('orth'), self.arguments, self.target
-
-    @functools.cached_property
-    def transforms(self) -> TransformOptions:
-        """Those of the augmentation."""
-        return TransformOptions(**those_of(TransformOptions, self))
+        _ = self.post('orth'), self.arguments, self.target
 
     def post(self, recommended: str = 'none') -> PostProcess | None:
         """The post-processing of the initial weights.
@@ -156,7 +139,7 @@ class FinetuneOptions(DatasetOptions):
             recommended: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of a GHN.
         """
         name, *changes = (part.strip() for part in self.postprocess.split(','))
-        chosen = PostProcess.of(name, auto=recommended)
+        chosen = PostProcess.of(name, seed=self.seed, auto=recommended)
         if not changes:
             return chosen
         if chosen is None:
@@ -176,18 +159,13 @@ class FinetuneOptions(DatasetOptions):
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
         """More arguments of ``timm.create_model``."""
-        if self.model_args is None or isinstance(self.model_args, Mapping):
-            try:
-                json.dumps(self.model_args)
-            except TypeError as error:
-                raise ConfigError(f'expected model_args that JSON can write, for the results: {error}') from error
-            return dict(self.model_args or {})
-        return _pairs(str(self.model_args), 'model_args')
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        given = self.model_args or {}
+        found = dict(given) if isinstance(given, Mapping) else _pairs(str(given), 'model_args')
+        try:
+            json.dumps(found, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f'expected model_args that JSON can write, for the results: {error}') from error
+        return found
 
 
 def _pairs(text: str, option: str, kind: type | None = None) -> dict[str, Any]:
@@ -199,15 +177,15 @@ def _pairs(text: str, option: str, kind: type | None = None) -> dict[str, Any]:
         if not equals or (known is not None and key not in known):
             words = f'one of {", ".join(known)}' if known else 'a name'
             raise ConfigError(f'expected {option} to have parts like {words} = value (got {pair!r})')
-        found[key] = _scalar(value)
+        found[key] = _scalar(value, option)
     return found
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str, option: str) -> Any:
     """A number where it reads as one (YAML takes 3e-5 for text), else what YAML makes of it."""
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    return yaml.safe_load(text)
+    return read_yaml(text, f'{option} {text!r}')

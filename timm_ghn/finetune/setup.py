@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_transform, train_transform
-from timm_ghn.data.splits import Splits
+from timm_ghn.data.splits import Split, Splits
 from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
@@ -136,17 +136,16 @@ def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, An
 
 def loaders(
     options: FinetuneOptions, splits: Splits, config: dict[str, Any], processes: int
-) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
-    """Batches to train on and to validate on, before they are shared among processes."""
+) -> tuple[DataLoader[Batch], DataLoader[Batch], DataLoader[Batch] | None]:
+    """Batches to train on, to validate on and to test on, before they are shared among processes."""
     channels = config['input_size'][0]
     train = ImageDataset(
         splits.train,
-        train_transform(config, options.transforms),
+        train_transform(config, options),
         channels=channels,
         seed=options.seed,
         training=True,
     )
-    val = ImageDataset(splits.val, eval_transform(config), channels=channels)
     # With mixup each batch of an even size is mixed with itself in reverse.
     mixed = options.mixup > 0 or options.cutmix > 0
     if mixed and options.batch_size % 2:
@@ -166,8 +165,12 @@ def loaders(
     # A last batch of a few images would be noise; but few-shot sets may have no whole batch at all.
     # The collation makes tensors of the labels and counts.
     first: DataLoader[Any] = DataLoader(train, options.batch_size, sampler=sampler, drop_last=whole, **common)
-    second: DataLoader[Any] = DataLoader(val, options.val_batch_size or options.batch_size, **common)
-    return first, second
+
+    def in_order(split: Split) -> DataLoader[Any]:
+        data = ImageDataset(split, eval_transform(config), channels=channels)
+        return DataLoader(data, options.val_batch_size or options.batch_size, **common)
+
+    return first, in_order(splits.val), None if splits.test is None else in_order(splits.test)
 
 
 def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Optimizer:

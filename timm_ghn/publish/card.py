@@ -180,17 +180,18 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def _evaluation(training: Training) -> EvalResult:
-    said = training.arguments
+    said, tested = training.arguments, training.test_top1
     return EvalResult(
         task_type='image-classification',
         task_name='Image Classification',
         dataset_type=training.dataset,
         dataset_name=training.dataset,
         dataset_config=said.get('subset'),
-        dataset_split=training.run['splits'][1],
+        dataset_split=training.run['splits'][1] if tested is None else 'test',
         metric_type='accuracy',
-        metric_name=f'top-1 accuracy in percent, fine-tuned for {training.epoch:g} epochs',
-        metric_value=round(training.top1, 4),
+        metric_name=f'top-1 {"validation" if tested is None else "test"} accuracy in percent, fine-tuned for '
+        f'{training.epoch:g} epochs',
+        metric_value=round(training.top1 if tested is None else tested, 4),
     )
 
 
@@ -202,8 +203,10 @@ def _summary(facts: Facts) -> str:
         start = start or {'pretrained': "timm's pretrained weights"}.get(init, 'random weights')
         text = (
             f'`{facts.architecture}`, fine-tuned for {training.epoch:g} epochs on {training.dataset} from {start}: '
-            f'{training.top1:.2f} % accuracy on its split `{training.run["splits"][1]}`.'
+            f'{training.top1:.2f} % validation accuracy on its split `{training.run["splits"][1]}`.'
         )
+        if training.test_top1 is not None:
+            text += f' On the test split, by which nothing was chosen: {training.test_top1:.2f} %.'
     elif start is None:
         text = f'`{facts.architecture}`. How its weights were made was not recorded.'
     elif facts.raw:
@@ -263,7 +266,10 @@ def _training_rows(training: Training) -> Iterator[tuple[str, Any]]:
     yield 'images', f'{images["train"]:,} to train on, {images["val"]:,} to validate on'
     yield 'training', f'{said["opt"]}, learning rate {said["lr"]:g}, batches of {said["batch_size"]}'
     yield 'epochs of these weights', f'{training.epoch:g} of {said["epochs"]}'
-    yield f'accuracy, fine-tuned for {training.epoch:g} epochs', f'{training.top1:.2f} %'
+    yield f'validation accuracy, fine-tuned for {training.epoch:g} epochs', f'{training.top1:.2f} %'
+    if training.test_top1 is not None:
+        tested = f'{training.test_top1:.2f} % ({images["test"]:,} images)'
+        yield f'test accuracy, fine-tuned for {training.epoch:g} epochs', tested
 
 
 def _code(facts: Facts) -> tuple[str | None, str]:

@@ -71,11 +71,13 @@ class Training(RunRecord):
 
     Attributes:
         epoch: After which epoch the weights are from.
-        top1: Their accuracy on the validation split, in percent.
+        top1: Their accuracy on the validation split, in percent. The best weights were chosen by it.
+        test_top1: Their accuracy on the test split, in percent, by which nothing was chosen; None if it is not known.
     """
 
     epoch: float
     top1: float
+    test_top1: float | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Training:
@@ -104,7 +106,8 @@ class Training(RunRecord):
         entry = WEIGHTS[weights.name]
         if entry is None:
             found = read_header(weights)
-            return cls(runs[-1], float(found.get('epoch', epochs[-1]['epoch'])), float(epochs[-1]['best_top1']))
+            tested = lines[-1].get('test_top1')
+            return cls(runs[-1], float(found.get('epoch', epochs[-1]['epoch'])), float(epochs[-1]['best_top1']), tested)
         return cls(runs[-1], float(epochs[-1]['epoch']), float(epochs[-1][entry]))
 
 

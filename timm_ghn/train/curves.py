@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_ghn.errors import ConfigError
+from timm_ghn.results import points
+
 #: Curves by the kind of the lines and the key that hold them.
 _CURVES = (
     ('train', 'top1', 'architectures and images of training', '#bbbbbb'),
@@ -24,19 +27,18 @@ def plot_training(lines: Sequence[dict[str, Any]], path: Path, title: str, *, ch
         chance: Accuracy of guessing, in percent.
     """
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        from timm_ghn.picture import new_figure
+    except ConfigError:
         return False
-    figure = Figure(figsize=(7.5, 4), layout='constrained')
+    figure = new_figure((7.5, 4), title)
     axis = figure.subplots()
     for kind, key, label, colour in _CURVES:
-        points = [(line['step'], line[key]) for line in lines if line['kind'] == kind and line.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker='.' if kind == 'eval' else '', color=colour, label=label)
+        curve = points(lines, kind, 'step', key)
+        if curve:
+            axis.plot(*zip(*curve, strict=True), marker='.' if kind == 'eval' else '', color=colour, label=label)
     axis.axhline(chance, color='black', linestyle=':', linewidth=1, label='chance')
     axis.set_xlabel('steps')
     axis.set_ylabel('accuracy, predicted, no training, %')
-    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

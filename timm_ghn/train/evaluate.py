@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ from typing import Any
 from tqdm import tqdm
 
 from timm_ghn.data.memory import evaluation_batches, load_images
-from timm_ghn.data.options import DatasetOptions
+from timm_ghn.data.options import DataOptions
 from timm_ghn.data.splits import load_splits
 from timm_ghn.devices import device_of
 from timm_ghn.errors import ConfigError
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.output import check_output
 from timm_ghn.picture import SUFFIXES
-from timm_ghn.recipes import option, read_recipe
+from timm_ghn.recipes import NOT_NEGATIVE, POSITIVE, option, read_recipe
+from timm_ghn.results import to_json
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.families import FAMILIES
@@ -32,12 +32,19 @@ GROUPS = {'dataset': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'batch_size
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions(DatasetOptions):
+class EvaluateOptions(DataOptions):
     """Which GHN to evaluate, on which networks and images."""
 
     train_split: str = option('train', 'split that gives the classes')
-    image_size: int = option(32, 'side of the images in pixels')
-    images: int | None = option(None, 'evaluate on so many images, drawn over the classes (default: all)')
+    val_split: str = option(
+        'auto',
+        'split to evaluate on, or a share of the training split (default: the test split, else the validation split, '
+        'else a tenth of the training split)',
+    )
+    image_size: int = option(32, 'side of the images in pixels', within=POSITIVE)
+    images: int | None = option(
+        None, 'evaluate on so many images, drawn over the classes (default: all)', within=POSITIVE
+    )
 
     ghn: str = option('ghn', 'name or path of a GHN')
 
@@ -45,24 +52,22 @@ class EvaluateOptions(DatasetOptions):
         'families', "'families': drawn test architectures of each family; else names of timm models, comma-separated"
     )
     families: str = option('all', "'all', or some of the families, comma-separated")
-    count: int = option(4, 'architectures of each family')
+    count: int = option(4, 'architectures of each family', within=POSITIVE)
     small_stem: bool = option(True, 'named models get a stem for small images')
     recipe: Path | None = option(
         None, 'recipe of a training run: drawn architectures keep to its limits', metavar='FILE'
     )
 
-    batch_size: int = option(64, 'images whose statistics batch normalisation uses')
-    seed: int = option(0, 'of what is drawn')
+    batch_size: int = option(64, 'images whose statistics batch normalisation uses', within=POSITIVE)
+    seed: int = option(0, 'of what is drawn', within=NOT_NEGATIVE)
     device: str = option('cpu', "where to compute, e.g. 'cuda'")
     cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
     json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
     plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
 
     def __post_init__(self) -> None:
-        for name in ('count', 'batch_size', 'image_size', 'images'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f'expected {name} of at least 1 (got {getattr(self, name)})')
-        _ = self.data, self.chosen_families
+        super().__post_init__()
+        _ = self.chosen_families
 
     @functools.cached_property
     def chosen_families(self) -> tuple[str, ...]:
@@ -124,13 +129,14 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
             check_output(path, suffixes)
     device = device_of(options.device)
     ghn = load_ghn(options.ghn, device=device)
-    splits = load_splits(options.data)
+    splits = load_splits(options, seed=options.seed)
     if ghn.config.num_classes != len(splits.classes):
         raise ConfigError(
             f'{options.ghn!r} predicts classifiers of {ghn.config.num_classes} classes, but {options.dataset!r} has '
             f'{len(splits.classes)}: a network that was never trained cannot tell them apart'
         )
-    data = load_images(splits.val, (3, options.image_size, options.image_size), progress=True).to(device)
+    evaluated = splits.val if options.val_split != 'auto' or splits.test is None else splits.test
+    data = load_images(evaluated, (3, options.image_size, options.image_size), progress=True).to(device)
     images = {'mean': ghn.config.mean, 'std': ghn.config.std}
     count = options.images or len(data)
     batches = list(evaluation_batches(data, count, options.batch_size, seed=options.seed, config=images))
@@ -150,7 +156,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
             'images': min(count, len(data)),
             'rows': [dataclasses.asdict(row) for row in rows],
         }
-        options.json.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+        options.json.write_text(to_json(record, indent=1) + '\n', encoding='utf-8')
     if options.plot is not None:
         _plot(rows, options.plot, 100 / len(splits.classes))
     return tuple(rows)

@@ -34,7 +34,7 @@ from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.nn.storage import save_ghn
 from timm_ghn.results import CURVES, RESULTS, read_results, versions
-from timm_ghn.runs import Run, build_accelerator, local_arguments, refuse_to_write_over, undisturbed
+from timm_ghn.runs import Run, build_accelerator, exclusive_output, local_arguments, undisturbed
 from timm_ghn.train.architectures import Architecture
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.curves import plot_training
@@ -123,14 +123,18 @@ def _trained(options: TrainOptions) -> Result:
         # NCCL refuses several processes on one GPU, which a GHN for small networks needs to keep it busy.
         kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')] if shared_gpu else None,
     )
-    refuse_to_write_over(options)
+    with exclusive_output(options, main=accelerator.is_main_process):
+        return _run(options, accelerator, started)
+
+
+def _run(options: TrainOptions, accelerator: Accelerator, started: float) -> Result:
     if options.meta_batch % (accelerator.num_processes * options.accumulate):
         raise ConfigError(
             f'expected meta_batch to be a multiple of {accelerator.num_processes} processes times accumulate '
             f'{options.accumulate} (got {options.meta_batch})'
         )
     with accelerator.main_process_first():
-        splits = load_splits(options.data)
+        splits = load_splits(options, seed=options.seed)
     size = (3, options.image_size, options.image_size)
     train_data = load_images(splits.train, size, progress=accelerator.is_main_process).to(accelerator.device)
     if len(train_data) < options.images_in_step:
@@ -459,6 +463,7 @@ class _Run(Run):
             self.accelerator.log(values, step=self.progress.step)
 
     def _checkpoint(self) -> None:
+        self._expect_finite_weights(self.progress.step, self.ghn, None if self.average is None else self.average.module)
         progress = {**dataclasses.asdict(self.progress), 'seconds': self._seconds()}
         self._save(progress, self.identity, self.average)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.recipes import converted
 from timm_ghn.small_images import adapt_to_small_images_, size_arguments
 from timm_ghn.train.architectures import SPLITS, Architecture, register_family
 from timm_ghn.train.cost import Limits, cost_of, count_parameters
@@ -63,12 +64,12 @@ def build_sampler(name: str, options: Mapping[str, Any]) -> ArchitectureSampler:
 
     Args:
         name: One of :func:`known_samplers`.
-        options: Fields of its dataclass; lists may stand for tuples.
+        options: Fields of its dataclass, in the types of its annotations; lists may stand for tuples.
 
     Raises:
         ConfigError: if nothing has this name, or an option is unknown, missing or wrong.
     """
-    if name not in _SAMPLERS:
+    if not isinstance(name, str) or name not in _SAMPLERS:
         raise ConfigError(f'expected a sampler among {", ".join(known_samplers())} (got {name!r})')
     cls = _SAMPLERS[name]
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -78,12 +79,10 @@ def build_sampler(name: str, options: Mapping[str, Any]) -> ArchitectureSampler:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     } - set(options)
     if unknown := set(options) - set(fields):
-        raise ConfigError(f'sampler {name!r} knows the options {sorted(fields)} (got {sorted(unknown)})')
+        raise ConfigError(f'sampler {name!r} knows the options {sorted(fields)} (got {sorted(map(str, unknown))})')
     if missing:
         raise ConfigError(f'sampler {name!r} needs the options {sorted(missing)}')
-    sampler: ArchitectureSampler = cls(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    )
+    sampler: ArchitectureSampler = cls(**converted(cls, options))
     return sampler
 
 
