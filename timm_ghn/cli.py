@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
+import io
 import json
 import os
 import re
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm_ghn import hub_commands
-from timm_ghn.errors import GHNError, UnsupportedModelError
+from timm_ghn.errors import GHNError
+from timm_ghn.text import LONGEST, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -425,31 +426,12 @@ def verify_ghn(args: argparse.Namespace) -> int:
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """The timm model of the command line, with timm's own initialisation drawn from ``--seed``.
+    """The timm model of the command line, with timm's own initialisation drawn from ``--seed``."""
+    from timm_ghn.timm_models import build_timm_model, check_model_name, check_side
 
-    Raises:
-        UnsupportedModelError: if timm has no such model, or refuses the options.
-    """
-    import timm
-    import torch
-
-    from timm_ghn.hub.catalogue import known_ghns
-
-    architecture, _, tag = args.model.partition('.')
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists them'
-        raise UnsupportedModelError(f'timm has no model {args.model!r}; {hint}')
-    if tag == 'ghn' or tag in known_ghns():
-        raise UnsupportedModelError(f'{args.model!r} names a GHN: write {architecture} --ghn {tag}')
-    try:
-        options = _model_options(args)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(args.seed)
-            model: nn.Module = timm.create_model(args.model, pretrained=False, **options)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f'timm cannot build {args.model!r} as asked: {error}') from error
-    return model
+    check_model_name(args.model)  # before timm is asked what its configuration says
+    check_side(args.img_size)
+    return build_timm_model(args.model, _model_options(args), seed=args.seed)
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import re
 
 #: Most characters of a name that a file holds.
 LIMIT = 100
+#: Most characters of a whole message or of a cell of a table.
+LONGEST = 2000
 
 #: What Markdown reads as markup inside a line, links without brackets among it. An underscore inside a word is none.
 _MARKUP = re.compile(

@@ -97,7 +97,7 @@ def no_safetensors(path: Path) -> None:
         (None, 'there is no file'),
         (header_of_nothing, 'does not say what it holds'),
         (other_weights, 'does not hold the weights of test_vit'),
-        (unknown_model, 'timm cannot build'),
+        (unknown_model, 'timm has no model'),
         (no_safetensors, 'expected a safetensors file'),
         (lambda path: path.mkdir(), 'there is no file'),
     ],
