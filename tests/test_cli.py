@@ -57,6 +57,23 @@ def test_list_as_json_is_the_catalogue(run):
 
 
 def test_predict_writes_what_plain_timm_reads(run, tmp_path):
+@pytest.mark.parametrize('ghn_recommends', ['orth', 'none'])
+def test_predict_writes_the_raw_prediction_as_in_python(run, tmp_path, ghn_recommends):
+    ghn = timm_ghn.load_ghn(EMBEDDED)
+    ghn.config = dataclasses.replace(ghn.config, postprocess=ghn_recommends)
+    ghn.save_pretrained(tmp_path / 'ghn')
+    code, out, err = run('predict test_resnet --ghn ./ghn --seed 3 -o out.safetensors')
+    assert (code, err) == (0, '')
+    torch.manual_seed(3)
+    prediction = timm_ghn.predict(timm.create_model('test_resnet'), './ghn', seed=3)
+    read = load_file('out.safetensors')
+    assert all(torch.equal(tensor, read[name]) for name, tensor in prediction.state_dict.items())
+    with safe_open('out.safetensors', framework='pt') as file:
+        assert json.loads(file.metadata()['provenance']) == prediction.provenance
+    assert prediction.provenance['postprocess'] is None
+    assert 'post-processing: none: as predicted; --postprocess auto' in out
+
+
     code, out, err = run('predict test_resnet --num-classes 10 --seed 3 -o out.safetensors')
     assert (code, err) == (0, '')
     torch.manual_seed(3)

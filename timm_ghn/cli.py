@@ -119,12 +119,12 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     listing.add_argument('--json', action='store_true', help='print JSON')
 
     predict = add('predict', predict_weights, 'Predict the weights of a timm model and write them to a file.')
-    _add_model_options(predict)
+    _add_model_options(predict, postprocess='none')
     predict.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='file.safetensors to write')
     predict.add_argument('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
 
     inspect = add('inspect', inspect_model, 'Print what a GHN would predict of a timm model, or how diverse it is.')
-    _add_model_options(inspect)
+    _add_model_options(inspect, postprocess='auto')
     inspect.add_argument(
         '--diversity',
         action='store_true',
@@ -167,7 +167,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> None:
     parser.add_argument('model', metavar='MODEL', help="timm model, e.g. 'resnet50'")
     parser.add_argument('--ghn', default='ghn', metavar='NAME|PATH', help='GHN to use (default: the default GHN)')
     parser.add_argument('--num-classes', type=_count, metavar='N', help="classes (default: the model's own)")
@@ -183,8 +183,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--postprocess',
         choices=('auto', 'orth', 'noise', 'none'),
-        default='auto',
-        help='what is done to predicted weights before training: what the GHN recommends (auto, the default), or this',
+        default=postprocess,
+        help='what is done to predicted weights as a start for training: nothing, one of these, or what the GHN '
+        f'recommends (auto); default: {postprocess}',
     )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
@@ -226,7 +227,7 @@ def list_ghns(args: argparse.Namespace) -> int:
 
 
 def predict_weights(args: argparse.Namespace) -> int:
-    """Predict the weights of a timm model and write them with those that are kept, as ``ghn_init`` leaves them."""
+    """Predict the weights of a timm model and write them with those that are kept, raw unless asked otherwise."""
     from timm_ghn.devices import device_of
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.output import check_output, write_state_dict
@@ -248,7 +249,8 @@ def predict_weights(args: argparse.Namespace) -> int:
         _print_json({'file': str(args.output), **recipe, 'provenance': facts})
         return 0
     _print_lines(totals_table(prediction.plan))
-    print(f'\npost-processing: {options.describe() if options else "none"}')
+    raw = 'none: as predicted; --postprocess auto makes it the start for training that the GHN recommends'
+    print(f'\npost-processing: {options.describe() if options else raw}')
     given = ''.join(f', {name}={value}' for name, value in _model_options(args).items())
     print(f"\n{args.output} is read by\n  timm.create_model('{args.model}'{given}, checkpoint_path='{args.output}')")
     return 0
