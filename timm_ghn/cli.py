@@ -39,6 +39,12 @@ _EXAMPLES = {
 }
 
 
+#: What may be a token of the Hub.
+_TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')
+
+#: Most digits of a number.
+_DIGITS = 18
+
 #: Commands whose options are a dataclass: its module and name, and the name of the headings.
 _RUNS = {
     'finetune': ('timm_ghn.finetune.options', 'FinetuneOptions', 'GROUPS'),
@@ -56,23 +62,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # Python has none where the shell closed it. The next file that is opened would take its place.
+    if sys.stdout is None:
+        return _fail('the standard output is closed')
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # as the standard error
     given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(given).parse_args(given)
-    command: Callable[[argparse.Namespace], int] = args.command
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code = command(args)
-        sys.stdout.flush()
+        try:
+            args = _parser(given).parse_args(given)
+            command: Callable[[argparse.Namespace], int] = args.command
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return command(args)
+        finally:
+            _flush()
     except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would complain once more when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the reader (`| head`) has enough
     except KeyboardInterrupt:
         return _fail('interrupted', code=130)
     except (GHNError, OSError) as error:
         return _fail(str(error) or type(error).__name__)
-    return code
+
+
+def _flush() -> None:
+    """Write out what was printed. If that fails, Python is kept from trying, and complaining, again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _fail(message: str, *, code: int = 2) -> int:
@@ -191,10 +210,10 @@ def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> 
 
 
 def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'expected a whole number, 0 or more (got {text!r})')
-    return value
+    if not (text.isascii() and text.isdigit()) or len(text) > _DIGITS:
+        shown = printable(text)
+        raise argparse.ArgumentTypeError(f'expected a whole number of at most {_DIGITS} digits (got {shown!r})')
+    return int(text)
 
 
 def _positive(text: str) -> int:

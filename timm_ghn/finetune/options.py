@@ -139,7 +139,8 @@ class FinetuneOptions(DatasetOptions):
             if getattr(self, name) not in allowed:
                 words = ', '.join(filter(None, allowed))
                 raise ConfigError(f'expected {name} to be one of {words} (got {getattr(self, name)!r})')
-        if self.num_classes != 'auto' and not (self.num_classes.isdigit() and int(self.num_classes) > 1):
+        digits = self.num_classes.isascii() and self.num_classes.isdigit()
+        if self.num_classes != 'auto' and not (digits and int(self.num_classes) > 1):
             raise ConfigError(f"expected num_classes of 2 or more, or 'auto' (got {self.num_classes!r})")
         # Their own checks.
         _ = self.data, self.transforms, self.post('orth'), self.arguments, self.target
