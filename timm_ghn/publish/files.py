@@ -75,6 +75,7 @@ def read_source(path: Path) -> Source:
             f"the header of {str(file)!r} does not say what it holds: it is not a file of 'timm-ghn predict' or "
             "'timm-ghn finetune'. In Python, timm_ghn.push_to_hub(model, ...) takes any timm model"
         )
+    provenance = None if provenance is None else check_provenance(provenance)
     for key in ('format', 'epoch', 'top1'):
         header.pop(key, None)
     training = Training.read(file) if run is not None else None
@@ -89,7 +90,7 @@ def read_source(path: Path) -> Source:
         model.load_state_dict(load_file(file), strict=True)
     except (LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f'{str(file)!r} does not hold the weights of {architecture}: {error}') from error
-    return Source(model, header, None if provenance is None else check_provenance(provenance), training)
+    return Source(model, header, provenance, training)
 
 
 def _read(text: str) -> Any:
