@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shlex
@@ -16,7 +17,7 @@ import timm
 import torch
 import torchvision
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import timm_ghn
 from timm_ghn import PostProcess, cli, norms
@@ -56,7 +57,6 @@ def test_list_as_json_is_the_catalogue(run):
     }
 
 
-def test_predict_writes_what_plain_timm_reads(run, tmp_path):
 @pytest.mark.parametrize('ghn_recommends', ['orth', 'none'])
 def test_predict_writes_the_raw_prediction_as_in_python(run, tmp_path, ghn_recommends):
     ghn = timm_ghn.load_ghn(EMBEDDED)
@@ -74,7 +74,8 @@ def test_predict_writes_the_raw_prediction_as_in_python(run, tmp_path, ghn_recom
     assert 'post-processing: none: as predicted; --postprocess auto' in out
 
 
-    code, out, err = run('predict test_resnet --num-classes 10 --seed 3 -o out.safetensors')
+def test_predict_writes_what_plain_timm_reads(run, tmp_path):
+    code, out, err = run('predict test_resnet --num-classes 10 --seed 3 --postprocess auto -o out.safetensors')
     assert (code, err) == (0, '')
     torch.manual_seed(3)
     expected = timm.create_model('test_resnet', num_classes=10)
@@ -229,13 +230,13 @@ ERRORS = {
     'damaged GHN file': 'inspect test_resnet --ghn damaged.pt',
     'option that the model refuses': 'inspect test_vit --img-size 7',
     'not a number': 'inspect test_resnet --num-classes ten',
-    'negative': 'inspect test_resnet --num-classes -1',
     'a digit that is no number': 'inspect test_resnet --num-classes ²',
     'a number of too many digits': f'inspect test_resnet --seed 1{"0" * 5000}',
     'a side that cannot be meant': 'inspect test_resnet --img-size 1000000000',
     'a side that cannot be meant, of a fixed size': 'predict test_vit --img-size 1000000000 -o out.safetensors',
     'classes that no memory holds': f'predict test_resnet --num-classes {10**17} -o out.safetensors',
     'classes that are a digit and no number': 'finetune --model test_resnet --dataset x --num-classes ²',
+    'negative': 'inspect test_resnet --num-classes -1',
     'zero channels': 'inspect test_resnet --in-chans 0',
     'unknown head': 'inspect test_resnet --head maybe',
     'no output': 'predict test_resnet',
@@ -249,9 +250,9 @@ ERRORS = {
     'unknown GHN to verify': 'verify ghn4',
     'network without a published norm': 'verify ghn2 --arch resnet51',
     'unknown device': 'predict test_resnet -o out.safetensors --device gpu',
-    'device that is not there': 'predict test_resnet -o out.safetensors --device cuda:77',
     'device without values': 'predict test_resnet -o out.safetensors --device meta',
     'device to evaluate on without values': 'evaluate --dataset x --device meta',
+    'device that is not there': 'predict test_resnet -o out.safetensors --device cuda:77',
     'no images to evaluate on': 'evaluate --dataset x --images 0',
     'other kind of file for the numbers': 'evaluate --dataset x --json out.txt',
     'no such folder for the numbers': 'evaluate --dataset x --json nothing/out.json',
@@ -363,7 +364,6 @@ def test_a_reader_that_has_enough_is_no_error():
     assert process.returncode == 0
 
 
-def test_columns_of_numbers_are_aligned_to_the_right():
 def test_a_reader_of_the_help_that_has_enough_is_no_error():
     command = [sys.executable, '-m', 'timm_ghn', '--help']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -455,5 +455,6 @@ def test_a_token_is_not_repeated(run):
         assert err.count('\n') == 1
 
 
+def test_columns_of_numbers_are_aligned_to_the_right():
     lines = list(aligned(('name', 'size'), [('a', '7'), ('bcdef', '1,024')]))
     assert lines == ['name    size', '-----  -----', 'a          7', 'bcdef  1,024']

@@ -104,14 +104,15 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _say(kind: str, message: str) -> None:
-    print(f'timm-ghn: {kind}:', ' '.join(message.split()), file=sys.stderr)
+    if sys.stderr is not None:
+        print(f'timm-ghn: {kind}:', printable(_TOKEN.sub('hf_...', message), LONGEST), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
     """Tells a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        if re.search(r'-token\b|\bhf_[A-Za-z0-9]{16}', message):
+        if re.search(r'-token\b', message) or _TOKEN.search(message):
             # The message would show it, in logs too.
             message = 'a token is no option, where others could read it: set HF_TOKEN or log in with `hf auth login`'
         raise SystemExit(_fail(f"{message}; see '{self.prog} --help'"))
@@ -237,7 +238,7 @@ def list_ghns(args: argparse.Namespace) -> int:
             f'{entry.num_parameters:,}' if entry.num_parameters else '-',
             str(entry.config.num_classes),
             entry.source,
-            entry.description,
+            printable(entry.description),
         )
         for name, entry in entries.items()
     ]
@@ -321,7 +322,8 @@ def _inspect_diversity(args: argparse.Namespace) -> int:
     comparisons = list(tqdm(found, desc='measuring', unit='layer', total=len(layers(plan)), disable=None))
     if args.plot:
         how = options.describe() if options else 'none'
-        draw(comparisons, args.plot, title=f'{args.model}, {ghn.config.name or args.ghn}; post-processing: {how}')
+        name = printable(ghn.config.name or args.ghn)
+        draw(comparisons, args.plot, title=f'{args.model}, {name}; post-processing: {how}')
     if args.json:
         facts = {'architecture': args.model, **_model_options(args), 'ghn': ghn.config.name}
         facts['postprocess'] = options.to_dict() if options else None
@@ -360,10 +362,16 @@ def _told() -> Iterator[None]:
     """Show what the loops log."""
     import logging
 
+    class Line(logging.Formatter):
+        """One printable line for each record."""
+
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(record.getMessage(), LONGEST)
+
     logger = logging.getLogger('timm_ghn')
     logger.setLevel(logging.INFO)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(message)s'))
+    handler.setFormatter(Line())
     logger.addHandler(handler)
     try:
         yield

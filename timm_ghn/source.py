@@ -181,7 +181,7 @@ def _create_model() -> Any:
 
 
 def _set_default(pretrained: bool | None) -> None:
-    """Change the default of ``pretrained`` in ``timm.create_model``: in the function, which others may have imported."""
+    """Change the default of ``pretrained`` in ``timm.create_model`` itself, which others may have imported."""
     _create_model().__defaults__ = (pretrained, *_create_model().__defaults__[1:])
 
 
@@ -259,7 +259,9 @@ def _asked_for(architecture: str, pretrained_cfg: Cfg) -> str | None:
     return tag if _names_ghn(f'{architecture}.{tag}') else None
 
 
-def _cfg_of(ghn: GHN, tag: str, architecture: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg) -> PretrainedCfg:
+def _cfg_of(
+    ghn: GHN, tag: str, architecture: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg
+) -> PretrainedCfg:
     """The pretrained cfg of a model that a GHN predicts.
 
     Facts about the GHN stand in ``notes``, one ``'key: value'`` each: timm has no entry for them, and refuses a cfg

@@ -108,6 +108,18 @@ class Training(RunRecord):
     epoch: float
     top1: float
 
+    @property
+    def data_config(self) -> Mapping[str, Any]:
+        """timm's data config that the model was trained with.
+
+        Raises:
+            ConfigError: if the results do not say.
+        """
+        found = self.run.get('data_config')
+        if not isinstance(found, Mapping):
+            raise ConfigError('the results of the run are incomplete (they have no data_config)')
+        return found
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Training:
         """Read the results of a run.
