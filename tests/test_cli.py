@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shlex
@@ -16,7 +17,7 @@ import timm
 import torch
 import torchvision
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import timm_ghn
 from timm_ghn import PostProcess, cli, norms
@@ -56,8 +57,25 @@ def test_list_as_json_is_the_catalogue(run):
     }
 
 
+@pytest.mark.parametrize('ghn_recommends', ['orth', 'none'])
+def test_predict_writes_the_raw_prediction_as_in_python(run, tmp_path, ghn_recommends):
+    ghn = timm_ghn.load_ghn(EMBEDDED)
+    ghn.config = dataclasses.replace(ghn.config, postprocess=ghn_recommends)
+    ghn.save_pretrained(tmp_path / 'ghn')
+    code, out, err = run('predict test_resnet --ghn ./ghn --seed 3 -o out.safetensors')
+    assert (code, err) == (0, '')
+    torch.manual_seed(3)
+    prediction = timm_ghn.predict(timm.create_model('test_resnet'), './ghn', seed=3)
+    read = load_file('out.safetensors')
+    assert all(torch.equal(tensor, read[name]) for name, tensor in prediction.state_dict.items())
+    with safe_open('out.safetensors', framework='pt') as file:
+        assert json.loads(file.metadata()['provenance']) == prediction.provenance
+    assert prediction.provenance['postprocess'] is None
+    assert 'post-processing: none: as predicted; --postprocess auto' in out
+
+
 def test_predict_writes_what_plain_timm_reads(run, tmp_path):
-    code, out, err = run('predict test_resnet --num-classes 10 --seed 3 -o out.safetensors')
+    code, out, err = run('predict test_resnet --num-classes 10 --seed 3 --postprocess auto -o out.safetensors')
     assert (code, err) == (0, '')
     torch.manual_seed(3)
     expected = timm.create_model('test_resnet', num_classes=10)
@@ -212,6 +230,12 @@ ERRORS = {
     'damaged GHN file': 'inspect test_resnet --ghn damaged.pt',
     'option that the model refuses': 'inspect test_vit --img-size 7',
     'not a number': 'inspect test_resnet --num-classes ten',
+    'a digit that is no number': 'inspect test_resnet --num-classes ²',
+    'a number of too many digits': f'inspect test_resnet --seed 1{"0" * 5000}',
+    'a side that cannot be meant': 'inspect test_resnet --img-size 1000000000',
+    'a side that cannot be meant, of a fixed size': 'predict test_vit --img-size 1000000000 -o out.safetensors',
+    'classes that no memory holds': f'predict test_resnet --num-classes {10**17} -o out.safetensors',
+    'classes that are a digit and no number': 'finetune --model test_resnet --dataset x --num-classes ²',
     'negative': 'inspect test_resnet --num-classes -1',
     'zero channels': 'inspect test_resnet --in-chans 0',
     'unknown head': 'inspect test_resnet --head maybe',
@@ -226,6 +250,8 @@ ERRORS = {
     'unknown GHN to verify': 'verify ghn4',
     'network without a published norm': 'verify ghn2 --arch resnet51',
     'unknown device': 'predict test_resnet -o out.safetensors --device gpu',
+    'device without values': 'predict test_resnet -o out.safetensors --device meta',
+    'device to evaluate on without values': 'evaluate --dataset x --device meta',
     'device that is not there': 'predict test_resnet -o out.safetensors --device cuda:77',
     'no images to evaluate on': 'evaluate --dataset x --images 0',
     'other kind of file for the numbers': 'evaluate --dataset x --json out.txt',
@@ -336,6 +362,97 @@ def test_a_reader_that_has_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b''
     assert process.returncode == 0
+
+
+def test_a_reader_of_the_help_that_has_enough_is_no_error():
+    command = [sys.executable, '-m', 'timm_ghn', '--help']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b''
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs a POSIX shell')
+@pytest.mark.parametrize(
+    ('output', 'message'), [('>&-', 'the standard output is closed'), ('>/dev/full', 'No space left on device')]
+)
+def test_an_output_that_cannot_be_written_is_one_line(output, message):
+    if 'full' in output and not os.path.exists('/dev/full'):
+        pytest.skip('there is no /dev/full')
+    line = f'exec "$0" -m timm_ghn list {output}'
+    done = subprocess.run(['sh', '-c', line, sys.executable], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith('timm-ghn: error: ')
+    assert done.stderr.endswith(f'{message}\n')
+    assert done.stderr.count('\n') == 1
+
+
+INTERRUPTED = """
+import importlib, re, sys
+from pathlib import Path
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'torch':
+            raise KeyboardInterrupt  # as Ctrl-C while it is imported
+
+sys.meta_path.insert(0, Finder())
+declared = re.search(r"^timm-ghn = '(.+):(.+)'", Path(sys.argv[1]).read_text(), flags=re.MULTILINE)
+sys.argv[1:] = ['list']
+sys.exit(getattr(importlib.import_module(declared[1]), declared[2])())
+"""
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line():
+    command = [sys.executable, '-c', INTERRUPTED, str(ROOT / 'pyproject.toml')]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, 'timm-ghn: error: interrupted\n')
+
+
+def test_an_interrupt_while_options_are_imported_is_one_line(run, monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, '_run_options', interrupted)
+    assert run('finetune --help') == (130, '', 'timm-ghn: error: interrupted\n')
+
+
+def test_no_text_of_a_file_commands_the_terminal(run, tmp_path):
+    hostile = '\x1b]0;owned\x07\x1b[2J\r| a |\n'
+    ghn = timm_ghn.load_ghn(EMBEDDED)
+    ghn.config = dataclasses.replace(ghn.config, name=hostile, postprocess='none')
+    ghn.save_pretrained(tmp_path / 'ghn')
+    save_file({'a': torch.zeros(1)}, 'odd.safetensors', {'architecture': hostile, 'provenance': '{}'})
+    (tmp_path / 'bad').mkdir()
+    (tmp_path / 'bad' / 'config.json').write_text(json.dumps({hostile: 1}))
+    (tmp_path / 'bad' / 'model.safetensors').touch()
+    lines = {
+        'inspect test_resnet --ghn ./ghn --json': 0,
+        'inspect test_resnet --ghn ./ghn --plot out.png': 0,
+        'predict test_resnet --ghn ./ghn -o out.safetensors': 0,
+        'push odd.safetensors user/name': 2,
+        'inspect test_resnet --ghn ./bad': 2,
+    }
+    for line, expected in lines.items():
+        code, out, err = run(line)
+        assert code == expected, (line, err)
+        for shown in (out, err):
+            assert not set('\x1b\x07\r') & set(shown), line
+
+
+def test_what_a_run_logs_is_printable(capsys):
+    with cli._told():
+        logging.getLogger('timm_ghn.finetune').info('epoch %d of %s', 1, '\x1b[2Jdata\nset')
+    assert capsys.readouterr().err == 'epoch 1 of \\x1b[2Jdata set\n'
+
+
+def test_a_token_is_not_repeated(run):
+    secret = 'hf_' + 'a1B2' * 8
+    for line in (f'push out.safetensors {secret}', f'inspect {secret}', f'inspect test_resnet --ghn {secret}'):
+        code, out, err = run(line)
+        assert (code, out) == (2, '')
+        assert secret not in err
+        assert err.count('\n') == 1
 
 
 def test_columns_of_numbers_are_aligned_to_the_right():

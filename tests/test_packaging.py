@@ -37,7 +37,7 @@ def test_installed_packages_are_within_the_declared_ranges():
 
 def test_the_command_is_declared():
     (command,) = importlib.metadata.entry_points(group='console_scripts', name='timm-ghn')
-    assert command.value == 'timm_ghn.cli:main'
+    assert command.value == 'timm_ghn_command:main'
 
 
 def test_the_files_of_the_package_are_found():

@@ -1,4 +1,11 @@
-"""The timm source, with a stand-in for GHNs that draws each parameter from its name."""
+"""The timm source, with a stand-in for GHNs that draws each parameter from its name.
+
+timm's own tests hold with and without this package. They come in its source distribution, and run from its folder::
+
+    pip download timm==$(python -c 'import timm; print(timm.__version__)') --no-binary timm --no-deps
+    python -m pytest tests/test_factory.py tests/test_hub.py tests/test_model_input.py tests/test_models.py
+    python -m pytest -p timm_ghn tests/...  # the same files
+"""
 
 import copy
 import dataclasses
@@ -128,7 +135,7 @@ def add_architecture(module, name, *, build=None, register_model=timm.models.reg
 
 
 class TestRequest:
-    @pytest.mark.parametrize('pretrained', [False, True])
+    @pytest.mark.parametrize('said', [{}, {'pretrained': True}])
     @pytest.mark.parametrize(
         ('name', 'cfg'),
         [
@@ -139,11 +146,32 @@ class TestRequest:
             ('test_resnet.r160_in1k', 'ghn'),
         ],
     )
-    def test_naming_the_tag_is_the_request(self, hub, name, cfg, pretrained):
-        model = timm.create_model(name, pretrained=pretrained, pretrained_cfg=cfg)
+    def test_naming_the_tag_is_the_request(self, hub, name, cfg, said):
+        model = timm.create_model(name, pretrained_cfg=cfg, **said)
         assert is_predicted(model)
         assert model.num_classes == 1000
         assert hub.loaded == [('ghn', None)]
+
+    @pytest.mark.parametrize(
+        ('name', 'cfg'),
+        [
+            ('test_resnet.ghn', None),
+            (f'test_resnet.{NAMED}', None),
+            ('test_resnet', 'ghn'),
+            ('test_resnet', {'tag': 'ghn', 'classifier': 'fc', 'num_classes': 1000}),
+        ],
+    )
+    def test_pretrained_false_takes_the_request_back(self, hub, name, cfg):
+        torch.manual_seed(0)
+        model = timm.create_model(name, False, pretrained_cfg=cfg)
+        torch.manual_seed(0)
+        plain = timm.create_model('test_resnet')
+        assert all(torch.equal(plain.state_dict()[key], value) for key, value in model.state_dict().items())
+        assert model.num_classes == plain.num_classes
+        if cfg is None:
+            assert model.pretrained_cfg == plain.pretrained_cfg
+        assert timm.create_model(name, pretrained=False, features_only=True).feature_info.channels()
+        assert not hub.loaded
 
     def test_name_of_the_catalogue_is_a_tag_of_that_ghn(self, hub):
         model = timm.create_model(f'test_resnet.{NAMED}', cache_dir='somewhere')
@@ -345,42 +373,45 @@ class TestTruth:
 
 
 class TestListing:
-    def test_every_architecture_is_listed_once(self):
-        listed = timm.list_pretrained('*.ghn')
-        assert sorted(listed) == sorted(f'{name}.ghn' for name in timm.list_models())
-        assert all(timm.is_model_pretrained(name) for name in listed)
-
-    def test_answers_about_untagged_names_do_not_change(self):
+    def test_answers_of_timm_do_not_change(self):
         def answers():
             names = timm.list_models()
             return {
                 'models': names,
-                'of a module': timm.list_models('*18*', module='resnet'),
+                'tagged': timm.list_models(include_tags=True),
+                'of a module': timm.list_models('*18*', module='resnet', include_tags=True),
+                'weights': timm.list_models(pretrained=True),
+                'list_pretrained': timm.list_pretrained(),
+                'of an architecture': timm.list_pretrained('resnet50'),
+                'by cfg': timm.list_models(name_matches_cfg=True),
+                'weights by cfg': timm.list_models(pretrained=True, name_matches_cfg=True),
+                'without': timm.list_pretrained(exclude_filters='*in1k'),
                 'pretrained': [timm.is_model_pretrained(name) for name in names],
                 'defaults': [timm.get_pretrained_cfg(name) for name in names],
-                'first': [next(iter(timm.models.get_arch_pretrained_cfgs(name))) for name in names],
+                'cfgs': [timm.models.get_arch_pretrained_cfgs(name) for name in names],
                 'values': timm.get_pretrained_cfg_value('resnet50', 'hf_hub_id'),
                 'entrypoint': timm.model_entrypoint('resnet50'),
-                'matching': timm.list_models(pretrained=True, name_matches_cfg=True),
-                'tagged': [name for name in timm.list_pretrained() if not name.endswith('.ghn')],
             }
 
         with_ghns = answers()
         source.unregister()
         assert answers() == with_ghns
-        assert timm.list_pretrained() == with_ghns['tagged']
+
+    def test_a_tag_of_every_architecture_is_known_though_not_listed(self):
+        for name in timm.list_models():
+            assert timm.is_model_pretrained(f'{name}.ghn')
+        assert timm.is_model_pretrained(f'resnet50.{NAMED}')
+        for unknown in ('resnet50.ghn-of-nobody', 'no_such_architecture.ghn', 'ghn', '', None):
+            assert not timm.is_model_pretrained(unknown)
+        assert timm.list_pretrained('*.ghn') == timm.list_models('resnet50.ghn', pretrained=True) == []
 
     def test_cfg_of_a_tag_claims_no_weights(self):
-        for name in timm.list_pretrained('*.ghn'):
-            cfg = timm.get_pretrained_cfg(name)
+        for name in timm.list_models():
+            cfg = timm.get_pretrained_cfg(f'{name}.ghn')
             assert not cfg.has_weights
             assert cfg.tag == 'ghn'
-            assert cfg.architecture == name.removesuffix('.ghn')
-            assert cfg.classifier == timm.get_pretrained_cfg(cfg.architecture).classifier
-        assert timm.models.get_arch_pretrained_cfgs('resnet50')['resnet50.ghn'].classifier == 'fc'
-
-    def test_names_of_the_catalogue_are_tags_though_not_listed(self):
-        assert not timm.list_pretrained(f'*.{NAMED}')
+            assert cfg.architecture == name
+            assert cfg.classifier == timm.get_pretrained_cfg(name).classifier
         assert timm.get_pretrained_cfg(f'resnet50.{NAMED}').tag == NAMED
         with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
             timm.get_pretrained_cfg('resnet50.ghn-of-nobody')
@@ -397,11 +428,11 @@ class TestUsersArchitectures:
         assert is_predicted(model)
         assert model.pretrained_cfg['tag'] == 'ghn'
         assert model.pretrained_cfg['architecture'] == 'users_net'
-        assert 'users_net.ghn' in timm.list_pretrained('*.ghn')
+        assert timm.is_model_pretrained('users_net.ghn')
         assert 'users_net' in timm.list_models()
         assert not timm.is_model_pretrained('users_net')
         assert timm.get_pretrained_cfg('users_net') is None
-        assert list(timm.models.get_arch_pretrained_cfgs('users_net')) == ['users_net.ghn']
+        assert timm.models.get_arch_pretrained_cfgs('users_net') == {}
         timm.create_model('users_net', pretrained_cfg='ghn', in_chans=2)
         assert hub.inputs == [None, (2, 224, 224)]
         assert not is_predicted(timm.create_model('users_net'))
@@ -419,9 +450,9 @@ class TestUsersArchitectures:
         assert hub.inputs == [(1, 32, 32)]
         assert model.pretrained_cfg['num_classes'] == 10
         assert 'url' not in model.pretrained_cfg
-        assert timm.list_pretrained('users_net*') == ['users_net.first', 'users_net.ghn']
-        source.unregister()
-        assert timm.list_pretrained('users_net*') == ['users_net.first']
+        for _ in range(2):
+            assert timm.list_pretrained('users_net*') == ['users_net.first']
+            source.unregister()
         assert timm.list_models('users_net*', include_tags=True) == ['users_net.first', 'users_net.second']
 
     def test_architecture_registered_twice(self, user_module):
@@ -429,7 +460,7 @@ class TestUsersArchitectures:
         with pytest.warns(UserWarning, match='Overwriting users_net'):
             add_architecture(user_module, 'users_net', build=lambda: nn.Sequential(nn.Linear(2, 2)))
         assert isinstance(timm.create_model('users_net.ghn')[0], nn.Linear)
-        assert timm.list_pretrained('users_net*') == ['users_net.ghn']
+        assert timm.is_model_pretrained('users_net.ghn')
 
     def test_tag_of_that_name_of_the_users_own_is_left_alone(self, hub, user_module):
         user_module.default_cfgs = timm.models.generate_default_cfgs(
@@ -458,7 +489,8 @@ class TestRegistration:
         assert registry() == before
         assert _factory.model_entrypoint is entrypoint
         assert all(getattr(_registry, name) is value for name, value in objects.items())
-        assert not timm.list_pretrained('*.ghn')
+        assert not timm.is_model_pretrained('resnet50.ghn')
+        assert timm.create_model.__defaults__[0] is False
         with pytest.raises(RuntimeError, match=r'Invalid pretrained tag \(ghn\)'):
             timm.create_model('test_resnet.ghn')
         source.register()
@@ -491,6 +523,10 @@ class TestRegistration:
             other_timm.setattr(_registry, '_model_has_pretrained', [])
             with pytest.warns(RuntimeWarning, match=re.escape(timm.__version__) + r'.*_model_has_pretrained.*ghn_init'):
                 source.register()
+            other_timm.undo()
+            other_timm.setattr(_factory.create_model, '__defaults__', (True, *timm.create_model.__defaults__[1:]))
+            with pytest.warns(RuntimeWarning, match=r'timm\.create_model\(model_name, pretrained=False\)'):
+                source.register()
         assert registry() == before
         assert _factory.model_entrypoint is timm.model_entrypoint
 
@@ -507,9 +543,6 @@ class TestPrivateSurface:
         ('function', 'name'),
         [
             (timm.create_model, 'model_entrypoint'),
-            (timm.models.register_model, '_model_entrypoints'),
-            (timm.list_models, '_model_with_tags'),
-            (timm.list_models, '_model_has_pretrained'),
             (timm.is_model_pretrained, '_model_has_pretrained'),
             (timm.get_pretrained_cfg, '_model_pretrained_cfgs'),
         ],
@@ -521,8 +554,8 @@ class TestPrivateSurface:
 
     def test_no_other_private_name_is_used(self):
         package = Path(source.__file__).parent
-        used = set(re.findall(r'\b(?:registry|factory)\.(\w+)', Path(source.__file__).read_text(encoding='utf-8')))
-        assert {path.rpartition('.')[2] for path in source.PRIVATE} == used - {'register'}
+        used = re.findall(r'\btimm(?:\.\w+)*\._(?!_)[\w.]+', Path(source.__file__).read_text(encoding='utf-8'))
+        assert sorted(used) == sorted(source.PRIVATE)
         private = re.compile(r'(?:from|import) timm(?:\.\w+)*(?:\._|(?:\.\w+)* import _)|\btimm\.(?:\w+\.)*_')
         others = [
             str(path.relative_to(package))
@@ -534,7 +567,7 @@ class TestPrivateSurface:
 
 SCRIPT = """
 import sys
-from timm import create_model, list_pretrained
+from timm import create_model, is_model_pretrained
 from timm.models import register_model
 
 before = set(sys.modules)
@@ -545,7 +578,7 @@ added = {name.partition('.')[0] for name in set(sys.modules) - before}
 heavy = {'accelerate', 'datasets', 'joblib', 'matplotlib', 'networkx', 'pandas', 'transformers', 'triton'}
 assert not added & heavy, added & heavy
 create_model('test_resnet')
-assert len(list_pretrained('*.ghn')) > 1000
+assert is_model_pretrained('resnet50.ghn')
 
 import types
 from types import SimpleNamespace
@@ -557,13 +590,14 @@ load.shared_ghn = lambda name, cache_dir=None: SimpleNamespace(
 predict.ghn_init = lambda model, ghn, input_size, seed: model.fc.bias.data.fill_(7)
 
 assert create_model('test_resnet.ghn').fc.bias.eq(7).all()
+assert not create_model('test_resnet.ghn', pretrained=False).fc.bias.eq(7).all()
 
 @register_model
 def users_net(pretrained=False, **kwargs):
     return create_model('test_resnet')
 
 assert create_model('users_net.ghn').fc.bias.eq(7).all()
-assert 'users_net.ghn' in list_pretrained()
+assert is_model_pretrained('users_net.ghn')
 """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
+import io
 import json
 import os
 import re
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm_ghn import hub_commands
-from timm_ghn.errors import GHNError, UnsupportedModelError
+from timm_ghn.errors import GHNError
+from timm_ghn.text import LONGEST, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,12 @@ _EXAMPLES = {
 }
 
 
+#: What may be a token of the Hub.
+_TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')
+
+#: Most digits of a number.
+_DIGITS = 18
+
 #: Commands whose options are a dataclass: its module and name, and the name of the headings.
 _RUNS = {
     'finetune': ('timm_ghn.finetune.options', 'FinetuneOptions', 'GROUPS'),
@@ -55,23 +62,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # Python has none where the shell closed it. The next file that is opened would take its place.
+    if sys.stdout is None:
+        return _fail('the standard output is closed')
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # as the standard error
     given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(given).parse_args(given)
-    command: Callable[[argparse.Namespace], int] = args.command
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code = command(args)
-        sys.stdout.flush()
+        try:
+            args = _parser(given).parse_args(given)
+            command: Callable[[argparse.Namespace], int] = args.command
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return command(args)
+        finally:
+            _flush()
     except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would complain once more when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the reader (`| head`) has enough
     except KeyboardInterrupt:
         return _fail('interrupted', code=130)
     except (GHNError, OSError) as error:
         return _fail(str(error) or type(error).__name__)
-    return code
+
+
+def _flush() -> None:
+    """Write out what was printed. If that fails, Python is kept from trying, and complaining, again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _fail(message: str, *, code: int = 2) -> int:
@@ -84,14 +104,15 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _say(kind: str, message: str) -> None:
-    print(f'timm-ghn: {kind}:', ' '.join(message.split()), file=sys.stderr)
+    if sys.stderr is not None:
+        print(f'timm-ghn: {kind}:', printable(_TOKEN.sub('hf_...', message), LONGEST), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
     """Tells a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        if re.search(r'-token\b|\bhf_[A-Za-z0-9]{16}', message):
+        if re.search(r'-token\b', message) or _TOKEN.search(message):
             # The message would show it, in logs too.
             message = 'a token is no option, where others could read it: set HF_TOKEN or log in with `hf auth login`'
         raise SystemExit(_fail(f"{message}; see '{self.prog} --help'"))
@@ -118,12 +139,12 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     listing.add_argument('--json', action='store_true', help='print JSON')
 
     predict = add('predict', predict_weights, 'Predict the weights of a timm model and write them to a file.')
-    _add_model_options(predict)
+    _add_model_options(predict, postprocess='none')
     predict.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='file.safetensors to write')
     predict.add_argument('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
 
     inspect = add('inspect', inspect_model, 'Print what a GHN would predict of a timm model, or how diverse it is.')
-    _add_model_options(inspect)
+    _add_model_options(inspect, postprocess='auto')
     inspect.add_argument(
         '--diversity',
         action='store_true',
@@ -166,7 +187,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> None:
     parser.add_argument('model', metavar='MODEL', help="timm model, e.g. 'resnet50'")
     parser.add_argument('--ghn', default='ghn', metavar='NAME|PATH', help='GHN to use (default: the default GHN)')
     parser.add_argument('--num-classes', type=_count, metavar='N', help="classes (default: the model's own)")
@@ -182,17 +203,18 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--postprocess',
         choices=('auto', 'orth', 'noise', 'none'),
-        default='auto',
-        help='what is done to predicted weights before training: what the GHN recommends (auto, the default), or this',
+        default=postprocess,
+        help='what is done to predicted weights as a start for training: nothing, one of these, or what the GHN '
+        f'recommends (auto); default: {postprocess}',
     )
     parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f'expected a whole number, 0 or more (got {text!r})')
-    return value
+    if not (text.isascii() and text.isdigit()) or len(text) > _DIGITS:
+        shown = printable(text)
+        raise argparse.ArgumentTypeError(f'expected a whole number of at most {_DIGITS} digits (got {shown!r})')
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -216,7 +238,7 @@ def list_ghns(args: argparse.Namespace) -> int:
             f'{entry.num_parameters:,}' if entry.num_parameters else '-',
             str(entry.config.num_classes),
             entry.source,
-            entry.description,
+            printable(entry.description),
         )
         for name, entry in entries.items()
     ]
@@ -225,7 +247,7 @@ def list_ghns(args: argparse.Namespace) -> int:
 
 
 def predict_weights(args: argparse.Namespace) -> int:
-    """Predict the weights of a timm model and write them with those that are kept, as ``ghn_init`` leaves them."""
+    """Predict the weights of a timm model and write them with those that are kept, raw unless asked otherwise."""
     from timm_ghn.devices import device_of
     from timm_ghn.hub.load import load_ghn
     from timm_ghn.output import check_output, write_state_dict
@@ -247,7 +269,8 @@ def predict_weights(args: argparse.Namespace) -> int:
         _print_json({'file': str(args.output), **recipe, 'provenance': facts})
         return 0
     _print_lines(totals_table(prediction.plan))
-    print(f'\npost-processing: {options.describe() if options else "none"}')
+    raw = 'none: as predicted; --postprocess auto makes it the start for training that the GHN recommends'
+    print(f'\npost-processing: {options.describe() if options else raw}')
     given = ''.join(f', {name}={value}' for name, value in _model_options(args).items())
     print(f"\n{args.output} is read by\n  timm.create_model('{args.model}'{given}, checkpoint_path='{args.output}')")
     return 0
@@ -299,7 +322,8 @@ def _inspect_diversity(args: argparse.Namespace) -> int:
     comparisons = list(tqdm(found, desc='measuring', unit='layer', total=len(layers(plan)), disable=None))
     if args.plot:
         how = options.describe() if options else 'none'
-        draw(comparisons, args.plot, title=f'{args.model}, {ghn.config.name or args.ghn}; post-processing: {how}')
+        name = printable(ghn.config.name or args.ghn)
+        draw(comparisons, args.plot, title=f'{args.model}, {name}; post-processing: {how}')
     if args.json:
         facts = {'architecture': args.model, **_model_options(args), 'ghn': ghn.config.name}
         facts['postprocess'] = options.to_dict() if options else None
@@ -338,10 +362,16 @@ def _told() -> Iterator[None]:
     """Show what the loops log."""
     import logging
 
+    class Line(logging.Formatter):
+        """One printable line for each record."""
+
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(record.getMessage(), LONGEST)
+
     logger = logging.getLogger('timm_ghn')
     logger.setLevel(logging.INFO)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(message)s'))
+    handler.setFormatter(Line())
     logger.addHandler(handler)
     try:
         yield
@@ -425,31 +455,12 @@ def verify_ghn(args: argparse.Namespace) -> int:
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """The timm model of the command line, with timm's own initialisation drawn from ``--seed``.
+    """The timm model of the command line, with timm's own initialisation drawn from ``--seed``."""
+    from timm_ghn.timm_models import build_timm_model, check_model_name, check_side
 
-    Raises:
-        UnsupportedModelError: if timm has no such model, or refuses the options.
-    """
-    import timm
-    import torch
-
-    from timm_ghn.hub.catalogue import known_ghns
-
-    architecture, _, tag = args.model.partition('.')
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists them'
-        raise UnsupportedModelError(f'timm has no model {args.model!r}; {hint}')
-    if tag == 'ghn' or tag in known_ghns():
-        raise UnsupportedModelError(f'{args.model!r} names a GHN: write {architecture} --ghn {tag}')
-    try:
-        options = _model_options(args)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(args.seed)
-            model: nn.Module = timm.create_model(args.model, pretrained=False, **options)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f'timm cannot build {args.model!r} as asked: {error}') from error
-    return model
+    check_model_name(args.model)  # before timm is asked what its configuration says
+    check_side(args.img_size)
+    return build_timm_model(args.model, _model_options(args), seed=args.seed)
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:

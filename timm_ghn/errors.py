@@ -4,9 +4,18 @@ All kinds share :class:`GHNError`, so that a caller can catch the package's erro
 the built-in error that a caller who does not know the package would expect.
 """
 
+from timm_ghn.text import LONGEST, printable
+
 
 class GHNError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Its message is one printable line, whatever it quotes: names in a file may hold control characters, which a terminal
+    would obey.
+    """
+
+    def __init__(self, message: object = '') -> None:
+        super().__init__(printable(message, LONGEST))
 
 
 class UnsupportedModelError(GHNError, ValueError):

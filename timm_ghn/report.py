@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from timm_ghn.text import LONGEST, printable
+
 if TYPE_CHECKING:
     from timm_ghn.diversity import Comparison
     from timm_ghn.params.plan import ParameterPlan
@@ -51,7 +53,7 @@ def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
 
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Lines of a table; columns of numbers are aligned to the right."""
-    body = [tuple(row) for row in rows]
+    body = [tuple(printable(cell, LONGEST) for cell in row) for row in rows]
     columns = list(zip(header, *body, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(_is_number(cell) for cell in column[1:]) for column in columns]

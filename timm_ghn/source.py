@@ -1,14 +1,17 @@
 """GHNs as a source of pretrained weights for timm: ``timm.create_model('resnet50.ghn')``.
 
 A tag that names a GHN asks for predicted weights: ``ghn`` is the default GHN, every name of the catalogue is a tag as
-well. The tag alone is the request, ``pretrained=True`` adds nothing to it.
+well. The tag alone is the request, and ``pretrained=True`` adds nothing to it; ``pretrained=False`` takes it back, as
+it does with timm's own tags: the model is then that of the untagged name, with timm's initialisation.
 
 How it works. ``timm.create_model`` looks the entrypoint of an architecture up in its own module each time. There, and
 nowhere else, timm is made to call :func:`_create`, which lets the entrypoint build the model without weights and then
 predicts them. So it does not matter who imported ``create_model`` before this package, when an architecture was
-registered, or whether its entrypoint uses timm's builder. Four containers of timm's registry are what makes the tags
-known to ``list_pretrained``, ``is_model_pretrained``, ``get_pretrained_cfg`` and the like. Those five private names,
-:data:`PRIVATE`, are all that is used of timm's internals; this module alone uses them.
+registered, or whether its entrypoint uses timm's builder. The default of ``pretrained`` is None meanwhile, which tells
+a call that says False from one that says nothing. Two containers of timm's registry answer for the tags when they are
+asked about one name (``is_model_pretrained``, ``get_pretrained_cfg``); timm's listings go through all names that the
+containers hold, and those are timm's own. :data:`PRIVATE` names all that is used of timm's internals; this module alone
+uses them.
 
 An entrypoint that is called directly, ``timm.models.resnet50(pretrained_cfg='ghn')``, does not pass through
 ``create_model``: nothing is predicted for it.
@@ -19,14 +22,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.models import PretrainedCfg, get_deprecated_models, split_model_name_tag
+
+from timm_ghn.text import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,17 +45,12 @@ __all__ = ['DEFAULT_TAG', 'register', 'unregister']
 #: The tag that asks for the default GHN. It also is the name under which ``load_ghn`` knows the default.
 DEFAULT_TAG = 'ghn'
 
-#: What is used of timm's internals, and the type that it is expected to have.
-PRIVATE: dict[str, Any] = {
-    'timm.models._factory.model_entrypoint': Callable,
-    'timm.models._registry._model_entrypoints': dict,
-    'timm.models._registry._model_pretrained_cfgs': dict,
-    'timm.models._registry._model_with_tags': dict,
-    'timm.models._registry._model_has_pretrained': set,
-}
+_LOOKUP = 'timm.models._factory.model_entrypoint'
+_CFGS = 'timm.models._registry._model_pretrained_cfgs'
+_PRETRAINED = 'timm.models._registry._model_has_pretrained'
 
-_FACTORY = 'timm.models._factory'
-_REGISTRY = 'timm.models._registry'
+#: What is used of timm's internals, and the type that it is expected to have.
+PRIVATE: dict[str, Any] = {_LOOKUP: Callable, _CFGS: dict, _PRETRAINED: set}
 
 #: Entries of a pretrained cfg that say where weights come from. Where one is set, the weights are not ours.
 _WEIGHTS = ('url', 'file', 'state_dict', 'hf_hub_id')
@@ -66,49 +68,46 @@ _FEATURES = ('features_only', 'out_indices', 'feature_cls', 'feature_cfg', 'feat
 _NOT_FOR_FEATURES = ('num_classes', 'classifier')
 
 Entrypoint = Callable[..., 'nn.Module']
+Cfg = str | dict[str, Any] | PretrainedCfg | None
 
-
-@dataclasses.dataclass(frozen=True)
-class _Installed:
-    """What :func:`register` replaced in timm."""
-
-    factory: Any
-    registry: Any
-    lookup: Callable[..., Entrypoint]
-    timm_lookup: Callable[..., Entrypoint]
-    timm_entrypoints: dict[str, Entrypoint]
-    timm_cfgs: dict[str, PretrainedCfg]
-
-
-_installed: _Installed | None = None
+#: What :func:`register` replaced, by its name in :data:`PRIVATE`; empty while nothing is registered.
+_originals: dict[str, Any] = {}
 _lock = threading.RLock()
-
-
-class _Entrypoints(dict[str, Entrypoint]):
-    """timm's entrypoints; one that is added later gets its tag like those before it."""
-
-    def __setitem__(self, architecture: str, entrypoint: Entrypoint) -> None:
-        super().__setitem__(architecture, entrypoint)
-        _list(architecture)
 
 
 class _PretrainedCfgs(dict[str, PretrainedCfg]):
     """timm's pretrained cfgs; one of a GHN is derived from that of its architecture when it is asked for."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and _is_ours(*split_model_name_tag(name)))
+        return super().__contains__(name) or _names_ghn(name)
 
     def __missing__(self, name: str) -> PretrainedCfg:
-        architecture, tag = split_model_name_tag(name)
-        if not _is_ours(architecture, tag):
+        if not _names_ghn(name):
             raise KeyError(name)
+        architecture, tag = split_model_name_tag(name)
         return dataclasses.replace(_blank_cfg(architecture), tag=tag)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            return default
+
+class _HasPretrained(set[str]):
+    """timm's names that have weights; so has the tag of a GHN, when it is asked for."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or _names_ghn(name)
+
+
+def _with_ghns(lookup: Callable[..., Entrypoint]) -> Callable[..., Entrypoint]:
+    """``timm.models.model_entrypoint`` for ``timm.create_model``, such that entrypoints know the tags of GHNs."""
+
+    @functools.wraps(lookup)
+    def model_entrypoint(model_name: str, *args: Any, **kwargs: Any) -> Entrypoint:
+        entrypoint = lookup(model_name, *args, **kwargs)
+        # If another package wraps this function, it stays below theirs, and does nothing once it is unregistered.
+        return functools.partial(_create, entrypoint, split_model_name_tag(model_name)[0]) if _originals else entrypoint
+
+    return model_entrypoint
+
+
+_STAND_INS: dict[str, Callable[[Any], Any]] = {_LOOKUP: _with_ghns, _CFGS: _PretrainedCfgs, _PRETRAINED: _HasPretrained}
 
 
 def register() -> None:
@@ -116,9 +115,8 @@ def register() -> None:
 
     A timm whose internals are not as expected is left alone, and a warning says so.
     """
-    global _installed
     with _lock:
-        if _installed is not None:
+        if _originals:
             return
         missing = _missing()
         if missing:
@@ -129,94 +127,71 @@ def register() -> None:
                 stacklevel=2,
             )
             return
-        factory: Any = importlib.import_module(_FACTORY)
-        registry: Any = importlib.import_module(_REGISTRY)
-        timm_lookup = factory.model_entrypoint
-        _installed = _Installed(
-            factory=factory,
-            registry=registry,
-            lookup=functools.wraps(timm_lookup)(functools.partial(_lookup, timm_lookup)),
-            timm_lookup=timm_lookup,
-            timm_entrypoints=registry._model_entrypoints,
-            timm_cfgs=registry._model_pretrained_cfgs,
-        )
-        registry._model_entrypoints = _Entrypoints(registry._model_entrypoints)
-        registry._model_pretrained_cfgs = _PretrainedCfgs(registry._model_pretrained_cfgs)
-        for architecture in registry._model_entrypoints.keys() - get_deprecated_models().keys():
-            _list(architecture)
-        factory.model_entrypoint = _installed.lookup
+        for path in PRIVATE:
+            module, name = _parts(path)
+            _originals[path] = getattr(module, name)
+            setattr(module, name, _STAND_INS[path](_originals[path]))
+        _set_default(None)
 
 
 def unregister() -> None:
     """Undo :func:`register`: timm is as it was, with what was registered in it meanwhile."""
-    global _installed
     with _lock:
-        if _installed is None:
+        if not _originals:
             return
-        installed, registry = _installed, _installed.registry
-        # If another package has wrapped our lookup, it stays below theirs, and does nothing.
-        if installed.factory.model_entrypoint is installed.lookup:
-            installed.factory.model_entrypoint = installed.timm_lookup
-        for architecture in list(registry._model_with_tags):
-            _unlist(architecture)
-        for name, original in (
-            ('_model_entrypoints', installed.timm_entrypoints),
-            ('_model_pretrained_cfgs', installed.timm_cfgs),
-        ):
-            current = dict(getattr(registry, name))
-            if current != original:
+        _set_default(False)
+        for path, original in _originals.items():
+            module, name = _parts(path)
+            current = getattr(module, name)
+            if path != _LOOKUP:
                 original.clear()
                 original.update(current)
-            setattr(registry, name, original)
-        _installed = None
+            elif getattr(current, '__wrapped__', None) is not original:
+                continue  # another package's, which is theirs to take away
+            setattr(module, name, original)
+        _originals.clear()
+
+
+def _parts(path: str) -> tuple[ModuleType, str]:
+    module, _, name = path.rpartition('.')
+    return importlib.import_module(module), name
 
 
 def _missing() -> list[str]:
-    """Those of :data:`PRIVATE` that this timm does not have, or has with another type."""
+    """What of timm's internals this timm does not have, or has in another form."""
     missing = []
     for path, kind in PRIVATE.items():
-        module, _, name = path.rpartition('.')
         try:
-            found = getattr(importlib.import_module(module), name)
+            module, name = _parts(path)
+            found = getattr(module, name)
         except (ImportError, AttributeError):
-            missing.append(path)
-            continue
+            found = None
         if not isinstance(found, kind):
             missing.append(path)
+    if not missing:
+        second = list(inspect.signature(_create_model()).parameters.values())[1]
+        if (second.name, second.default) != ('pretrained', False):
+            missing.append('timm.create_model(model_name, pretrained=False)')
     return missing
 
 
-def _tagged(architecture: str) -> str:
-    return f'{architecture}.{DEFAULT_TAG}'
+def _create_model() -> Any:
+    """``timm.create_model`` itself, also where another package shows a function of its own under that name."""
+    return _parts(_LOOKUP)[0].create_model
 
 
-def _list(architecture: str) -> None:
-    """Add the default tag of an architecture to timm's listings."""
-    if _installed is None:
-        return
-    tags = _installed.registry._model_with_tags.setdefault(architecture, [])
-    if _tagged(architecture) not in tags:
-        tags.append(_tagged(architecture))
-    _installed.registry._model_has_pretrained.add(_tagged(architecture))
+def _set_default(pretrained: bool | None) -> None:
+    """Change the default of ``pretrained`` in ``timm.create_model`` itself, which others may have imported."""
+    _create_model().__defaults__ = (pretrained, *_create_model().__defaults__[1:])
 
 
-def _unlist(architecture: str) -> None:
-    """Undo :func:`_list`, unless the architecture defines such a tag of its own."""
-    if _installed is None or dict.__contains__(_installed.registry._model_pretrained_cfgs, _tagged(architecture)):
-        return
-    tags = _installed.registry._model_with_tags[architecture]
-    if _tagged(architecture) in tags:
-        tags.remove(_tagged(architecture))
-        if not tags:
-            del _installed.registry._model_with_tags[architecture]
-    _installed.registry._model_has_pretrained.discard(_tagged(architecture))
-
-
-def _is_ours(architecture: str, tag: str) -> bool:
-    """Whether a tag of an architecture names a GHN. A tag that the architecture itself defines never does."""
-    if not tag or _installed is None or architecture not in _installed.registry._model_entrypoints:
+def _names_ghn(name: object) -> bool:
+    """Whether 'architecture.tag' names a GHN. A tag that the architecture itself defines never does."""
+    if not isinstance(name, str) or not _originals:
         return False
-    if dict.__contains__(_installed.registry._model_pretrained_cfgs, f'{architecture}.{tag}'):
+    architecture, tag = split_model_name_tag(name)
+    module, cfgs = _parts(_CFGS)
+    if not tag or not timm.is_model(architecture) or dict.__contains__(getattr(module, cfgs), name):
         return False
     if tag == DEFAULT_TAG:
         return True
@@ -241,30 +216,27 @@ def _blank_cfg(architecture: str) -> PretrainedCfg:
     return PretrainedCfg(architecture=split_model_name_tag(name)[0], **kept)
 
 
-def _lookup(timm_lookup: Callable[..., Entrypoint], model_name: str, *args: Any, **kwargs: Any) -> Entrypoint:
-    """Stand in for ``timm.models.model_entrypoint`` inside ``timm.create_model``."""
-    entrypoint = timm_lookup(model_name, *args, **kwargs)
-    if _installed is None:
-        return entrypoint
-    return functools.partial(_create, entrypoint, split_model_name_tag(model_name)[0])
-
-
 def _create(
     entrypoint: Entrypoint,
     architecture: str,
     *,
-    pretrained: bool = False,
-    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained: bool | None = None,
+    pretrained_cfg: Cfg = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Call an entrypoint as ``timm.create_model`` would; with predicted weights, if the pretrained cfg names a GHN."""
     tag = _asked_for(architecture, pretrained_cfg)
-    if tag is None or any((pretrained_cfg_overlay or {}).get(key) for key in _WEIGHTS):
-        # An overlay that names other weights wins over the tag, as it wins over the weights of timm's own tags.
+    replaced = any((pretrained_cfg_overlay or {}).get(key) for key in _WEIGHTS)
+    if tag is None or replaced or (pretrained is not None and not pretrained):
+        if tag is not None and replaced:
+            # An overlay that names other weights wins over the tag, as it wins over the weights of timm's own tags.
+            pretrained_cfg = _blank_cfg(architecture)
+        elif tag is not None and isinstance(pretrained_cfg, str):
+            pretrained_cfg = None
         return entrypoint(
-            pretrained=pretrained,
-            pretrained_cfg=pretrained_cfg if tag is None else _blank_cfg(architecture),
+            pretrained=pretrained or False,
+            pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
             **kwargs,
         )
@@ -277,18 +249,14 @@ def _create(
     return _predicted(entrypoint, architecture, ghn, cfg, kwargs)
 
 
-def _asked_for(architecture: str, pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None) -> str | None:
+def _asked_for(architecture: str, pretrained_cfg: Cfg) -> str | None:
     """The tag of the GHN that a pretrained cfg asks for; None if it asks for none, or brings weights of its own."""
-    if not pretrained_cfg:
-        return None
     if isinstance(pretrained_cfg, str):
         tag = pretrained_cfg
     else:
-        entries = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
-        if any(entries.get(key) for key in _WEIGHTS):
-            return None
-        tag = entries.get('tag') or ''
-    return tag if _is_ours(architecture, tag) else None
+        entries = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg or PretrainedCfg())
+        tag = '' if any(entries.get(key) for key in _WEIGHTS) else entries.get('tag') or ''
+    return tag if _names_ghn(f'{architecture}.{tag}') else None
 
 
 def _cfg_of(
@@ -305,7 +273,7 @@ def _cfg_of(
     if facts.get('file'):
         # timm writes the cfg into what it uploads: the folders of this machine are not for others to read.
         facts['file'] = Path(facts['file']).name
-    name = facts.pop('name', None) or ghn.config.name or facts.get('file') or tag
+    name = printable(facts.pop('name', None) or ghn.config.name or facts.get('file') or tag)
     entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
     if not isinstance(pretrained_cfg, str):
         entries |= _said(architecture, pretrained_cfg)
@@ -315,7 +283,7 @@ def _cfg_of(
         'tag': tag,
         'source': DEFAULT_TAG,
         'description': f'Parameters predicted by the graph hypernetwork {name}, without training.',
-        'notes': (f'ghn: {name}', *(f'{key}: {value}' for key, value in facts.items() if value is not None)),
+        'notes': (f'ghn: {name}', *(f'{key}: {printable(v)}' for key, v in facts.items() if v is not None)),
     }
     return dataclasses.replace(_blank_cfg(architecture), **entries)
 

@@ -18,10 +18,10 @@ import timm_ghn
 from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, postprocess_, predict, push_to_hub
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.hub import load_ghn
+from timm_ghn.hub import load_ghn, register_ghn
 from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.hub.default import EMBEDDED
-from timm_ghn.nn.config import Origin
+from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.storage import save_ghn
 from timm_ghn.prediction import provenance
 from timm_ghn.publish import Facts, Training, model_card, read_source
@@ -276,3 +276,98 @@ def test_a_data_set_of_the_hub_is_linked(trained):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r'results\.jsonl'):
         Training.read(tmp_path)
+
+
+# Text that comes from a file
+
+
+HOSTILE = '\x1b[2J\r\n| a | <img src=x> [here](https://evil.example) `x` **b** $y$ # t\u202e ' + 'z' * 500
+
+
+def expect_no_markup_of_others(card: ModelCard | str) -> None:
+    text = str(card)
+    assert all(line.isprintable() for line in text.split('\n'))
+    prose = re.sub(r'```.*?```', '', text.partition('\n---\n')[2], flags=re.DOTALL)
+    outside = re.sub(r'`[^`\n]*`', '', prose)
+    for markup in (r'<img', r'\[here\]\(', r'\*\*b', r'\$y', r'\| a \|', r'https://evil'):
+        assert not re.search(rf'(?<!\\){markup}', outside), markup
+    tables = [line for line in prose.splitlines() if line.startswith('|')]
+    assert tables
+    assert all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in tables)
+    assert 'z' * 100 not in prose
+
+
+def test_the_name_of_a_ghn_is_one_escaped_line(hub: HubServer, push, small: GHNConfig, tmp_path):
+    model, ghn = timm.create_model('test_resnet'), GHN(dataclasses.replace(small, name=HOSTILE))
+    save_ghn(ghn, tmp_path / 'ghn')
+    ghn = load_ghn(tmp_path / 'ghn')
+    prediction = predict(model, ghn)
+    card = push(ghn_init(model, ghn, postprocess=None), prediction=prediction)
+    expect_no_markup_of_others(card)
+    assert '**predicted, no training**' in card.text
+    (*_, message) = hub.commits(REPO)
+    assert message.isprintable()
+    assert len(message) < 150
+    cfg = json.loads(hub.files(REPO)['config.json'])['pretrained_cfg']
+    assert cfg['description'].isprintable()
+    assert len(cfg['description']) < 250
+    register_ghn('mine', tmp_path / 'ghn')
+    tagged = timm.create_model('test_resnet.mine')
+    assert all(note.isprintable() for note in (tagged.pretrained_cfg['description'], *tagged.pretrained_cfg['notes']))
+
+
+def test_every_fact_of_a_prediction_is_escaped():
+    origin = dict.fromkeys(('name', 'repo_id', 'revision', 'file', 'sha256'), HOSTILE)
+    said = {'ghn': HOSTILE, 'origin': origin, 'timm_ghn': HOSTILE, 'head': HOSTILE, 'seed': 0, 'postprocess': HOSTILE}
+    facts = dataclasses.replace(FACTS, provenance=said, model_args={HOSTILE: HOSTILE})
+    for raw in (True, False):
+        card = model_card(dataclasses.replace(facts, raw=raw))
+        expect_no_markup_of_others(card)
+    said['postprocess'] = None
+    card = model_card(facts)
+    expect_no_markup_of_others(card)
+    assert len(code_of(card).splitlines()) == 3
+
+
+def test_every_fact_of_a_run_is_escaped(trained):
+    training = Training.read(trained)
+    arguments = {key: HOSTILE if isinstance(value, str) else value for key, value in training.arguments.items()}
+    run = {**training.run, 'arguments': {**arguments, 'subset': HOSTILE}, 'splits': [HOSTILE] * 2, 'provenance': None}
+    for local in ([], ['dataset', 'init']):
+        facts = dataclasses.replace(FACTS, provenance=None, raw=False)
+        card = model_card(
+            dataclasses.replace(facts, training=dataclasses.replace(training, run={**run, 'local': local}))
+        )
+        expect_no_markup_of_others(card)
+
+
+@pytest.mark.parametrize(
+    ('facts', 'message'),
+    [
+        ([], 'facts about a prediction'),
+        ({'origin': 5}, 'expected origin'),
+        ({'origin': {'file': 5}}, 'expected file'),
+        ({'seed': 'x'}, 'expected seed'),
+        ({'elements': 'many'}, 'expected elements'),
+        ({'elements': 5}, 'incomplete'),
+        ({'postprocess': {'beta': 0, 'surprise': 1}}, 'options of post-processing'),
+        ({'postprocess': {'beta': -1}}, 'beta'),
+    ],
+)
+def test_facts_that_no_prediction_gives_are_refused(hub: HubServer, facts, message):
+    with pytest.raises(ConfigError, match=message):
+        push_to_hub(timm.create_model('test_resnet'), REPO, prediction=facts, token=TOKEN)
+    assert not hub.requests
+
+
+def test_results_that_are_not_whole_are_refused(hub: HubServer, trained):
+    source = read_source(trained)
+    training = Training.read(trained)
+    for key in ('images', 'splits', 'data_config'):
+        run = {k: v for k, v in training.run.items() if k != key}
+        with pytest.raises(ConfigError, match='incomplete'):
+            push_to_hub(
+                source.model, REPO, results=dataclasses.replace(training, run=run), model_args=source.model_args,
+                token=TOKEN,
+            )  # fmt: skip
+    assert not hub.requests

@@ -7,10 +7,12 @@ import logging
 import subprocess
 import sys
 import tempfile
+import traceback
 
 import pytest
 import timm
 import torch
+from hub_handler import Refusal
 from hub_server import HubServer, environment
 from safetensors.torch import load, load_file
 from timm_versions import TIMM_RECORDS
@@ -224,6 +226,28 @@ def test_a_wrong_argument_is_refused(hub: HubServer, model, arguments, message):
         push_to_hub(model, **{'repo_id': REPO, 'token': TOKEN, **arguments})
     assert 'hf_secret' not in str(caught.value)
     assert not hub.requests
+
+
+@pytest.mark.parametrize('token', ['hf_sécret', 'hf_secret\x01', 'hf_se cret', 'hf_secret\u202e'])
+def test_a_token_of_the_environment_that_cannot_be_one_is_not_shown(hub: HubServer, model, monkeypatch, token):
+    monkeypatch.setenv('HF_TOKEN', token)
+    with pytest.raises(ConfigError, match='token to be one word') as caught:
+        push_to_hub(model, REPO)
+    assert 'cret' not in ''.join(traceback.format_exception(caught.value))
+    assert not hub.requests
+
+
+def test_a_server_that_repeats_the_token_does_not_show_it(hub: HubServer, model, monkeypatch):
+    def refuse(*_):
+        raise Refusal(403, f'no rights: Bearer {TOKEN}\x1b[2J')
+
+    monkeypatch.setattr(hub, 'create_repo', refuse)
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    for token in (TOKEN, None):
+        with pytest.raises(HubError, match=r'403 .*no rights: Bearer \(token\).*write access') as caught:
+            push_to_hub(model, REPO, token=token)
+        assert TOKEN not in ''.join(traceback.format_exception(caught.value))
+        assert str(caught.value).isprintable()
 
 
 def damaged(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -91,14 +92,57 @@ def no_safetensors(path: Path) -> None:
     path.write_bytes(b'\x80\x02cos\nsystem\n')
 
 
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder_of_pipes(path: Path) -> None:
+    path.mkdir()
+    for name in ('config.json', 'model.safetensors', 'model_best.safetensors', 'results.jsonl'):
+        os.mkfifo(path / name)
+
+
+def header_of_lists(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': '[' * 10**5})
+
+
+def facts_of_another_kind(path: Path) -> None:
+    model = timm.create_model('test_vit')
+    save_file(dict(model.state_dict()), path, {'architecture': 'test_vit', 'provenance': '{"origin": [1]}'})
+
+
+def weights_of_another_kind(path: Path) -> None:
+    """A tensor of a type that this torch does not have."""
+    header = json.dumps({
+        '__metadata__': {'architecture': 'test_vit', 'provenance': '{}'},
+        'a': {'dtype': 'F4', 'shape': [2], 'data_offsets': [0, 1]},
+    }).encode()  # fmt: skip
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + b'\0')
+
+
+def size_of_a_slip(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': '{}', 'img_size': '1000000000'})
+
+
+def no_results(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'timm_ghn': '{}'})
+
+
 @pytest.mark.parametrize(
     ('write', 'message'),
     [
         (None, 'there is no file'),
         (header_of_nothing, 'does not say what it holds'),
         (other_weights, 'does not hold the weights of test_vit'),
-        (unknown_model, 'timm cannot build'),
+        (unknown_model, 'timm has no model'),
         (no_safetensors, 'expected a safetensors file'),
+        (pipe, 'is no regular file'),
+        (folder_of_pipes, 'is no regular file'),
+        (header_of_lists, 'facts about a prediction'),
+        (facts_of_another_kind, 'expected origin'),
+        (weights_of_another_kind, 'out.safetensors'),
+        (size_of_a_slip, 'at most 16,384 pixels'),
+        (no_results, 'expected the output folder of a fine-tuning run'),
         (lambda path: path.mkdir(), 'there is no file'),
     ],
 )

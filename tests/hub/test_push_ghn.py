@@ -20,6 +20,7 @@ from pictures import make_dataset, save_dataset
 from timm_ghn import GHN, CheckpointError, ConfigError, GHNConfig, HubError, load_ghn
 from timm_ghn.hub import known_ghns
 from timm_ghn.hub.default import EMBEDDED, PUBLISHED
+from timm_ghn.nn.config import Origin
 from timm_ghn.nn.storage import save_ghn
 from timm_ghn.publish import MetaTraining
 from timm_ghn.publish.ghn_card import ghn_card
@@ -342,6 +343,32 @@ def test_the_results_of_this_repository_can_be_told(hub: HubServer):
     assert [result.metric_value for result in card.data.eval_results] == [
         round(v, 4) for v in found.accuracies.values()
     ]
+
+
+def test_no_text_of_a_file_reaches_a_card_or_a_commit_as_it_is(hub: HubServer, small: GHNConfig):
+    hostile = '\x1b[2J\r\n| a | <img src=x> [here](https://evil.example) **b** ' + 'z' * 500
+    found = MetaTraining.read(Path(__file__).parents[2] / 'benchmarks' / 'results' / 'meta_training-2026-11-21.jsonl')
+    arguments = {key: hostile if isinstance(value, str) else value for key, value in found.arguments.items()}
+    arguments |= {'subset': hostile, 'init': hostile, 'sampler_args': {'families': [hostile]}}
+    evaluation = {**found.evaluation, f'known/{hostile}': 5.0}
+    run = {**found.run, 'arguments': arguments, 'device': hostile, 'config': {}, 'local': []}
+    results = dataclasses.replace(found, run=run, evaluation=evaluation)
+    ghn = GHN(dataclasses.replace(small, name=hostile, rules=hostile))
+    for origin in (None, Origin(*[hostile] * 5), Origin(file=hostile)):
+        ghn.origin = origin
+        for told in (results, None):
+            card = str(ghn_card(facts_of(ghn, REPO, None, training=told, license=None)))
+            assert all(line.isprintable() for line in card.split('\n'))
+            prose = re.sub(r'```.*?```', '', card.partition('\n---\n')[2], flags=re.DOTALL)
+            prose = re.sub(r'`[^`\n]*`', '', prose)
+            for markup in (r'<img', r'\[here\]\(', r'\*\*b', r'\| a \|', r'https://evil'):
+                assert not re.search(rf'(?<!\\){markup}', prose), markup
+            assert 'z' * 100 not in prose
+    ghn.config = dataclasses.replace(ghn.config, rules=small.rules)
+    ghn.push_to_hub(REPO, token=TOKEN)
+    (*_, message) = hub.commits(REPO)
+    assert message.isprintable()
+    assert len(message) < 150
 
 
 def test_a_folder_of_timm_is_not_taken_for_a_ghn(run, hub: HubServer, tmp_path):

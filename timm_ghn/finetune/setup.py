@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -20,12 +18,13 @@ from torch.utils.data import DataLoader
 
 from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_transform, train_transform
 from timm_ghn.data.splits import Split, Splits
-from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.errors import ConfigError
 from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.postprocess import postprocess_
 from timm_ghn.prediction import initialise
 from timm_ghn.small_images import adapt_to_small_images_, check_reads, size_arguments
+from timm_ghn.timm_models import build_timm_model, check_model_name, check_side
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -70,26 +69,18 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         UnsupportedModelError: if timm cannot build it as asked, or it cannot read images of this size.
         GHNError: if the prediction fails.
     """
-    architecture = options.model.partition('.')[0]
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists them'
-        raise UnsupportedModelError(f'timm has no model {options.model!r}; {hint}')
+    check_model_name(options.model, ghn_option='--init')
     small = options.small_stem == 'on' or (
         options.small_stem == 'auto' and options.image_size is not None and options.image_size <= SMALL_IMAGE
     )
     arguments: dict[str, Any] = {'num_classes': num_classes}
-    pretrained = options.init == 'pretrained'
-    try:
-        if options.image_size is not None:
-            arguments |= size_arguments(options.model, options.image_size, small=small)
-        arguments |= options.arguments
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(options.seed)
-            model = timm.create_model(options.model, pretrained=pretrained, **arguments)
-    except (AssertionError, RuntimeError, TypeError, ValueError, OSError) as error:
-        what = 'build and load' if pretrained else 'build'
-        raise UnsupportedModelError(f'timm cannot {what} {options.model!r} with {arguments}: {error}') from error
+    if options.image_size is not None:
+        check_side(options.image_size)
+        arguments |= size_arguments(options.model, options.image_size, small=small)
+    arguments |= options.arguments
+    model = build_timm_model(
+        options.model, arguments, seed=options.seed, pretrained=options.init == 'pretrained', ghn_option='--init'
+    )
     config = _data_config(options, model)
     outputs = getattr(model, 'num_classes', None)
     if outputs != num_classes:

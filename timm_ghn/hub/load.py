@@ -75,7 +75,7 @@ def load_ghn(
               TIMM_GHN_DEFAULT names, else the Hub's ghn3_xlm16. Where that last one can be reached neither on the
               Hub nor in its cache, the GHN inside the package serves, with a warning.
             - an existing path: a folder of :meth:`GHN.save_pretrained`, its ``model.safetensors``, or a file of the
-              authors of GHN-2 or GHN-3;
+              authors of GHN-2 or GHN-3. Names of GHNs win: a folder of such a name is ``'./ghn2'``;
             - a name of :func:`timm_ghn.list_ghns`, e.g. ``'ghn3_tm8'``. An official file from the Hub is converted to
               our form at first, which is kept and mapped into memory from then on (TIMM_GHN_CACHE names the folder,
               or is 'off');

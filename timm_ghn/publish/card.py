@@ -9,8 +9,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.hub.entry import REPO
 from timm_ghn.postprocess import NAMED, PostProcess
 from timm_ghn.publish.facts import Facts, Training, entry_of
+from timm_ghn.text import Markdown, code, markdown, printable
 from timm_ghn.version import __version__
 
 #: Papers behind every prediction: key of the entry, arXiv identifier, title, authors, year.
@@ -29,6 +31,8 @@ PAPERS = (
         'Boris Knyazev and Doha Hwang and Simon Lacoste-Julien', 2023,
     ),
 )  # fmt: skip
+
+_HUB = 'https://huggingface.co'
 
 #: End of a card.
 CITATION = """## Citation
@@ -122,14 +126,19 @@ def card_from(
         template: In the Hub's form, with ``card_data`` and a loop over ``rows``.
         data: What the Hub reads.
         repo_id: Repository on the Hub.
-        rows: Of the table of facts.
+        rows: Of the table of facts; what is not Markdown already is escaped.
         more: What else the template names.
 
     Raises:
         ValueError: if huggingface_hub refuses the metadata.
     """
     card: ModelCard = ModelCard.from_template(
-        data, template_str=template + CITATION, name=repo_id.split('/')[1], rows=_table(rows), papers=PAPERS, **more
+        data,
+        template_str=template + CITATION,
+        name=repo_id.split('/')[1],
+        rows=[(markdown(key), markdown(value)) for key, value in rows],
+        papers=PAPERS,
+        **more,
     )
     return card
 
@@ -138,17 +147,19 @@ def save_card(make: Callable[[], ModelCard], path: Path) -> None:
     """Write a card.
 
     Raises:
-        ConfigError: if huggingface_hub refuses the metadata.
+        ConfigError: if huggingface_hub refuses the metadata, or if a run's results are not those that a run writes.
     """
     try:
         make().save(path)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ConfigError(f'the results of the run are incomplete ({type(error).__name__}: {error})') from error
     except ValueError as error:
-        raise ConfigError(f'huggingface_hub refuses the metadata of the card: {error}') from error
+        raise ConfigError(f'the card cannot be written: {error}') from error
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """Rows whose cells a table in Markdown can hold."""
-    return [(key, ' '.join(str(value).split()).replace('|', r'\|')) for key, value in rows]
+def link(repo_id: str) -> Markdown:
+    """A repository on the Hub, linked if it can be one."""
+    return Markdown(f'[{repo_id}]({_HUB}/{repo_id})') if REPO.fullmatch(repo_id) else markdown(repo_id)
 
 
 def metadata(facts: Facts) -> ModelCardData:
@@ -180,14 +191,14 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def _evaluation(training: Training) -> EvalResult:
-    said, tested = training.arguments, training.test_top1
+    subset, tested = training.arguments.get('subset'), training.test_top1
     return EvalResult(
         task_type='image-classification',
         task_name='Image Classification',
         dataset_type=training.dataset,
         dataset_name=training.dataset,
-        dataset_config=said.get('subset'),
-        dataset_split=training.run['splits'][1] if tested is None else 'test',
+        dataset_config=printable(subset) if subset else None,
+        dataset_split=printable(training.run['splits'][1]) if tested is None else 'test',
         metric_type='accuracy',
         metric_name=f'top-1 {"validation" if tested is None else "test"} accuracy in percent, fine-tuned for '
         f'{training.epoch:g} epochs',
@@ -197,13 +208,13 @@ def _evaluation(training: Training) -> EvalResult:
 
 def _summary(facts: Facts) -> str:
     ghn, training = facts.ghn, facts.training
-    start = f'parameters that the graph hypernetwork {ghn} predicted' if ghn else None
+    start = f'parameters that the graph hypernetwork {markdown(ghn)} predicted' if ghn else None
     if training is not None:
         init = str(training.arguments['init'])
         start = start or {'pretrained': "timm's pretrained weights"}.get(init, 'random weights')
         text = (
-            f'`{facts.architecture}`, fine-tuned for {training.epoch:g} epochs on {training.dataset} from {start}: '
-            f'{training.top1:.2f} % validation accuracy on its split `{training.run["splits"][1]}`.'
+            f'`{facts.architecture}`, fine-tuned for {training.epoch:g} epochs on {markdown(training.dataset)} from '
+            f'{start}: {training.top1:.2f} % validation accuracy on its split {code(training.run["splits"][1])}.'
         )
         if training.test_top1 is not None:
             text += f' On the test split, by which nothing was chosen: {training.test_top1:.2f} %.'
@@ -217,12 +228,13 @@ def _summary(facts: Facts) -> str:
     else:
         text = f'`{facts.architecture}`, begun with {start}. What was done to its weights since was not recorded.'
     if facts.provenance is not None and facts.provenance.get('trained') is False:
-        text += f' {ghn} itself is untrained: expect no more of its predictions than of random weights.'
+        text += f' {markdown(ghn)} itself is untrained: expect no more of its predictions than of random weights.'
     return text
 
 
 def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
-    yield 'architecture', f'`{facts.architecture}`' + (f' with `{_call(facts.model_args)}`' if facts.model_args else '')
+    more = f' with {code(_call(facts.model_args))}' if facts.model_args else ''
+    yield 'architecture', Markdown(f'`{facts.architecture}`{more}')
     yield 'input size', ' x '.join(map(str, facts.input_size))
     yield 'classes', facts.num_classes or 'none'
     yield 'parameters', f'{facts.parameters:,}'
@@ -233,19 +245,28 @@ def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     yield 'written by', f'timm_ghn {__version__}'
 
 
-def _ghn_rows(ghn: str | None, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    origin = said.get('origin') or {}
-    yield 'GHN', ghn
+def origin_rows(origin: Mapping[str, Any], *, original: bool = False) -> Iterator[tuple[str, Any]]:
+    """Where the weights of a GHN came from, of :class:`~timm_ghn.nn.config.Origin`.
+
+    Args:
+        origin: Its fields.
+        original: Whether the card is that of the GHN itself.
+    """
     if origin.get('repo_id'):
-        yield 'repository of the GHN', f'[{origin["repo_id"]}](https://huggingface.co/{origin["repo_id"]})'
+        yield 'original repository' if original else 'repository of the GHN', link(origin['repo_id'])
     if origin.get('revision'):
-        yield 'its revision', f'`{origin["revision"]}`'
+        yield 'its revision', code(origin['revision'])
     if origin.get('embedded'):
         yield 'where it comes from', 'the package timm_ghn'
     if origin.get('file'):
-        yield 'its file', f'`{PurePath(origin["file"]).name}`'
+        yield 'original file' if original else 'its file', code(PurePath(origin['file']).name)
     if origin.get('sha256'):
-        yield 'SHA-256 of that file', f'`{origin["sha256"]}`'
+        yield 'SHA-256 of that file', code(origin['sha256'])
+
+
+def _ghn_rows(ghn: str | None, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield 'GHN', ghn
+    yield from origin_rows(said.get('origin') or {})
     if said.get('timm_ghn'):
         yield 'predicted by', f'timm_ghn {said["timm_ghn"]}'
     if said.get('elements'):
@@ -295,8 +316,8 @@ def _ghn_code(facts: Facts) -> str:
     said = facts.provenance or {}
     origin, entry = said.get('origin') or {}, entry_of(said)
     name = entry.name if entry is not None else origin.get('repo_id') or PurePath(origin.get('file') or '').name
-    name = name or str(facts.ghn)
-    pinned = f', revision={origin["revision"]!r}' if origin.get('revision') else ''
+    name = printable(name or facts.ghn)
+    pinned = f', revision={printable(origin["revision"])!r}' if origin.get('revision') else ''
     return f'timm_ghn.load_ghn({name!r}{pinned})' if pinned else repr(name)
 
 
@@ -325,4 +346,4 @@ def _training_code(training: Training) -> str:
 
 
 def _call(arguments: Mapping[str, Any]) -> str:
-    return ', '.join(f'{key}={value!r}' for key, value in arguments.items())
+    return ', '.join(f'{printable(key)}={value!r}' for key, value in arguments.items())

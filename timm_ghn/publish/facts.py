@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,9 +22,40 @@ from timm_ghn.postprocess import NAMED, PostProcess, postprocess_
 from timm_ghn.prediction import Prediction, ghn_init
 from timm_ghn.results import RESULTS, read_results
 from timm_ghn.source import DEFAULT_TAG
+from timm_ghn.text import printable
 
 #: Weights that a fine-tuning run leaves, and the entry of its last line that says how good they are; None: the file.
 WEIGHTS = {'model_best.safetensors': None, 'model.safetensors': 'val_top1', 'model_ema.safetensors': 'ema_top1'}
+
+
+#: Entries of a provenance and their types; each may be left open.
+_PROVENANCE: dict[str, Any] = {
+    'ghn': str, 'trained': bool, 'origin': Mapping, 'timm_ghn': str, 'rules': str, 'input_size': Sequence,
+    'mean': Sequence, 'std': Sequence, 'head': str, 'seed': int, 'postprocess': (Mapping, str), 'tensors': int,
+    'predicted_tensors': int, 'elements': int, 'predicted_elements': int,
+}  # fmt: skip
+
+
+def check_provenance(found: object) -> dict[str, Any]:
+    """Facts about a prediction, as :func:`timm_ghn.prediction.provenance` gives them, from whoever says so.
+
+    Raises:
+        ConfigError: if they are something else.
+    """
+    if not isinstance(found, Mapping):
+        raise ConfigError(f'expected facts about a prediction (got {type(found).__name__})')
+    for key, kind in _PROVENANCE.items():
+        if found.get(key) is not None and not isinstance(found[key], kind):
+            raise ConfigError(f'expected {key} of a prediction as its provenance has it (got {printable(found[key])})')
+    for key, value in (found.get('origin') or {}).items():
+        if not isinstance(value, str | None | bool):
+            raise ConfigError(f'expected {key} of the origin of a prediction to be text (got {printable(value)})')
+    if isinstance(found.get('postprocess'), Mapping):
+        try:
+            PostProcess(**found['postprocess'])
+        except TypeError as error:
+            raise ConfigError(f'expected options of post-processing as the provenance has them ({error})') from error
+    return dict(found)
 
 
 def is_public(named: object) -> bool:
@@ -57,7 +88,7 @@ class RunRecord:
     def dataset(self) -> str:
         """Name of the data set: that of the Hub, or the last part of a path."""
         name = str(self.arguments['dataset'])
-        return name if self.dataset_is_public else PurePath(name).stem
+        return printable(name if self.dataset_is_public else PurePath(name).stem)
 
     @property
     def dataset_is_public(self) -> bool:
@@ -78,6 +109,18 @@ class Training(RunRecord):
     epoch: float
     top1: float
     test_top1: float | None = None
+
+    @property
+    def data_config(self) -> Mapping[str, Any]:
+        """timm's data config that the model was trained with.
+
+        Raises:
+            ConfigError: if the results do not say.
+        """
+        found = self.run.get('data_config')
+        if not isinstance(found, Mapping):
+            raise ConfigError('the results of the run are incomplete (they have no data_config)')
+        return found
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Training:
@@ -149,7 +192,7 @@ class Facts:
             return None
         origin = self.provenance.get('origin') or {}
         name = self.provenance.get('ghn') or origin.get('name') or origin.get('repo_id')
-        return str(name or PurePath(origin.get('file') or 'without a name').name)
+        return printable(name or PurePath(origin.get('file') or 'without a name').name)
 
 
 def provenance_of(
@@ -167,8 +210,8 @@ def provenance_of(
     if isinstance(prediction, Prediction):
         return dict(prediction.provenance), False
     if training is not None:
-        return (_of_training(model, training) if prediction is None else dict(prediction)), False
-    found = _of_tag(model) if prediction is None else dict(prediction)
+        return (_of_training(model, training) if prediction is None else check_provenance(prediction)), False
+    found = _of_tag(model) if prediction is None else check_provenance(prediction)
     return found, found is not None and _comes_out_again(model, found)
 
 
@@ -231,8 +274,8 @@ def _of_tag(model: nn.Module) -> dict[str, Any] | None:
 def _of_training(model: nn.Module, training: Training) -> dict[str, Any] | None:
     """Facts about the start of a run."""
     recorded = training.run.get('provenance')
-    if isinstance(recorded, Mapping):
-        return dict(recorded)
+    if recorded is not None:
+        return check_provenance(recorded)
     # Runs of before that was recorded name the GHN, and no more.
     said = training.arguments
     if said['init'] in ('random', 'pretrained'):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.output import write_state_dict
-from timm_ghn.publish.facts import WEIGHTS, Facts, Training, read_header
+from timm_ghn.publish.facts import WEIGHTS, Facts, Training, check_provenance, read_header
 from timm_ghn.publish.send import CONFIG_FILE, WEIGHTS_FILE
+from timm_ghn.timm_models import build_timm_model
 from timm_ghn.writable import check_finite
 
 #: Entries of a pretrained cfg that describe weights which somebody else trained.
@@ -61,9 +62,10 @@ def read_source(path: Path) -> Source:
     """
     file = path / next(iter(WEIGHTS)) if path.is_dir() else path
     if not file.is_file():
+        found = f'{str(file)!r} is no regular file' if file.exists() else f'there is no file {str(file)!r}'
         raise ConfigError(
             f"expected {str(path)!r} to be a file of 'timm-ghn predict', the output folder of 'timm-ghn finetune' or "
-            f"the folder 'ghn' of 'timm-ghn train' (there is no file {str(file)!r})"
+            f"the folder 'ghn' of 'timm-ghn train' ({found})"
         )
     header = {key: _read(value) for key, value in read_header(file).items()}
     architecture = header.pop('architecture', None)
@@ -73,23 +75,20 @@ def read_source(path: Path) -> Source:
             f"the header of {str(file)!r} does not say what it holds: it is not a file of 'timm-ghn predict' or "
             "'timm-ghn finetune'. In Python, timm_ghn.push_to_hub(model, ...) takes any timm model"
         )
+    provenance = None if provenance is None else check_provenance(provenance)
     for key in ('format', 'epoch', 'top1'):
         header.pop(key, None)
     training = Training.read(file) if run is not None else None
     if training is not None and training.run.get('stem'):
         raise UnsupportedModelError(
-            f'the stem of {architecture} was changed for small images ({"; ".join(training.run["stem"])}), and timm '
-            'builds it without that: fine-tune with --small-stem off'
+            f'the stem of {architecture} was changed for small images ({"; ".join(map(str, training.run["stem"]))}), '
+            'and timm builds it without that: fine-tune with --small-stem off'
         )
     # A tag may choose a variant of an architecture, but its weights are not wanted.
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model: nn.Module = timm.create_model(architecture, pretrained=False, **header)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f'timm cannot build {architecture!r} with {header}: {error}') from error
+    model = build_timm_model(architecture, header, seed=0)
     try:
         model.load_state_dict(load_file(file), strict=True)
-    except (RuntimeError, SafetensorError, OSError) as error:
+    except (LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f'{str(file)!r} does not hold the weights of {architecture}: {error}') from error
     return Source(model, header, provenance, training)
 
@@ -97,7 +96,7 @@ def read_source(path: Path) -> Source:
 def _read(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (RecursionError, ValueError):
         return text
 
 

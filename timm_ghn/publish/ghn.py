@@ -16,6 +16,7 @@ from timm_ghn.publish.card import save_card
 from timm_ghn.publish.ghn_card import ghn_card
 from timm_ghn.publish.ghn_facts import MetaTraining, facts_of
 from timm_ghn.publish.send import CARD_FILE, CONFIG_FILE, FILES, WEIGHTS_FILE, Target, api_of, has_card, send
+from timm_ghn.text import printable
 
 #: Keys of a configuration that no model of timm has.
 _OURS = frozenset({'hid', 'max_shape', 'num_classes'})
@@ -56,7 +57,7 @@ def push_ghn(
         if origin is not None and origin.repo_id == repo_id and facts.unchanged and not new and has_card(target, api):
             # It came from there and goes back as it was: the card that is there knows more of it than the GHN does.
             files = (WEIGHTS_FILE, CONFIG_FILE)
-        message = commit_message or f'{ghn.config.name or "GHN"}, a graph hypernetwork'
+        message = commit_message or f'{printable(ghn.config.name or "GHN")}, a graph hypernetwork'
         return send(folder, target, api, message=message, files=files)
 
 

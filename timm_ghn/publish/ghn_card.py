@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
@@ -9,11 +11,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.publish.card import PAPERS, card_from
+from timm_ghn.publish.card import PAPERS, card_from, link, origin_rows
 from timm_ghn.publish.ghn_facts import GHNFacts, MetaTraining
+from timm_ghn.text import Markdown, code, markdown, printable
 from timm_ghn.version import __version__
 
 _KINDS = {'graphormer': 'GHN-3 (Graphormer)', 'gated': 'GHN-2 or GHN-1 (gated graph network)', 'mlp': 'baseline (MLP)'}
+
+#: An address that needs no escaping.
+_ADDRESS = re.compile(r'https://[\w./-]+', re.ASCII)
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -94,15 +100,15 @@ def _evaluations(training: MetaTraining) -> Iterator[EvalResult]:
     # Numbers without their context are read as those of the weights: an earlier step's stay out.
     if not training.is_of_the_end:
         return
-    said = training.arguments
+    subset, split = (training.arguments.get(name) for name in ('subset', 'val_split'))
     for group, value in training.accuracies.items():
         yield EvalResult(
             task_type='image-classification',
             task_name='Image Classification',
             dataset_type=training.dataset,
             dataset_name=training.dataset,
-            dataset_config=said.get('subset'),
-            dataset_split=None if said.get('val_split') == 'auto' else said.get('val_split'),
+            dataset_config=printable(subset) if subset else None,
+            dataset_split=printable(split) if split and split != 'auto' else None,
             metric_type='accuracy',
             metric_name=f'mean top-1 accuracy in percent, predicted, no training: {training.networks(group)}',
             metric_value=round(value, 4),
@@ -115,8 +121,8 @@ def _summary(facts: GHNFacts) -> str:
     if not config.trained:
         return text + 'Its own weights are **random, not trained**: expect no more of its predictions than of these.'
     if training is not None:
-        text += f'Trained with timm_ghn for {training.steps:,} steps on {training.dataset}'
-        text += f', begun with the GHN {training.begun_with}.' if training.begun_with is not None else '.'
+        text += f'Trained with timm_ghn for {training.steps:,} steps on {markdown(training.dataset)}'
+        text += f', begun with the GHN {markdown(training.begun_with)}.' if training.begun_with is not None else '.'
         if 'known' in training.accuracies and training.is_of_the_end:
             text += (
                 f' Mean accuracy there of {training.networks("known")}: {training.accuracies["known"]:.2f} %, '
@@ -125,17 +131,14 @@ def _summary(facts: GHNFacts) -> str:
         return text
     if origin is None:
         return text + 'How its weights were made was not recorded.'
-    start = _linked(origin.repo_id) if origin.repo_id else f'the file `{PurePath(origin.file or "").name}`'
+    start: str = link(origin.repo_id) if origin.repo_id else f'the file {code(PurePath(origin.file or "").name)}'
     if facts.entry is not None:
-        start = f'`{facts.entry.name}` ({facts.entry.description})' + (f' of {start}' if origin.repo_id else '')
+        described = markdown(facts.entry.description, 1000)
+        start = f'`{facts.entry.name}` ({described})' + (f' of {start}' if origin.repo_id else '')
     if not facts.unchanged:
         return text + f'It began as {start}. What was done to its weights since was not recorded.'
     how = 'Converted from' if facts.converted else 'A copy of'
     return text + f'{how} {start}; every weight was compared with that file.'
-
-
-def _linked(repo_id: str) -> str:
-    return f'[{repo_id}](https://huggingface.co/{repo_id})'
 
 
 def _rows(facts: GHNFacts) -> Iterator[tuple[str, Any]]:
@@ -150,38 +153,18 @@ def _rows(facts: GHNFacts) -> Iterator[tuple[str, Any]]:
     yield 'width of the node embeddings', config.hid
     yield 'decoded at once', ' x '.join(map(str, config.max_shape)) + ' (out, in, height, width)'
     yield 'classes', config.num_classes
-    yield (
-        'graphs',
-        f'rules `{config.rules}`, {len(Primitive)} kinds of nodes, '
-        + (
-            f'virtual edges for paths of up to {config.virtual_edges}'
-            if config.virtual_edges > 1
-            else 'no virtual edges'
-        ),
-    )
+    edges = f'virtual edges for paths of up to {config.virtual_edges}'
+    edges = edges if config.virtual_edges > 1 else 'no virtual edges'
+    yield 'graphs', Markdown(f'rules {code(config.rules)}, {len(Primitive)} kinds of nodes, {edges}')
     yield 'images', f'mean {_numbers(config.mean)}, standard deviation {_numbers(config.std)}'
-    yield from _origin_rows(facts)
+    if facts.origin is not None:
+        yield from origin_rows(dataclasses.asdict(facts.origin), original=True)
+        if facts.entry is not None and facts.entry.paper:
+            paper = facts.entry.paper
+            yield 'paper', Markdown(paper) if _ADDRESS.fullmatch(paper) else paper
     if facts.training is not None:
         yield from _training_rows(facts.training)
     yield 'written by', f'timm_ghn {__version__}'
-
-
-def _origin_rows(facts: GHNFacts) -> Iterator[tuple[str, Any]]:
-    origin = facts.origin
-    if origin is None:
-        return
-    if origin.embedded:
-        yield 'where it comes from', 'the package timm_ghn'
-    if origin.repo_id:
-        yield 'original repository', _linked(origin.repo_id)
-    if origin.revision:
-        yield 'its revision', f'`{origin.revision}`'
-    if origin.file:
-        yield 'original file', f'`{PurePath(origin.file).name}`'
-    if origin.sha256:
-        yield 'SHA-256 of that file', f'`{origin.sha256}`'
-    if facts.entry is not None and facts.entry.paper:
-        yield 'paper', facts.entry.paper
 
 
 def _training_rows(training: MetaTraining) -> Iterator[tuple[str, Any]]:
@@ -189,7 +172,7 @@ def _training_rows(training: MetaTraining) -> Iterator[tuple[str, Any]]:
     yield 'data set', training.dataset + (f', {said["subset"]}' if said.get('subset') else '')
     size, images = said['image_size'], run['images']
     yield 'images of the data set', f'{images["train"]:,} to train on, {images["val"]:,} to evaluate on, {size} pixels'
-    yield 'splits', f'`{said["train_split"]}` to train on, `{said["val_split"]}` to evaluate on'
+    yield 'splits', Markdown(f'{code(said["train_split"])} to train on, {code(said["val_split"])} to evaluate on')
     if training.begun_with is not None:
         yield 'begun with', training.begun_with
     yield 'steps', f'{training.steps:,} of {said["steps"]:,}'
@@ -200,7 +183,8 @@ def _training_rows(training: MetaTraining) -> Iterator[tuple[str, Any]]:
     )
     pool = f', {said["pool"]:,} of them' if said.get('pool') else ''
     families = (said.get('sampler_args') or {}).get('families') or list(training.families('known'))
-    yield 'architectures', f'sampler `{said["sampler"]}`{pool}' + (f': {", ".join(families)}' if families else '')
+    named = f': {", ".join(map(markdown, families))}' if families else ''
+    yield 'architectures', Markdown(f'sampler {code(said["sampler"])}{pool}{named}')
     yield 'seed', said['seed']
     yield 'processes', f'{run["processes"]} ({run["device"]})'
     yield 'seconds', f'{training.seconds:,.0f}'
@@ -210,8 +194,10 @@ def _training_rows(training: MetaTraining) -> Iterator[tuple[str, Any]]:
     where = f'step {training.evaluation["step"]:,}, {count:,} images, {said["eval_count"]} networks of each family, '
     where += 'batches normalised by themselves'
     for group, value in training.accuracies.items():
-        parts = ', '.join(f'{name} {share:.1f}' for name, share in training.families(group).items())
-        yield f'accuracy, predicted, no training: {training.networks(group)}', f'{value:.2f} % ({where}: {parts})'
+        parts = ', '.join(f'{markdown(name)} {share:.1f}' for name, share in training.families(group).items())
+        # Longer than a name may be, and Markdown of ours.
+        said_of = Markdown(f'accuracy, predicted, no training: {training.networks(group)}')
+        yield said_of, Markdown(f'{value:.2f} % ({where}: {parts})')
 
 
 def _limits(facts: GHNFacts) -> Iterator[str]:

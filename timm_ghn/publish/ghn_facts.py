@@ -18,6 +18,7 @@ from timm_ghn.nn.ghn import GHN
 from timm_ghn.publish.facts import RunRecord, entry_of
 from timm_ghn.publish.send import WEIGHTS_FILE
 from timm_ghn.results import RESULTS, read_results
+from timm_ghn.text import printable
 
 #: Groups of networks that a training run evaluates on.
 GROUPS = ('known', 'unseen')
@@ -62,7 +63,7 @@ class MetaTraining(RunRecord):
     def begun_with(self) -> str | None:
         """The GHN whose weights it began with, without folders of the machine; None for random ones."""
         name = str(self.arguments.get('init') or '')
-        return (PurePath(name).name if self.is_local('init') else name) or None
+        return printable(PurePath(name).name if self.is_local('init') else name) or None
 
     @property
     def is_of_the_end(self) -> bool:
@@ -103,7 +104,7 @@ class MetaTraining(RunRecord):
         """
         found, expected = dict(self.run['config']), config.to_dict()
         differing = [
-            f'{key} is {found[key]!r} there and {expected[key]!r} here'
+            f'{key} is {printable(found[key])} there and {printable(expected[key])} here'
             for key in expected
             if key in found and found[key] != expected[key]
         ]

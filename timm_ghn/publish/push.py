@@ -74,7 +74,7 @@ def push_to_hub(
     entry = entry_of(provenance)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
         folder = Path(name)
-        images = training.run['data_config'] if training is not None else None
+        images = training.data_config if training is not None else None
         config = write_model(model, folder, model_args=model_args, images=images)
         facts = Facts(
             repo_id=repo_id,

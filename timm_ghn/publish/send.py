@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -85,9 +85,15 @@ def api_of(token: str | bool | None) -> HfApi:
         ConfigError: if it can be no token.
     """
     # The HTTP client would print it in its error.
-    if isinstance(token, str) and not (token.isascii() and token.isprintable() and token and ' ' not in token):
+    used = _token_of(token)
+    if used is not None and not (used.isascii() and used.isprintable() and used and ' ' not in used):
         raise ConfigError('expected token to be one word without line ends (it is not shown here)')
     return HfApi(token=token, library_name='timm_ghn', library_version=__version__)
+
+
+def _token_of(token: str | bool | None) -> str | None:
+    """The token that is sent: the one that is given, else that of HF_TOKEN or ``hf auth login``."""
+    return token if isinstance(token, str) else None if token is False else get_token()
 
 
 def send(folder: Path, target: Target, api: HfApi, *, message: str, files: Sequence[str] = FILES) -> CommitInfo:
@@ -108,7 +114,7 @@ def send(folder: Path, target: Target, api: HfApi, *, message: str, files: Seque
         HubError: if the Hub cannot be reached, or refuses.
     """
     repo_id = target.repo_id
-    with _told(f'{repo_id} was not pushed to'):
+    with _told(f'{repo_id} was not pushed to', api):
         api.create_repo(repo_id, private=target.private, exist_ok=True)
         info = api.model_info(repo_id)
         _refuse_public(info, target)
@@ -133,7 +139,7 @@ def check_access(target: Target, api: HfApi) -> None:
         HubError: if the Hub cannot be reached, if nobody is logged in, or if that user may not write there.
     """
     repo_id = target.repo_id
-    with _told(f'{repo_id} cannot be pushed to'):
+    with _told(f'{repo_id} cannot be pushed to', api):
         _expect_writer(api.whoami(), target)
         try:
             info = api.model_info(repo_id)
@@ -196,15 +202,20 @@ def _refuse_pickles(info: ModelInfo, repo_id: str) -> None:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _told(what: str, api: HfApi) -> Iterator[None]:
     """Turn what the client raises, which is another thing from version to version, into errors with a way out."""
+    token = _token_of(api.token)
     try:
         yield
     except GHNError:
         raise
     except Exception as error:
         reason, hint = _explained(error)
-        raise HubError(f'{what} {constants.ENDPOINT}: {reason.rstrip(".")}. {hint}') from error
+        message = f'{what} {constants.ENDPOINT}: {reason.rstrip(".")}. {hint}'
+        if token and any(token in str(one) for one in _chain(error)):
+            # A server may send back what it was asked with.
+            raise HubError(message.replace(token, '(token)')) from None
+        raise HubError(message) from error
 
 
 _HINTS = {
@@ -216,11 +227,17 @@ _HINTS = {
 }
 
 
-def _explained(error: Exception) -> tuple[str, str]:
-    """Reason and way out. Addresses stay out of it: those of uploads are signed."""
-    chain: list[BaseException] = [error]
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes."""
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
+    return chain
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Reason and way out. Addresses stay out of it: those of uploads are signed."""
+    chain = _chain(error)
     for one in chain:
         if isinstance(one, OfflineModeIsEnabled):
             return 'HF_HUB_OFFLINE is set', 'Unset it and push again'
@@ -228,12 +245,12 @@ def _explained(error: Exception) -> tuple[str, str]:
             return 'nobody is logged in', _HINTS[401]
         if isinstance(one, HfHubHTTPError) and one.response is not None:
             status = one.response.status_code
-            said = ' '.join((one.server_message or one.response.reason_phrase or '').split())
+            said = one.server_message or one.response.reason_phrase or ''
             return f'{status} {said}'.strip(), _HINTS.get(status, 'Push again: what is there is not sent twice')
     if isinstance(error, ValueError):
-        return ' '.join(str(error).split()), 'No commit was made'
+        return str(error), 'No commit was made'
     last = chain[0]
-    text = ' '.join(str(chain[-1]).split()) or type(chain[-1]).__name__
+    text = str(chain[-1]).strip() or type(chain[-1]).__name__
     if 'xet' in text:
         return text, 'If this Hub does not speak Xet, set HF_HUB_DISABLE_XET=1 and push again'
     return (
