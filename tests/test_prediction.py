@@ -362,6 +362,94 @@ def test_a_model_that_cannot_be_traced_is_left_alone(ghn):
     assert equal(snapshot(model), before)
 
 
+class Refusing(Tensor):
+    """A parameter that does not let itself be written, as distributed and quantised ones may not."""
+
+    failure: BaseException | None = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_ and cls.failure is not None and isinstance(args[0], cls):
+            raise cls.failure
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def refusing(model: nn.Module, failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Let the last parameter refuse, when all others have been written."""
+    model.head.bias = nn.Parameter(model.head.bias.detach().clone().as_subclass(Refusing))
+    monkeypatch.setattr(Refusing, 'failure', failure)
+    return model
+
+
+FAILURES = (
+    NotImplementedError('mixed tensors'),
+    torch.OutOfMemoryError('out of memory\nand a page of advice'),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize('failure', FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize('postprocess', ['orth', None])
+def test_what_was_written_is_put_back_where_a_parameter_cannot_be_written(failure, postprocess, monkeypatch):
+    model = refusing(plain(), failure, monkeypatch)
+    before = snapshot(model)
+    words = r"'head\.bias' cannot be written \(" + type(failure).__name__ + r'.*\); the model was left as it was'
+    with pytest.raises(PredictionError, match=words) as caught:
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE, postprocess=postprocess)
+    assert caught.value.__cause__ is failure
+    assert 'advice' not in str(caught.value)
+    assert equal(snapshot(model), before)
+
+
+def test_what_was_written_is_put_back_where_the_user_interrupts_even_again(monkeypatch):
+    model = refusing(plain(), KeyboardInterrupt(), monkeypatch)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+def test_an_interruption_of_post_processing_leaves_the_model_as_it_was(monkeypatch):
+    def interrupted(weight: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timm_ghn.postprocess, 'orthogonalised', interrupted)
+    model = timm.create_model('test_vit')
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, make_ghn(TINY['graphormer']))
+    assert equal(snapshot(model), before)
+
+
+def test_parameters_that_share_memory_are_put_back_in_the_opposite_order(monkeypatch):
+    model = plain()
+    model.body[1].bias = nn.Parameter(model.body[1].weight.detach())
+    refusing(model, RuntimeError('no'), monkeypatch)
+    before = snapshot(model)
+    with pytest.raises(PredictionError, match='was left as it was'):
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+@pytest.mark.filterwarnings('default')  # torch's own
+def test_a_distributed_parameter_is_refused_and_the_others_are_put_back(tmp_path, ghn):
+    distributed = pytest.importorskip('torch.distributed')
+    tensors = pytest.importorskip('torch.distributed.tensor')
+    distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh('cpu', (1,))
+        model = plain()
+        model.head.bias = nn.Parameter(tensors.distribute_tensor(model.head.bias.detach(), mesh))
+        before = {name: tensor for name, tensor in snapshot(model).items() if name != 'head.bias'}
+        bias = model.head.bias.full_tensor().clone()
+        with pytest.raises(PredictionError, match=r"'head\.bias' cannot be written .*DTensor"):
+            ghn_init(model, ghn, input_size=SIZE)
+        assert equal(_only(snapshot(model), set(before)), before)
+        assert torch.equal(model.head.bias.full_tensor(), bias)
+    finally:
+        distributed.destroy_process_group()
+
+
 # -- provenance
 
 
