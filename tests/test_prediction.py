@@ -209,18 +209,30 @@ def test_a_prediction_does_not_depend_on_the_context(context, ghn):
 
 @pytest.mark.parametrize('where', ['default device', 'autocast', 'default dtype'])
 def test_a_prediction_does_not_depend_on_global_settings(where, ghn):
-    model = timm.create_model('test_vit')
+    model, other = timm.create_model('test_vit'), timm.create_model('test_vit')
+    other.load_state_dict(model.state_dict())
     expected = predict(model, ghn).state_dict
+    ghn_init(model, ghn)
     if where == 'default dtype':
         torch.set_default_dtype(torch.float64)
         try:
-            found = predict(model, ghn).state_dict
+            found = predict(other, ghn).state_dict
+            ghn_init(other, ghn)
         finally:
             torch.set_default_dtype(torch.float32)
     else:
         with torch.device('meta') if where == 'default device' else torch.autocast('cpu', dtype=torch.bfloat16):
-            found = predict(model, ghn).state_dict
+            found = predict(other, ghn).state_dict
+            ghn_init(other, ghn)
     assert equal(found, expected)
+    assert equal(snapshot(other), snapshot(model))
+
+
+def test_the_embedded_ghn_can_be_loaded_and_used_under_the_meta_device():
+    model = plain()
+    with torch.device('meta'):
+        found = predict(model, timm_ghn.load_ghn('ghn_tiny'), input_size=SIZE).state_dict
+    assert equal(found, predict(model, 'ghn_tiny', input_size=SIZE).state_dict)
 
 
 def test_the_initialised_network_computes_and_learns(ghn):
@@ -448,6 +460,68 @@ def test_a_distributed_parameter_is_refused_and_the_others_are_put_back(tmp_path
         assert torch.equal(model.head.bias.full_tensor(), bias)
     finally:
         distributed.destroy_process_group()
+
+
+# -- what is asked for
+
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dtype_that_nothing_can_be_computed_in_is_named(dtype, ghn):
+    model = plain()
+    model.head.to(dtype)
+    before = model.body[0].weight.detach().clone()
+    for call in (predict, ghn_init):
+        with pytest.raises(UnsupportedModelError, match=rf"'head\.weight' is in {dtype}; expected .*torch\.bfloat16"):
+            call(model, ghn, input_size=SIZE)
+    assert torch.equal(model.body[0].weight, before)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+@pytest.mark.parametrize(
+    ('device', 'words'),
+    [
+        ('meta', "the device 'meta' holds no values"),
+        (torch.device('meta'), "the device 'meta' holds no values"),
+        ('nowhere', "the device 'nowhere' cannot be used"),
+        (99, "the device '99' cannot be used"),
+        ({}, "the device '{}' cannot be used"),
+    ],
+)
+def test_a_device_that_cannot_be_used_leaves_ghn_and_model_alone(device, words, call, ghn):
+    model = plain()
+    before, weights = snapshot(model), snapshot(ghn)
+    for chosen in (ghn, 'ghn_tiny'):
+        with pytest.raises(ConfigError, match=words):
+            call(model, chosen, input_size=SIZE, device=device)
+    assert equal(snapshot(model), before)
+    assert equal(snapshot(ghn), weights)
+
+
+def test_a_ghn_without_values_is_refused():
+    with torch.device('meta'):
+        empty = GHN(TINY['graphormer'])
+    for call in (predict, ghn_init):
+        with pytest.raises(ConfigError, match="the GHN 'tiny-ghn3' is on the meta device"):
+            call(plain(), empty, input_size=SIZE)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'input_size': 10**9}, r'numbers from 1 to 65536 \(got 1000000000\)'),
+        ({'input_size': (3, 2**16, 2**16 + 1)}, r'numbers from 1 to 65536 \(got \(3, 65536, 65537\)\)'),
+        ({'input_size': True}, r'expected input_size to be a side.*\(got True\)'),
+        ({'example_inputs': 5}, r'expected example_inputs to be a tensor, a tuple .* a dictionary .*\(got 5\)'),
+        ({'example_inputs': 'image'}, r"expected example_inputs to be a tensor.*\(got 'image'\)"),
+    ],
+)
+def test_inputs_that_make_no_sense_are_refused(options, words, call, ghn):
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=words):
+        call(model, ghn, **options)
+    assert equal(snapshot(model), before)
 
 
 # -- provenance

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import trace
-from timm_ghn.nn.precision import sum_dtype
+from timm_ghn.nn.precision import full_precision, sum_dtype
 from timm_ghn.params.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.writable import check_finite, check_storage, check_writable, write_all_
 
@@ -234,7 +234,8 @@ def process_(
     """
     drawn = torch.Generator().manual_seed(options.seed) if generator is None else generator
     for row in rows:
-        values[row.name] = processed(values[row.name], options, drawn)
+        with full_precision(values[row.name].device):
+            values[row.name] = processed(values[row.name], options, drawn)
 
 
 def processed(weight: Tensor, options: PostProcess, generator: torch.Generator) -> Tensor:

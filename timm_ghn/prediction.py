@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.errors import PredictionError, UnsupportedModelError
+from timm_ghn.devices import device_of
+from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
@@ -19,7 +20,7 @@ from timm_ghn.params.fit import Fit, repeated, scaled
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.postprocess import DEFAULT, PostProcess, process_, processed_layers
 from timm_ghn.version import __version__
-from timm_ghn.writable import check_finite, check_storage, check_writable, write_all_
+from timm_ghn.writable import check_dtype, check_finite, check_storage, check_writable, write_all_
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -68,7 +69,8 @@ def predict(
         The prediction; the same call gives the same one.
 
     Raises:
-        UnsupportedModelError: if the model cannot be traced.
+        ConfigError: if ``head`` or ``device`` is something else.
+        UnsupportedModelError: if the model cannot be traced, or has parameters of less than 16 bits.
         PredictionError: if a predicted value is not finite.
         GHNError: if the GHN cannot be loaded.
     """
@@ -112,8 +114,9 @@ def ghn_init(
         The same model.
 
     Raises:
-        ConfigError: if ``head`` or ``postprocess`` is something else.
-        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device.
+        ConfigError: if ``head``, ``postprocess`` or ``device`` is something else.
+        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device or of less than 16
+            bits.
         PredictionError: if a predicted value is not finite, or a parameter cannot be written.
         GHNError: if the GHN cannot be loaded.
     """
@@ -166,16 +169,21 @@ def _prepare(
     device: torch.device | str | None,
 ) -> tuple[GHN, ParameterPlan]:
     """Load the GHN, trace the model and plan."""
+    where = None if device is None else device_of(device)
     if not isinstance(ghn, GHN):
-        ghn = shared_ghn(ghn, device=device)
-    elif device is not None:
-        ghn.to(device)
+        ghn = shared_ghn(ghn, device=where)
+    elif ghn.device.type == 'meta':
+        raise ConfigError(f"the GHN '{ghn.config.name or _NAMELESS}' is on the meta device, which holds no values")
+    elif where is not None:
+        ghn.to(where)
     graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=ghn.config.rules)
     plan = plan_parameters(graph, ghn.config, head=head)
     if not plan.predicted:
         raise UnsupportedModelError(
             f'{type(model).__name__} has no parameter that a GHN could predict; see timm_ghn.trace(model).kept'
         )
+    for row in plan.predicted:
+        check_dtype(row.name, row.dtype)
     return ghn, plan
 
 

@@ -10,6 +10,22 @@ from torch import Tensor
 
 from timm_ghn.errors import PredictionError, UnsupportedModelError
 
+#: Dtypes in which torch computes. Narrower ones only store values, with scales that lie elsewhere.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuse a parameter of a dtype that torch does not compute in.
+
+    Raises:
+        UnsupportedModelError: if it is such a one, as those of 8 bits are.
+    """
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(
+            f"'{name}' is in {dtype}; expected one of {', '.join(map(str, _DTYPES))}: predict before the model is "
+            'converted to fewer bits'
+        )
+
 
 def check_storage(name: str, parameter: Tensor) -> None:
     """Refuse a parameter without storage.
@@ -28,8 +44,10 @@ def check_writable(name: str, parameter: Tensor) -> None:
     """Refuse a parameter that cannot be written in place.
 
     Raises:
-        UnsupportedModelError: if it was made in inference mode, or if its elements share memory.
+        UnsupportedModelError: if torch does not compute in its dtype, if it was made in inference mode, or if its
+            elements share memory.
     """
+    check_dtype(name, parameter.dtype)
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         raise UnsupportedModelError(
             f"'{name}' was made in inference mode and can be written only there; "

@@ -82,7 +82,8 @@ def test_every_parameter_of_the_decoder_learns(ghn):
 def test_timm_models_are_initialised(ghn, name):
     model = timm.create_model(name, num_classes=10)
     prediction = predict(model, ghn)
-    ghn_init(model, ghn, postprocess=None)
+    with torch.device('meta'):
+        ghn_init(model, ghn, postprocess=None)
     state = model.state_dict()
     for key, value in prediction.state_dict.items():
         torch.testing.assert_close(state[key], value)
