@@ -568,7 +568,22 @@ def test_predicting_does_not_change_the_ghn(ghn):
     assert all(p.grad is None for p in ghn.parameters())
 
 
-def test_the_rules_are_those_of_the_ghn():
+def test_the_rules_are_those_of_the_ghn_or_those_that_are_asked_for():
     own = make_ghn(dataclasses.replace(TINY['graphormer'], rules='operators'))
     assert predict(plain(), own, input_size=SIZE).provenance['rules'] == 'operators'
     assert predict(plain(), make_ghn(TINY['graphormer']), input_size=SIZE).provenance['rules'] == 'published'
+    found = predict(plain(), make_ghn(TINY['graphormer']), input_size=SIZE, rules='operators')
+    assert found.provenance['rules'] == 'operators'
+    model = ghn_init(plain(), make_ghn(TINY['graphormer']), input_size=SIZE, postprocess=None, rules='operators')
+    expected = predict(model, own, input_size=SIZE).state_dict
+    assert equal(expected, found.state_dict)
+    assert equal(_only(snapshot(model), set(expected)), expected)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+def test_rules_that_nobody_knows_change_nothing(call, ghn):
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="expected rules to be one of .*got 'mine'"):
+        call(model, ghn, input_size=SIZE, rules='mine')
+    assert equal(snapshot(model), before)

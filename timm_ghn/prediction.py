@@ -52,6 +52,7 @@ def predict(
     head: str = 'auto',
     seed: int = 0,
     device: torch.device | str | None = None,
+    rules: str | None = None,
 ) -> Prediction:
     """Predict the parameters of a model without touching it.
 
@@ -64,17 +65,18 @@ def predict(
             always, 'keep' never.
         seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
         device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
+        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
 
     Returns:
         The prediction; the same call gives the same one.
 
     Raises:
-        ConfigError: if ``head`` or ``device`` is something else.
+        ConfigError: if ``head``, ``rules`` or ``device`` is something else.
         UnsupportedModelError: if the model cannot be traced, or has parameters of less than 16 bits.
         PredictionError: if a predicted value is not finite.
         GHNError: if the GHN cannot be loaded.
     """
-    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
+    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
     values = _values(chosen, plan, seed)
     state_dict = {name: values[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
@@ -90,6 +92,7 @@ def ghn_init(
     seed: int = 0,
     postprocess: PostProcess | str | None = DEFAULT,
     device: torch.device | str | None = None,
+    rules: str | None = None,
 ) -> M:
     """Initialise a model with predicted parameters, in place, and post-process them as a start for training.
 
@@ -109,12 +112,13 @@ def ghn_init(
         postprocess: 'auto' does what the GHN's configuration recommends; 'orth' or 'noise', see
             :data:`timm_ghn.postprocess.NAMED`, or options; None leaves the parameters as they were predicted.
         device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
+        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: if ``head``, ``postprocess`` or ``device`` is something else.
+        ConfigError: if ``head``, ``postprocess``, ``rules`` or ``device`` is something else.
         UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device or of less than 16
             bits.
         PredictionError: if a predicted value is not finite, or a parameter cannot be written.
@@ -129,6 +133,7 @@ def ghn_init(
         seed=seed,
         postprocess=postprocess,
         device=device,
+        rules=rules,
     )
     return model
 
@@ -143,13 +148,14 @@ def initialise(
     seed: int = 0,
     postprocess: PostProcess | str | None = DEFAULT,
     device: torch.device | str | None = None,
+    rules: str | None = None,
 ) -> dict[str, Any]:
     """Do what :func:`ghn_init` does, and give the facts about it."""
     PostProcess.of(postprocess)  # before anything is loaded
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         check_storage(name, parameter)
-    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
+    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
     options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
     for row in plan.predicted:
         check_writable(row.name, parameters[row.name])
@@ -167,6 +173,7 @@ def _prepare(
     example_inputs: Any,
     head: str,
     device: torch.device | str | None,
+    rules: str | None,
 ) -> tuple[GHN, ParameterPlan]:
     """Load the GHN, trace the model and plan."""
     where = None if device is None else device_of(device)
@@ -176,7 +183,8 @@ def _prepare(
         raise ConfigError(f"the GHN '{ghn.config.name or _NAMELESS}' is on the meta device, which holds no values")
     elif where is not None:
         ghn.to(where)
-    graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=ghn.config.rules)
+    rules = ghn.config.rules if rules is None else rules
+    graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=rules)
     plan = plan_parameters(graph, ghn.config, head=head)
     if not plan.predicted:
         raise UnsupportedModelError(
