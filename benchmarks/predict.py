@@ -67,7 +67,7 @@ REFERENCE = {
 }
 #: Of these the reference's time is that of the prediction without the graph.
 WITHOUT_GRAPH = ('ghn3_xlm16',)
-STAGES = ('trace', 'edges', 'plan', 'encode', 'bound', 'decode', 'write')
+STAGES = ('trace', 'edges', 'plan', 'encode', 'decode', 'fit', 'write')
 PARTS = ('speed', 'scaling', 'memory', 'load', 'imports')
 
 
@@ -159,8 +159,8 @@ class Times:
 
 def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
     """Time every stage by itself, and all of them in ghn_init; the model is on the meta device afterwards."""
-    from timm_ghn.nn import bounds
-    from timm_ghn.params.fit import write
+    from timm_ghn.params.fit import repeated, scaled
+    from timm_ghn.writable import check_finite, write_all_
 
     graph = timm_ghn.trace(model, rules=ghn.config.rules)
     plan = timm_ghn.plan_parameters(graph, ghn.config, head='predict')
@@ -172,31 +172,29 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
             part.__dict__.pop('_distances_NN', None)
             part.distances_NN(ghn.config.virtual_edges)
 
-    def bound() -> None:
-        bounds._FOUND.clear()
-        ghn.decoded_bound(nodes)
-
-    def write_blocks() -> None:
-        for block in blocks:
-            row = plan.predicted[block.index]
-            write(parameters[row.name], block.values, row.fit, at=(block.output, block.input))
+    def fit() -> None:
+        for index, tensor in decoded.items():
+            row = plan.predicted[index]
+            values[row.name] = scaled(tensor, row.fit).to(row.dtype)
+            check_finite(row.name, values[row.name])
+            values[row.name] = repeated(values[row.name], row.fit, row.shape).contiguous()
 
     with torch.no_grad():
         nodes = ghn.encode(graph.parts)
-        blocks = list(ghn.decode_blocks(nodes, requests))
+        decoded, values = dict(ghn.decode(nodes, requests)), {}
         actions: dict[str, Callable[[], object]] = {
             'trace': lambda: timm_ghn.trace(model, rules=ghn.config.rules),
             'edges': edges,
             'plan': lambda: timm_ghn.plan_parameters(graph, ghn.config, head='predict'),
             'encode': lambda: ghn.encode(graph.parts),
-            'bound': bound,
-            'write': write_blocks,
-            'decode': lambda: [None for _ in ghn.decode_blocks(nodes, requests)],
+            'fit': fit,
+            'write': lambda: write_all_(parameters, values.items()),
+            'decode': lambda: [None for _ in ghn.decode(nodes, requests)],
         }
         seconds = {}
         for stage, action in actions.items():
             if stage == 'decode':
-                blocks.clear()
+                decoded.clear()
             seconds[stage] = machine.least(action)
     total = machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None))
     predicted = sum(row.numel for row in plan.predicted)

@@ -381,6 +381,31 @@ def test_a_weight_that_cannot_be_written_is_refused_before_any_is():
         postprocess_(plain().to('meta'), EVERYTHING, input_size=SIZE)
 
 
+def test_an_interruption_puts_back_what_was_post_processed(monkeypatch):
+    """The last weight is interrupted while it is computed."""
+    calls = []
+
+    def interrupted(weight: Tensor, *args: object) -> Tensor:
+        calls.append(weight)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return processed(weight, *args)
+
+    monkeypatch.setattr(timm_ghn.postprocess, 'processed', interrupted)
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        postprocess_(model, EVERYTHING, input_size=SIZE)
+    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
+
+
+def test_a_weight_of_a_dtype_that_nothing_can_be_computed_in_is_refused():
+    model = plain()
+    model.body[3].to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModelError, match=r"'body\.3\.weight' is in torch\.float8_e4m3fn; expected"):
+        postprocess_(model, EVERYTHING, input_size=SIZE)
+
+
 def test_the_plan_of_another_model_is_refused():
     with pytest.raises(ConfigError, match=r"the plan of this model \(got one with 'conv1\.0\.weight'"):
         postprocess_(plain(), EVERYTHING, plan=plan_of(timm.create_model('test_resnet')))

@@ -209,18 +209,30 @@ def test_a_prediction_does_not_depend_on_the_context(context, ghn):
 
 @pytest.mark.parametrize('where', ['default device', 'autocast', 'default dtype'])
 def test_a_prediction_does_not_depend_on_global_settings(where, ghn):
-    model = timm.create_model('test_vit')
+    model, other = timm.create_model('test_vit'), timm.create_model('test_vit')
+    other.load_state_dict(model.state_dict())
     expected = predict(model, ghn).state_dict
+    ghn_init(model, ghn)
     if where == 'default dtype':
         torch.set_default_dtype(torch.float64)
         try:
-            found = predict(model, ghn).state_dict
+            found = predict(other, ghn).state_dict
+            ghn_init(other, ghn)
         finally:
             torch.set_default_dtype(torch.float32)
     else:
         with torch.device('meta') if where == 'default device' else torch.autocast('cpu', dtype=torch.bfloat16):
-            found = predict(model, ghn).state_dict
+            found = predict(other, ghn).state_dict
+            ghn_init(other, ghn)
     assert equal(found, expected)
+    assert equal(snapshot(other), snapshot(model))
+
+
+def test_the_embedded_ghn_can_be_loaded_and_used_under_the_meta_device():
+    model = plain()
+    with torch.device('meta'):
+        found = predict(model, timm_ghn.load_ghn('ghn_tiny'), input_size=SIZE).state_dict
+    assert equal(found, predict(model, 'ghn_tiny', input_size=SIZE).state_dict)
 
 
 def test_the_initialised_network_computes_and_learns(ghn):
@@ -362,6 +374,156 @@ def test_a_model_that_cannot_be_traced_is_left_alone(ghn):
     assert equal(snapshot(model), before)
 
 
+class Refusing(Tensor):
+    """A parameter that does not let itself be written, as distributed and quantised ones may not."""
+
+    failure: BaseException | None = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_ and cls.failure is not None and isinstance(args[0], cls):
+            raise cls.failure
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def refusing(model: nn.Module, failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Let the last parameter refuse, when all others have been written."""
+    model.head.bias = nn.Parameter(model.head.bias.detach().clone().as_subclass(Refusing))
+    monkeypatch.setattr(Refusing, 'failure', failure)
+    return model
+
+
+FAILURES = (
+    NotImplementedError('mixed tensors'),
+    torch.OutOfMemoryError('out of memory\nand a page of advice'),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize('failure', FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize('postprocess', ['orth', None])
+def test_what_was_written_is_put_back_where_a_parameter_cannot_be_written(failure, postprocess, monkeypatch):
+    model = refusing(plain(), failure, monkeypatch)
+    before = snapshot(model)
+    words = r"'head\.bias' cannot be written \(" + type(failure).__name__ + r'.*\); the model was left as it was'
+    with pytest.raises(PredictionError, match=words) as caught:
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE, postprocess=postprocess)
+    assert caught.value.__cause__ is failure
+    assert 'advice' not in str(caught.value)
+    assert equal(snapshot(model), before)
+
+
+def test_what_was_written_is_put_back_where_the_user_interrupts_even_again(monkeypatch):
+    model = refusing(plain(), KeyboardInterrupt(), monkeypatch)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+def test_an_interruption_of_post_processing_leaves_the_model_as_it_was(monkeypatch):
+    def interrupted(weight: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timm_ghn.postprocess, 'orthogonalised', interrupted)
+    model = timm.create_model('test_vit')
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, make_ghn(TINY['graphormer']))
+    assert equal(snapshot(model), before)
+
+
+def test_parameters_that_share_memory_are_put_back_in_the_opposite_order(monkeypatch):
+    model = plain()
+    model.body[1].bias = nn.Parameter(model.body[1].weight.detach())
+    refusing(model, RuntimeError('no'), monkeypatch)
+    before = snapshot(model)
+    with pytest.raises(PredictionError, match='was left as it was'):
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+@pytest.mark.filterwarnings('default')  # torch's own
+def test_a_distributed_parameter_is_refused_and_the_others_are_put_back(tmp_path, ghn):
+    distributed = pytest.importorskip('torch.distributed')
+    tensors = pytest.importorskip('torch.distributed.tensor')
+    distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh('cpu', (1,))
+        model = plain()
+        model.head.bias = nn.Parameter(tensors.distribute_tensor(model.head.bias.detach(), mesh))
+        before = {name: tensor for name, tensor in snapshot(model).items() if name != 'head.bias'}
+        bias = model.head.bias.full_tensor().clone()
+        with pytest.raises(PredictionError, match=r"'head\.bias' cannot be written .*DTensor"):
+            ghn_init(model, ghn, input_size=SIZE)
+        assert equal(_only(snapshot(model), set(before)), before)
+        assert torch.equal(model.head.bias.full_tensor(), bias)
+    finally:
+        distributed.destroy_process_group()
+
+
+# -- what is asked for
+
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dtype_that_nothing_can_be_computed_in_is_named(dtype, ghn):
+    model = plain()
+    model.head.to(dtype)
+    before = model.body[0].weight.detach().clone()
+    for call in (predict, ghn_init):
+        with pytest.raises(UnsupportedModelError, match=rf"'head\.weight' is in {dtype}; expected .*torch\.bfloat16"):
+            call(model, ghn, input_size=SIZE)
+    assert torch.equal(model.body[0].weight, before)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+@pytest.mark.parametrize(
+    ('device', 'words'),
+    [
+        ('meta', "the device 'meta' holds no values"),
+        (torch.device('meta'), "the device 'meta' holds no values"),
+        ('nowhere', "the device 'nowhere' cannot be used"),
+        (99, "the device '99' cannot be used"),
+        ({}, "the device '{}' cannot be used"),
+    ],
+)
+def test_a_device_that_cannot_be_used_leaves_ghn_and_model_alone(device, words, call, ghn):
+    model = plain()
+    before, weights = snapshot(model), snapshot(ghn)
+    for chosen in (ghn, 'ghn_tiny'):
+        with pytest.raises(ConfigError, match=words):
+            call(model, chosen, input_size=SIZE, device=device)
+    assert equal(snapshot(model), before)
+    assert equal(snapshot(ghn), weights)
+
+
+def test_a_ghn_without_values_is_refused():
+    with torch.device('meta'):
+        empty = GHN(TINY['graphormer'])
+    for call in (predict, ghn_init):
+        with pytest.raises(ConfigError, match="the GHN 'tiny-ghn3' is on the meta device"):
+            call(plain(), empty, input_size=SIZE)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'input_size': 10**9}, r'numbers from 1 to 65536 \(got 1000000000\)'),
+        ({'input_size': (3, 2**16, 2**16 + 1)}, r'numbers from 1 to 65536 \(got \(3, 65536, 65537\)\)'),
+        ({'input_size': True}, r'expected input_size to be a side.*\(got True\)'),
+        ({'example_inputs': 5}, r'expected example_inputs to be a tensor, a tuple .* a dictionary .*\(got 5\)'),
+        ({'example_inputs': 'image'}, r"expected example_inputs to be a tensor.*\(got 'image'\)"),
+    ],
+)
+def test_inputs_that_make_no_sense_are_refused(options, words, call, ghn):
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=words):
+        call(model, ghn, **options)
+    assert equal(snapshot(model), before)
+
+
 # -- provenance
 
 
@@ -406,7 +568,22 @@ def test_predicting_does_not_change_the_ghn(ghn):
     assert all(p.grad is None for p in ghn.parameters())
 
 
-def test_the_rules_are_those_of_the_ghn():
+def test_the_rules_are_those_of_the_ghn_or_those_that_are_asked_for():
     own = make_ghn(dataclasses.replace(TINY['graphormer'], rules='operators'))
     assert predict(plain(), own, input_size=SIZE).provenance['rules'] == 'operators'
     assert predict(plain(), make_ghn(TINY['graphormer']), input_size=SIZE).provenance['rules'] == 'published'
+    found = predict(plain(), make_ghn(TINY['graphormer']), input_size=SIZE, rules='operators')
+    assert found.provenance['rules'] == 'operators'
+    model = ghn_init(plain(), make_ghn(TINY['graphormer']), input_size=SIZE, postprocess=None, rules='operators')
+    expected = predict(model, own, input_size=SIZE).state_dict
+    assert equal(expected, found.state_dict)
+    assert equal(_only(snapshot(model), set(expected)), expected)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+def test_rules_that_nobody_knows_change_nothing(call, ghn):
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="expected rules to be one of .*got 'mine'"):
+        call(model, ghn, input_size=SIZE, rules='mine')
+    assert equal(snapshot(model), before)

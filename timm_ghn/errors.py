@@ -39,7 +39,7 @@ class GHNNotFoundError(GHNError, LookupError):
 
 
 class PredictionError(GHNError, RuntimeError):
-    """Values that were predicted, or are to be post-processed, are not finite; the model was left as it was."""
+    """Values to be written are not finite, or a parameter cannot be written; the model was left as it was."""
 
 
 class HubError(GHNError, RuntimeError):

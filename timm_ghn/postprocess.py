@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import trace
-from timm_ghn.nn.precision import sum_dtype
+from timm_ghn.nn.precision import full_precision, sum_dtype
 from timm_ghn.params.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
-from timm_ghn.writable import check_finite, check_storage, check_writable
+from timm_ghn.writable import check_finite, check_storage, check_writable, write_all_
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -176,7 +177,8 @@ def postprocess_(
 ) -> M:
     """Post-process the weights of a model, in place; the rest of it stays.
 
-    Weights of any origin will do. All weights are checked before one is written, and what is written is finite.
+    Weights of any origin will do. What is written is finite; either all weights are written or, if anything fails,
+    none.
 
     Args:
         model: Any network that takes a batch of images.
@@ -192,8 +194,8 @@ def postprocess_(
 
     Raises:
         ConfigError: if there are no such options, or if the plan is that of another model.
-        UnsupportedModelError: if the model cannot be traced, or a weight cannot be written.
-        PredictionError: if a weight is not finite.
+        UnsupportedModelError: if the model cannot be traced, or if the kind of a weight cannot be written.
+        PredictionError: if a weight is not finite, or cannot be written.
     """
     chosen = PostProcess.of(options)
     if chosen is None:
@@ -209,22 +211,31 @@ def postprocess_(
         check_storage(row.name, parameter)
         check_writable(row.name, parameter)
         check_finite(f"values of '{row.name}'", parameter.detach())
-    write_processed({row.name: parameters[row.name] for row in rows}, chosen, generator)
+    values = {row.name: parameters[row.name].detach() for row in rows}
+    process_(values, rows, chosen, generator)
+    write_all_(parameters, values.items())
     return model
 
 
-def write_processed(weights: dict[str, Tensor], options: PostProcess, generator: torch.Generator | None = None) -> None:
-    """Post-process weights in place, without a check.
+@torch.no_grad()
+def process_(
+    values: dict[str, Tensor],
+    rows: Sequence[ParameterRow],
+    options: PostProcess,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Put post-processed weights in the place of weights, without a check; the tensors themselves stay.
 
     Args:
-        weights: Finite weights by name, in the order of their layers: see :func:`processed_layers`.
+        values: Finite weights by name.
+        rows: What to process, in the order of the layers: see :func:`processed_layers`.
         options: How.
         generator: Draws the noise; by default one on the CPU with the seed of the options.
     """
     drawn = torch.Generator().manual_seed(options.seed) if generator is None else generator
-    with torch.no_grad():
-        for weight in weights.values():
-            weight.copy_(processed(weight.detach(), options, drawn))
+    for row in rows:
+        with full_precision(values[row.name].device):
+            values[row.name] = processed(values[row.name], options, drawn)
 
 
 def processed(weight: Tensor, options: PostProcess, generator: torch.Generator) -> Tensor:

@@ -10,19 +10,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.errors import PredictionError, UnsupportedModelError
+from timm_ghn.devices import device_of
+from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.graph.build import trace
-from timm_ghn.graph.structure import Graph
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.nn.requests import Block, DecodeRequest
-from timm_ghn.params.fit import Fit, scaled, write
+from timm_ghn.nn.requests import DecodeRequest
+from timm_ghn.params.fit import Fit, repeated, scaled
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
-from timm_ghn.postprocess import DEFAULT, PostProcess, processed_layers, write_processed
+from timm_ghn.postprocess import DEFAULT, PostProcess, process_, processed_layers
 from timm_ghn.version import __version__
-from timm_ghn.writable import check_finite, check_storage, check_writable
+from timm_ghn.writable import check_dtype, check_finite, check_storage, check_writable, write_all_
 
 M = TypeVar('M', bound=nn.Module)
+
+_NAMELESS = 'without a name'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ def predict(
     head: str = 'auto',
     seed: int = 0,
     device: torch.device | str | None = None,
+    rules: str | None = None,
 ) -> Prediction:
     """Predict the parameters of a model without touching it.
 
@@ -62,24 +65,20 @@ def predict(
             always, 'keep' never.
         seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
         device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
+        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
 
     Returns:
         The prediction; the same call gives the same one.
 
     Raises:
-        UnsupportedModelError: if the model cannot be traced.
+        ConfigError: if ``head``, ``rules`` or ``device`` is something else.
+        UnsupportedModelError: if the model cannot be traced, or has parameters of less than 16 bits.
         PredictionError: if a predicted value is not finite.
         GHNError: if the GHN cannot be loaded.
     """
-    chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
-    with torch.no_grad():
-        embeddings_Nd = _embed(chosen, graph)
-        found = {row.name: torch.empty(row.shape, dtype=row.dtype, device=chosen.device) for row in plan.predicted}
-        _write_all(chosen, embeddings_Nd, plan, found, seed)
-        if not _cannot_overflow(chosen, embeddings_Nd, plan):
-            for row in plan.predicted:
-                check_finite(f"values predicted for '{row.name}'", found[row.name])
-    state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
+    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
+    values = _values(chosen, plan, seed)
+    state_dict = {name: values[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
 
 
@@ -93,11 +92,13 @@ def ghn_init(
     seed: int = 0,
     postprocess: PostProcess | str | None = DEFAULT,
     device: torch.device | str | None = None,
+    rules: str | None = None,
 ) -> M:
     """Initialise a model with predicted parameters, in place, and post-process them as a start for training.
 
-    Either all predicted parameters are written or, if anything fails, none. Their device, dtype and
-    ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters that are not predicted.
+    Either all predicted parameters are written or, if anything fails or the user interrupts, none. Their device,
+    dtype and ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters that are not predicted.
+    Until all are written, what they held is kept, which takes their memory once more.
 
     Args:
         model: Any network that takes a batch of images.
@@ -111,14 +112,16 @@ def ghn_init(
         postprocess: 'auto' does what the GHN's configuration recommends; 'orth' or 'noise', see
             :data:`timm_ghn.postprocess.NAMED`, or options; None leaves the parameters as they were predicted.
         device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
+        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: if ``head`` or ``postprocess`` is something else.
-        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device.
-        PredictionError: if a predicted value is not finite.
+        ConfigError: if ``head``, ``postprocess``, ``rules`` or ``device`` is something else.
+        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device or of less than 16
+            bits.
+        PredictionError: if a predicted value is not finite, or a parameter cannot be written.
         GHNError: if the GHN cannot be loaded.
     """
     initialise(
@@ -130,6 +133,7 @@ def ghn_init(
         seed=seed,
         postprocess=postprocess,
         device=device,
+        rules=rules,
     )
     return model
 
@@ -144,27 +148,21 @@ def initialise(
     seed: int = 0,
     postprocess: PostProcess | str | None = DEFAULT,
     device: torch.device | str | None = None,
+    rules: str | None = None,
 ) -> dict[str, Any]:
     """Do what :func:`ghn_init` does, and give the facts about it."""
     PostProcess.of(postprocess)  # before anything is loaded
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         check_storage(name, parameter)
-    chosen, graph, plan = _prepare(model, ghn, input_size, example_inputs, head, device)
+    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
     options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
     for row in plan.predicted:
         check_writable(row.name, parameters[row.name])
-    with torch.no_grad():
-        embeddings_Nd = _embed(chosen, graph)
-        # All or nothing: writing begins when it is certain that no value can be refused.
-        if not _cannot_overflow(chosen, embeddings_Nd, plan):
-            for row, block in _blocks(chosen, embeddings_Nd, plan):
-                values = scaled(block.values, _fit(row)).to(row.dtype)
-                check_finite(f"values predicted for '{row.name}'", values)
-        _write_all(chosen, embeddings_Nd, plan, parameters, seed)
+    values = _values(chosen, plan, seed, parameters)
     if options is not None:
-        # What was written is finite, and post-processing keeps it so.
-        write_processed({row.name: parameters[row.name] for row in processed_layers(plan, options)}, options)
+        process_(values, processed_layers(plan, options), options)
+    write_all_(parameters, ((row.name, values.pop(row.name)) for row in plan.predicted))
     return provenance(chosen, plan, head=head, seed=seed, postprocess=options)
 
 
@@ -175,55 +173,67 @@ def _prepare(
     example_inputs: Any,
     head: str,
     device: torch.device | str | None,
-) -> tuple[GHN, Graph, ParameterPlan]:
+    rules: str | None,
+) -> tuple[GHN, ParameterPlan]:
     """Load the GHN, trace the model and plan."""
-    if isinstance(ghn, GHN):
-        chosen = ghn if device is None else ghn.to(device)
-    else:
-        chosen = shared_ghn(ghn, device=device)
-    graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=chosen.config.rules)
-    plan = plan_parameters(graph, chosen.config, head=head)
+    where = None if device is None else device_of(device)
+    if not isinstance(ghn, GHN):
+        ghn = shared_ghn(ghn, device=where)
+    elif ghn.device.type == 'meta':
+        raise ConfigError(f"the GHN '{ghn.config.name or _NAMELESS}' is on the meta device, which holds no values")
+    elif where is not None:
+        ghn.to(where)
+    rules = ghn.config.rules if rules is None else rules
+    graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=rules)
+    plan = plan_parameters(graph, ghn.config, head=head)
     if not plan.predicted:
         raise UnsupportedModelError(
             f'{type(model).__name__} has no parameter that a GHN could predict; see timm_ghn.trace(model).kept'
         )
-    return chosen, graph, plan
+    for row in plan.predicted:
+        check_dtype(row.name, row.dtype)
+    return ghn, plan
 
 
-def _embed(ghn: GHN, graph: Graph) -> Tensor:
-    """Node embeddings, which are finite."""
-    embeddings_Nd = ghn.encode(graph.parts)
+@torch.no_grad()
+def _values(
+    ghn: GHN, plan: ParameterPlan, seed: int, parameters: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Predicted tensors by name, finite, contiguous and each with memory of its own.
+
+    Args:
+        ghn: The GHN.
+        plan: Of the model.
+        seed: Draws the tokens without a position, in the order of the plan.
+        parameters: The model's, on whose devices the tensors are to be; by default they are where the GHN is.
+    """
+    embeddings_Nd = ghn.encode(plan.graph.parts)
     if not bool(torch.isfinite(embeddings_Nd).all()):
         raise PredictionError(
-            f"the GHN '{ghn.config.name or 'without a name'}' gave node embeddings that are not finite; "
+            f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "
             'the model was left as it was'
         )
-    return embeddings_Nd
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for row, decoded in _decoded(ghn, embeddings_Nd, plan):
+        device = decoded.device if parameters is None else parameters[row.name].device
+        values = scaled(decoded, _fit(row)).to(row.dtype)
+        check_finite(f"values predicted for '{row.name}'", values)  # before they are repeated
+        tensor = repeated(values.to(device), _fit(row), row.shape, generator).contiguous()
+        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+        found[row.name] = tensor.clone() if is_part else tensor
+    return found
 
 
-def _cannot_overflow(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan) -> bool:
-    """Whether no decoded value can leave the range of the parameters' dtypes, whatever it is."""
-    dtypes = {row.dtype for row in plan.predicted} | {embeddings_Nd.dtype}
-    # Parameters are scaled by at most sqrt(2), see fan_in_scale.
-    return 2 * ghn.decoded_bound(embeddings_Nd) < min(torch.finfo(dtype).max for dtype in dtypes)
-
-
-def _blocks(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Block]]:
-    """All that is decoded, in small parts; positional embeddings come as a whole, in the order of the plan."""
+def _decoded(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Tensor]]:
+    """Decode all that is predicted; positional embeddings come last, in the order of the plan."""
     rows = [row for row in plan.predicted if row.role != 'position']
     positions = [row for row in plan.predicted if row.role == 'position']
-    for block in ghn.decode_blocks(embeddings_Nd, [_request(row) for row in rows]):
-        yield rows[block.index], block
-    found = dict(ghn.decode(embeddings_Nd, [_request(row) for row in positions]))
+    for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
+        yield rows[index], decoded
+    decoded_positions = dict(ghn.decode(embeddings_Nd, [_request(row) for row in positions]))
     for index, row in enumerate(positions):
-        yield row, Block(index, found[index])
-
-
-def _write_all(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan, targets: Mapping[str, Tensor], seed: int) -> None:
-    """Decode and write all predicted parameters. Little more than a chunk of them exists beside the targets."""
-    generator = torch.Generator().manual_seed(seed)  # draws in the order of the positional embeddings
-    for row, block in _blocks(ghn, embeddings_Nd, plan):
-        write(targets[row.name], block.values, _fit(row), generator, at=(block.output, block.input))
+        yield row, decoded_positions[index]
 
 
 def _request(row: ParameterRow) -> DecodeRequest:

@@ -1,11 +1,30 @@
-"""What must hold before a model's parameters are written in place: all of them, or none."""
+"""Writing into the parameters of a model in place: all of them, or none."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from timm_ghn.errors import PredictionError, UnsupportedModelError
+
+#: Dtypes in which torch computes. Narrower ones only store values, with scales that lie elsewhere.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuse a parameter of a dtype that torch does not compute in.
+
+    Raises:
+        UnsupportedModelError: if it is such a one, as those of 8 bits are.
+    """
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(
+            f"'{name}' is in {dtype}; expected one of {', '.join(map(str, _DTYPES))}: predict before the model is "
+            'converted to fewer bits'
+        )
 
 
 def check_storage(name: str, parameter: Tensor) -> None:
@@ -25,8 +44,10 @@ def check_writable(name: str, parameter: Tensor) -> None:
     """Refuse a parameter that cannot be written in place.
 
     Raises:
-        UnsupportedModelError: if it was made in inference mode, or if its elements share memory.
+        UnsupportedModelError: if torch does not compute in its dtype, if it was made in inference mode, or if its
+            elements share memory.
     """
+    check_dtype(name, parameter.dtype)
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         raise UnsupportedModelError(
             f"'{name}' was made in inference mode and can be written only there; "
@@ -52,3 +73,42 @@ def check_finite(what: str, values: Tensor) -> None:
     # The sum of finite values may overflow, so only a suspicious sum is looked into.
     if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
         raise PredictionError(f'{what} are not finite in {values.dtype}')
+
+
+@torch.no_grad()
+def write_all_(parameters: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy values into parameters in place: all of them or, if anything fails or the user interrupts, none.
+
+    What a parameter held is kept until all are written. An iterator that gives its values away, as ``popitem`` does,
+    therefore takes the memory of the parameters once, not twice.
+
+    Args:
+        parameters: By name.
+        values: Names, and values of the same shape, of any dtype and on any device.
+
+    Raises:
+        PredictionError: if a parameter cannot be written; all are what they were.
+    """
+    written: list[tuple[Tensor, Tensor]] = []
+    name = ''
+    try:
+        for name, value in values:
+            parameter = parameters[name]
+            written.append((parameter, parameter.detach().clone()))
+            parameter.copy_(value)
+    except BaseException as error:
+        _put_back(written)
+        if not isinstance(error, Exception):
+            raise
+        cause = ': '.join((type(error).__name__, *str(error).splitlines()[:1]))
+        raise PredictionError(f"'{name}' cannot be written ({cause}); the model was left as it was") from error
+
+
+def _put_back(written: list[tuple[Tensor, Tensor]]) -> None:
+    """Give parameters what they held, the last one first: some may share memory."""
+    expected: tuple[type[BaseException], ...] = (Exception,)  # what refuses to be written holds what it held
+    for parameter, held in reversed(written):
+        # A further interruption by the user comes when a parameter is copied, not halfway.
+        with contextlib.suppress(KeyboardInterrupt, *expected):
+            parameter.copy_(held)
+        expected = ()

@@ -24,10 +24,6 @@ def decode(ghn, embeddings, requests):
     return dict(ghn.decode(embeddings, requests))
 
 
-def largest(tensors):
-    return max(float(tensor.detach().abs().max()) for tensor in tensors.values())
-
-
 @pytest.mark.parametrize(
     ('kind', 'size', 'shape'),
     [
@@ -82,20 +78,12 @@ def test_every_parameter_of_the_decoder_learns(ghn):
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_the_bound_holds(ghn):
-    embeddings = 10 * torch.randn(3, 16)
-    requests = [
-        DecodeRequest(DecodeKind.TENSOR, 0, (96, 96, 7, 7)),
-        DecodeRequest(DecodeKind.BIAS_1D, 0, (96, 1, 1, 1)),
-    ]
-    assert largest(decode(ghn, embeddings, requests)) <= ghn.decoded_bound(embeddings) < math.inf
-
-
 @pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext', 'test_efficientnet'])
 def test_timm_models_are_initialised(ghn, name):
     model = timm.create_model(name, num_classes=10)
     prediction = predict(model, ghn)
-    ghn_init(model, ghn, postprocess=None)
+    with torch.device('meta'):
+        ghn_init(model, ghn, postprocess=None)
     state = model.state_dict()
     for key, value in prediction.state_dict.items():
         torch.testing.assert_close(state[key], value)

@@ -27,6 +27,9 @@ TRACE_BATCH = 2
 
 DEFAULT_IMAGE_SIZE = 224
 
+#: Largest number of an input size; with much larger ones, torch cannot count the elements of a tensor.
+_MAX_SIDE = 2**16
+
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
@@ -61,7 +64,7 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
         (channels, height, width).
 
     Raises:
-        UnsupportedModelError: if ``input_size`` has another form.
+        UnsupportedModelError: if ``input_size`` has another form, or a number is out of range.
     """
     config = getattr(model, 'pretrained_cfg', None) or {}
     known = tuple(config['input_size']) if config.get('input_size') else None
@@ -72,13 +75,14 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
             side = known[1:] if known else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
         return (channels, *side)
     size: tuple[int, ...] = ()
-    if isinstance(input_size, int):
+    if isinstance(input_size, int) and not isinstance(input_size, bool):
         size = (channels, input_size, input_size)
     elif isinstance(input_size, Sequence) and all(isinstance(n, int) for n in input_size):
         size = (channels, *input_size) if len(input_size) == 2 else tuple(input_size)
-    if len(size) != 3 or min(size) < 1:
+    if len(size) != 3 or min(size) < 1 or max(size) > _MAX_SIDE:
         raise UnsupportedModelError(
-            f'expected input_size to be a side, (height, width) or (channels, height, width) (got {input_size!r})'
+            'expected input_size to be a side, (height, width) or (channels, height, width), with numbers from 1 to '
+            f'{_MAX_SIDE} (got {input_size!r})'
         )
     return size[0], size[1], size[2]
 
@@ -286,6 +290,11 @@ def _meta_inputs(example_inputs: Any, size: tuple[int, int, int]) -> tuple[tuple
         return (), {key: _data(to_meta(value)) for key, value in example_inputs.items()}
     if isinstance(example_inputs, Tensor):
         return (_data(to_meta(example_inputs)),), {}
+    if not isinstance(example_inputs, (tuple, list)):
+        raise UnsupportedModelError(
+            'expected example_inputs to be a tensor, a tuple of positional or a dictionary of keyword arguments '
+            f'(got {example_inputs!r})'
+        )
     return tuple(_data(to_meta(value)) for value in example_inputs), {}
 
 

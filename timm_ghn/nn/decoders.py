@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_ghn.nn.bounds import largest_output
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, full_precision, linear, linear_of
 from timm_ghn.nn.requests import (
@@ -67,15 +66,11 @@ class TensorDecoder(nn.Module, abc.ABC):
     def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
         """Decode tensors, some blocks of each."""
 
-    @abc.abstractmethod
-    def bound(self, limit: float) -> float:
-        """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
-
     def rescale_(self) -> None:
         """Initialise as GHN-3 does, in place; a decoder with an initialisation of its own keeps it."""
 
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
-        """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`."""
+        """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
         jobs = [job_of(index, request, self.config) for index, request in requests]
         return self.decode_jobs(z_Nd, jobs, chunk_elements=chunk_elements)
 
@@ -133,10 +128,6 @@ class ConvDecoder(TensorDecoder):
     def rescale_(self) -> None:
         """See the base class."""
         _rescale_(self.last, self.class_predictor)
-
-    def bound(self, limit: float) -> float:
-        """See the base class."""
-        return largest_output((linear_of(self.fc, 0), linear_of(self.conv, 0), self.last, self.class_predictor), limit)
 
     def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
@@ -272,11 +263,6 @@ class MLPDecoder(TensorDecoder):
         """See the base class."""
         _rescale_(self.last, self.class_predictor)
 
-    def bound(self, limit: float) -> float:
-        """See the base class."""
-        first = linear_of(self.mlp['fc'], 0)
-        return largest_output((first, self.last), limit) + largest_output((first, self.class_predictor), limit)
-
     def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
         alike: dict[tuple[Window, int, int, int], list[Job]] = {}
@@ -334,12 +320,8 @@ class VectorDecoder(nn.Module):
         """Initialise as GHN-3 does, in place."""
         _rescale_(self.last)
 
-    def bound(self, limit: float) -> float:
-        """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
-        return largest_output((linear_of(self.fc, 0), self.last, linear_of(self.bias_class, 1)), limit)
-
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
-        """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`.
+        """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode`.
 
         A normalisation layer's weight and bias come from the same node, so nodes are computed once.
         """

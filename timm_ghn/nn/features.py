@@ -30,7 +30,7 @@ def node_features(graph: Graph) -> Tensor:
     sizes_N4 = graph.shapes_N4.clamp(min=1).float().log2()
     forward_N, backward_N = graph.forward_levels_N.float(), graph.backward_levels_N.float()
     depth_N1 = (forward_N / (forward_N + backward_N).clamp(min=1))[:, None]
-    scales = math.pi * 2.0 ** torch.arange(_WAVES)
+    scales = math.pi * 2.0 ** torch.arange(_WAVES, device='cpu')
     columns = [
         sizes_N4[:, :2] / 4 - 1,
         sizes_N4[:, 2:],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.structure import Graph, GraphBatch
-from timm_ghn.nn.bounds import largest
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.decoders import (
     CHUNK_ELEMENTS,
@@ -150,35 +150,12 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         Args:
             embeddings_Nd: What :meth:`encode` gave.
             requests: What to decode.
-            chunk_elements: See :meth:`decode_blocks`.
-
-        Yields:
-            Index of a request, and its tensor. Requests that share matrix products come together, so the order is
-            another one than that of ``requests``. A tensor may be a view of a chunk's: copy what you keep.
-
-        Raises:
-            ValueError: if a request names a row that the embeddings do not have.
-        """
-        blocks: dict[int, list[Block]] = {}
-        for block in self.decode_blocks(embeddings_Nd, requests, chunk_elements=chunk_elements):
-            blocks.setdefault(block.index, []).append(block)
-            if block.last:
-                yield block.index, joined(blocks.pop(block.index))
-
-    def decode_blocks(
-        self, embeddings_Nd: Tensor, requests: Sequence[DecodeRequest], *, chunk_elements: int = CHUNK_ELEMENTS
-    ) -> Iterator[Block]:
-        """Decode raw tensors piece by piece, which takes little memory.
-
-        Args:
-            embeddings_Nd: What :meth:`encode` gave.
-            requests: What to decode.
             chunk_elements: Bound on the elements of each temporary tensor; a request or a row of channels that
                 needs more comes alone.
 
         Yields:
-            Blocks of the tensors that :meth:`decode` gives, those of several requests by turns. They may be views of
-            the same tensor: copy what you keep.
+            Index of a request, and its tensor. Requests that share matrix products come together, so the order is
+            another one than that of ``requests``. A tensor may be a view of a chunk's: copy what you keep.
 
         Raises:
             ValueError: if a request names a row that the embeddings do not have.
@@ -191,17 +168,14 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         jobs = list(enumerate(requests))
         tensors = [job for job in jobs if job[1].kind in _TENSOR_KINDS]
         vectors = [job for job in jobs if job[1].kind not in _TENSOR_KINDS]
-        yield from self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements)
-        yield from self.decoder_1d.decode(z_Nd, vectors, chunk_elements=chunk_elements)
-
-    def decoded_bound(self, embeddings_Nd: Tensor) -> float:
-        """Bound on the absolute value of all that can be decoded from embeddings.
-
-        It is a rough one, from the largest weight of each layer, but it holds: where it is finite, no decoded value
-        overflows. It is NaN or infinite where an embedding or a weight is not finite.
-        """
-        limit = largest(embeddings_Nd)
-        return self.decoder.bound(limit) + self.decoder_1d.bound(limit)
+        blocks: dict[int, list[Block]] = {}
+        for block in itertools.chain(
+            self.decoder.decode(z_Nd, tensors, chunk_elements=chunk_elements),
+            self.decoder_1d.decode(z_Nd, vectors, chunk_elements=chunk_elements),
+        ):
+            blocks.setdefault(block.index, []).append(block)
+            if block.last:
+                yield block.index, joined(blocks.pop(block.index))
 
     def forward(self, graphs: Graph | GraphBatch | Iterable[Graph], requests: Sequence[DecodeRequest]) -> list[Tensor]:
         """Embed graphs and decode all requests, in their order; the form that data-parallel wrappers call."""

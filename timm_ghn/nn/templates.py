@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_ghn.nn.bounds import largest_output, largest_weight
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.decoders import Request, TensorDecoder
 from timm_ghn.nn.precision import apply_linear, full_precision, linear_of
@@ -102,16 +101,6 @@ class TemplateDecoder(TensorDecoder):
         self.scale.weight.mul_(0.1)
         # A small random share at first: sin(t) = 0.19.
         self.scale.bias.copy_(torch.tensor([0.0, -2.0 / _SLOW]))
-
-    def bound(self, limit: float) -> float:
-        """See the base class: sines and normalised values are bounded, so only templates and codes count."""
-        tables = (self.channels, self.classes)
-        code = self.config.codes * max(largest_weight(table.weight) for table in tables)
-        template = self.spatial * largest_weight(self.positions.weight) * largest_weight(self.templates)
-        raw = code * code * self.config.templates * template
-        sines = largest_output((self.hidden,), limit) + largest_output((self.shares, self.scale), math.sqrt(2))
-        channels, side = float(max(self.config.max_shape[:2])), self.config.max_shape[2]
-        return raw + sines + 2 * math.exp(_LOG_GAIN) * math.sqrt(channels**2 * side**2 + _RANDOM)
 
     def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
@@ -286,14 +275,8 @@ class TemplateVectorDecoder(nn.Module):
     def rescale_(self) -> None:
         """It has an initialisation of its own."""
 
-    def bound(self, limit: float) -> float:
-        """Bound on all that is computed from embeddings whose absolute values are at most ``limit``."""
-        tables = self._tensors[0].channels.weight, self._tensors[0].classes.weight
-        codes = max(map(largest_weight, tables))
-        return (self.config.codes * codes + 1) * largest_output((linear_of(self.fc, 0), self.last), limit)
-
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
-        """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode_blocks`."""
+        """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
         if not requests:
             return
         with full_precision(z_Nd.device):
@@ -301,8 +284,8 @@ class TemplateVectorDecoder(nn.Module):
             hidden = F.gelu(apply_linear(linear_of(self.fc, 0), z_Nd[nodes]))
             factors_J2c = _SLOW * apply_linear(self.last, hidden).view(len(requests), 2, -1)
             # Which of the two kinds of factors, then what many vectors share: one product for all of a length.
-            second_J = torch.tensor([request.kind is not DecodeKind.WEIGHT_1D for _, request in requests])
-            factors_Jc = factors_J2c[torch.arange(len(requests)), second_J.long()]
+            second = [int(request.kind is not DecodeKind.WEIGHT_1D) for _, request in requests]
+            factors_Jc = factors_J2c[range(len(requests)), second]
             alike: dict[tuple[bool, int], list[int]] = {}
             for row, (_, request) in enumerate(requests):
                 alike.setdefault((request.kind is DecodeKind.HEAD_BIAS, request.size[0]), []).append(row)

@@ -148,7 +148,11 @@ def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.G
         shape: Of the parameter.
         generator: On the CPU; draws the tokens without a position.
     """
-    values = scaled(decoded, fit)
+    return repeated(scaled(decoded, fit), fit, shape, generator)
+
+
+def repeated(values: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """The parameter that the values of :func:`scaled` become; it may be a view of them."""
     if not fit.columns:
         return values.repeat(-(-math.prod(shape) // fit.rows))[: math.prod(shape)].view(shape)
     size = positional_size(shape)
@@ -184,51 +188,3 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
         torch.randn(1, count, positions.shape[2], generator=generator, dtype=torch.float32, device='cpu') * TOKEN_STD
     )
     return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
-
-
-def write(
-    target: Tensor,
-    decoded: Tensor,
-    fit: Fit,
-    generator: torch.Generator | None = None,
-    *,
-    at: tuple[int, int] = (0, 0),
-) -> None:
-    """Write a parameter, or the part of it that a block decides, in place and without a temporary of its size.
-
-    Args:
-        target: The parameter, of any floating dtype and on any device.
-        decoded: What the GHN decoded for it, or a block of that.
-        fit: From :func:`fit_of`.
-        generator: On the CPU; draws the tokens without a position.
-        at: Row and column of the decoded channels at which the block begins.
-    """
-    shape = tuple(target.shape)
-    flat = not fit.columns and (target.dim() == 1 or target.is_contiguous())
-    if fit.tokens is not None or not (flat or fit.columns):
-        target.copy_(fitted(decoded, fit, shape, generator))
-        return
-    # Blocks come in another order of their axes: put in order here, they are copied faster, however often.
-    values = scaled(decoded, fit).to(target).contiguous()
-    if flat:
-        _copy_repeated(target.view(-1), values, (fit.rows,), (0,))
-        return
-    values = _with_axes(values, len(shape))
-    _copy_repeated(target, values.expand(*values.shape[:2], *shape[2:]), (fit.rows, fit.columns), at)
-
-
-def _copy_repeated(target: Tensor, values: Tensor, periods: tuple[int, ...], at: tuple[int, ...]) -> None:
-    """Copy values to wherever they recur in the first axes of a tensor, the last of these axes first."""
-    if not periods:
-        target.copy_(values)
-        return
-    axis = len(periods) - 1
-    period, first, count = periods[-1], at[axis], values.shape[axis]
-    rest = target.shape[axis] % period
-    whole = target.shape[axis] - rest
-    if whole:
-        recurring = target.narrow(axis, 0, whole).unflatten(axis, (-1, period)).narrow(axis + 1, first, count)
-        _copy_repeated(recurring, values.unsqueeze(axis), periods[:-1], at)
-    if rest > first:
-        count = min(count, rest - first)
-        _copy_repeated(target.narrow(axis, whole + first, count), values.narrow(axis, 0, count), periods[:-1], at)
