@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
-    'version', 'errors', 'modes', 'generators', 'devices', 'graph', 'ops', 'nn', 'params', 'writable',
+    'version', 'errors', 'tokens', 'modes', 'generators', 'devices', 'graph', 'ops', 'nn', 'params', 'writable',
     'postprocess', 'batchnorm', 'diversity', 'hub', 'prediction', 'source', 'norms', 'output', 'report', 'picture',
     'recipes', 'results', 'publish', 'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train',
     'hub_commands', 'cli',

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import io
 import json
-import lzma
 import os
 import random
 import resource
@@ -15,15 +13,17 @@ import struct
 import sys
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-#: Most memory that a case may take on top of what the process has, in bytes. The files have some 100 kB.
-MAX_MEMORY = 1 << 30
-#: Longest that a case may take, in seconds. The machine may be busy; a sound case takes milliseconds.
-MAX_SECONDS = 20.0
+#: Most memory that a case may take on top of what the process has, in bytes, and for each byte of its file.
+MAX_MEMORY = 500_000_000
+MAX_GROWTH = 4
+#: Addresses that a case may take, in bytes: a stop before the machine is out of memory.
+MAX_ADDRESSES = 2 << 30
+#: Longest that a case may take, in seconds; a sound case takes milliseconds.
+MAX_SECONDS = 10.0
 
 #: What an executed payload would do.
 EVENTS = ('os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'subprocess.Popen', 'pickle.find_class')
@@ -51,6 +51,21 @@ class TooSlowError(Exception):
     """A case that takes too long."""
 
 
+class TooLargeError(Exception):
+    """A case that takes too much memory."""
+
+
+def resident(kind: str) -> int:
+    """Bytes of memory that this process has ('VmRSS'), or had at most since :func:`forget_peak` ('VmHWM')."""
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(status.partition(f'{kind}:')[2].split()[0])
+
+
+def forget_peak() -> None:
+    """Have the peak of memory measured anew."""
+    Path('/proc/self/clear_refs').write_text('5')
+
+
 def _ring(*_: object) -> None:
     raise TooSlowError
 
@@ -61,7 +76,7 @@ def limits() -> Iterator[None]:
     pages = int(Path('/proc/self/statm').read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     old = signal.signal(signal.SIGALRM, _ring)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_ADDRESSES, hard))
     CANARY.watching = True
     CANARY.sung.clear()
     try:
@@ -73,13 +88,22 @@ def limits() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    """Bound the time of a case."""
+def case_limits(size: int) -> Iterator[None]:
+    """Bound the time and the memory of a case.
+
+    Args:
+        size: Of its file, in bytes.
+    """
+    before = resident('VmRSS')
+    forget_peak()
     signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    taken = resident('VmHWM') - before
+    if taken > MAX_GROWTH * size + MAX_MEMORY:
+        raise TooLargeError(f'{taken:,} bytes for a file of {size:,}')
 
 
 # Bytes
@@ -258,25 +282,6 @@ def pickle_mutation(marker: Path) -> Mutation:
     return mutate
 
 
-#: Inverse functions by the name of joblib's compression.
-_CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
-    'zlib': (zlib.decompress, lambda data: zlib.compress(data, 1)),
-    'bz2': (bz2.decompress, lambda data: bz2.compress(data, 1)),
-    'lzma': (lzma.decompress, lambda data: lzma.compress(data, lzma.FORMAT_ALONE, preset=0)),
-}
-
-
-def compressed_mutation(marker: Path, name: str) -> Mutation:
-    """Mutations of the pickles behind a compression, or of the compressed bytes."""
-    inner = pickle_mutation(marker)
-    expand, compress = _CODECS[name]
-
-    def mutate(rng: random.Random, data: bytes) -> bytes:
-        return damage(rng, data) if rng.random() < 0.3 else compress(inner(rng, expand(data)))
-
-    return mutate
-
-
 def zip_mutation(marker: Path) -> Mutation:
     """Mutations of the pickle inside an archive, or of the archive."""
     inner = pickle_mutation(marker)
@@ -341,12 +346,13 @@ def run_cases(
             for case in range(cases):
                 rng = random.Random(f'{seed}-{case}')
                 path.write_bytes(mutate(rng, sound))
+                how = 'read'
                 try:
-                    with time_limit():
-                        read()
-                    how = 'read'
-                except expected as error:
-                    how = type(error).__name__
+                    with case_limits(path.stat().st_size):
+                        try:
+                            read()
+                        except expected as error:
+                            how = type(error).__name__
                 except BaseException as error:
                     if isinstance(error, KeyboardInterrupt):
                         raise

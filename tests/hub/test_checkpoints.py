@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from official import WRITERS, official_state, options
 from timm_ghn.errors import CheckpointError, GHNError, GHNNotFoundError, UnsafeCheckpointError
 from timm_ghn.hub import load_ghn
 from timm_ghn.hub.checkpoints import open_checkpoint
+from timm_ghn.hub.convert import convert_official
 from timm_ghn.hub.records import TensorRecord
 from timm_ghn.nn.storage import save_ghn
 
@@ -70,23 +72,89 @@ def test_tensors_of_every_kind_come_back_exactly(tmp_path, writer, tensors):
 
 
 @pytest.mark.parametrize('compress', [('zlib', 3), ('gzip', 3), ('bz2', 3), ('lzma', 3), ('xz', 3)], ids=lambda c: c[0])
-def test_compressed_joblib_dumps_are_read(tmp_path, tensors, compress):
+def test_compressed_joblib_dumps_are_refused(tmp_path, tensors, compress):
     joblib.dump(tensors, tmp_path / 'file.pt', compress=compress)
-    expect_equal(read(tmp_path / 'file.pt'), {key: value.detach() for key, value in tensors.items()})
-
-
-def test_joblib_dumps_of_arrays_are_read(tmp_path):
-    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    arrays = {'rows': x, 'columns': np.asfortranarray(x), 'double': x.astype(float), 'int': np.arange(4)}
-    joblib.dump(arrays, tmp_path / 'file.pt')
-    expect_equal(read(tmp_path / 'file.pt'), {key: torch.from_numpy(value) for key, value in arrays.items()})
-
-
-@pytest.mark.parametrize('array', [np.array([{}]), np.array(['a']), np.array([1j]), np.zeros(2, '>f4')])
-def test_arrays_of_other_types_are_refused(tmp_path, array):
-    joblib.dump({'a': array}, tmp_path / 'file.pt')
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r'file\.pt is compressed, as no published GHN is'):
         read(tmp_path / 'file.pt')
+
+
+@pytest.mark.parametrize(
+    'array', [np.zeros(2, np.float32), np.array([{}]), np.array(['a'])], ids=lambda a: a.dtype.name
+)
+def test_joblib_dumps_of_arrays_are_refused(tmp_path, array):
+    joblib.dump({'a': array}, tmp_path / 'file.pt')
+    with pytest.raises(UnsafeCheckpointError, match='NumpyArrayWrapper'):
+        read(tmp_path / 'file.pt')
+
+
+@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
+def test_types_of_tensors_that_no_ghn_has_are_refused(tmp_path, writer):
+    with pytest.raises(CheckpointError):
+        read(writer({'a': torch.zeros(3, dtype=torch.float8_e4m3fn)}, tmp_path / 'file.pt'))
+    with pytest.raises(CheckpointError):
+        read(writer({'a': torch.zeros(3, dtype=torch.complex64)}, tmp_path / 'file.pt'))
+
+
+class Part:
+    """A tensor at the beginning of a storage that others have as well."""
+
+    def __init__(self, typed: Any, like: torch.Tensor) -> None:
+        self.arguments = typed, 0, tuple(like.shape), like.stride(), False, collections.OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
+def test_tensors_that_share_their_memory_are_not_more_than_the_file(tmp_path, small_ghn, writer):
+    state = official_state(small_ghn)
+    memory = torch.zeros(max(value.numel() for value in state.values())).untyped_storage()
+    typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=torch.float32, _internal=True)
+    path = writer({key: Part(typed, value) for key, value in state.items()}, tmp_path / 'ghn.pt')
+    total = sum(4 * value.numel() for value in state.values())
+    assert path.stat().st_size < total
+    with pytest.raises(CheckpointError, match=f'tensors of {total:,} bytes in .* they share their memory'):
+        load_ghn(path)
+    with pytest.raises(CheckpointError, match='they share their memory'):
+        convert_official(path, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'pickled',
+    [
+        b'ctorch\ndevice\n(' + b'K\x01' * 20_000 + b'tq\x01R' + b'ctorch\ndevice\nh\x01R' * 20_000,
+        b'}(\x8b\x10\x27\x00\x00' + b'\x01' * 10_000 + b'q\x01N' + b'h\x01N' * 20_000 + b'u',
+    ],
+    ids=['arguments', 'keys'],
+)
+def test_a_short_file_that_asks_for_endless_work_is_refused(tmp_path, pickled):
+    """Arguments that are copied for each call; a number whose hash is computed each time."""
+    (tmp_path / 'file.pt').write_bytes(b'\x80\x02' + pickled + b'.')
+    with pytest.raises(CheckpointError, match=r'file\.pt is damaged'):
+        read(tmp_path / 'file.pt')
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs pipes with a name')
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'file.pt')
+    # A writer that stays open: whoever opens the pipe finds it empty.
+    writer = os.open(tmp_path / 'file.pt', os.O_RDWR | os.O_NONBLOCK)
+    try:
+        os.write(writer, b'not read')
+        with pytest.raises(CheckpointError, match='pipes and devices are not read'):
+            load_ghn(tmp_path / 'file.pt')
+        assert os.read(writer, 100) == b'not read'
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
+def test_the_default_device_of_the_caller_does_not_matter(tmp_path, small_ghn, writer):
+    path = writer(official_state(small_ghn), tmp_path / 'file.pt')
+    with torch.device('meta'):
+        ghn = load_ghn(path)
+    expect_equal(ghn.state_dict(), small_ghn.state_dict())
 
 
 def test_what_a_trainer_adds_does_not_get_in_the_way(tmp_path, small_ghn):
@@ -112,13 +180,6 @@ def test_a_member_that_is_compressed_is_refused(tmp_path):
         for info in source.infolist():
             target.writestr(info.filename, source.read(info), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match='compressed member'):
-        read(tmp_path / 'bomb.pt')
-
-
-@pytest.mark.parametrize('compress', [('zlib', 9), ('gzip', 9)], ids=lambda c: c[0])
-def test_data_that_expands_too_much_is_refused(tmp_path, compress):
-    joblib.dump({'a': torch.zeros(1_000_000)}, tmp_path / 'bomb.pt', compress=compress)
-    with pytest.raises(CheckpointError, match='expands to more than'):
         read(tmp_path / 'bomb.pt')
 
 
@@ -168,7 +229,7 @@ def write_ours(obj: Any, path: Path) -> Path:
     return path / 'model.safetensors'
 
 
-@pytest.fixture(params=[*WRITERS, 'zlib', 'ours', 'config'])
+@pytest.fixture(params=[*WRITERS, 'ours', 'config'])
 def sound(request: pytest.FixtureRequest, tmp_path: Path, small_ghn) -> tuple[Path, Path]:
     """A sound GHN: what to load, and the file to damage."""
     if request.param in ('ours', 'config'):
@@ -176,10 +237,7 @@ def sound(request: pytest.FixtureRequest, tmp_path: Path, small_ghn) -> tuple[Pa
         return weights.parent, weights if request.param == 'ours' else weights.with_name('config.json')
     path = tmp_path / 'ghn.pt'
     state = official_state(small_ghn)
-    if request.param == 'zlib':
-        joblib.dump(state, path, compress=('zlib', 1))
-    else:
-        WRITERS[request.param](state, path)
+    WRITERS[request.param](state, path)
     return path, path
 
 

@@ -6,7 +6,6 @@ import argparse
 import builtins
 import collections
 import io
-import lzma
 import os
 import pickle
 import struct
@@ -20,8 +19,8 @@ from official import WRITERS, official_state
 from timm_ghn.errors import CheckpointError, UnsafeCheckpointError
 from timm_ghn.hub import load_ghn
 from timm_ghn.hub.checkpoints import open_checkpoint
-from timm_ghn.hub.pickles import MAX_STEPS, Unpickler
-from timm_ghn.hub.records import MAX_INLINE, Source, Span
+from timm_ghn.hub.pickles import read_pickle
+from timm_ghn.hub.records import MAX_PICKLED, CheckpointFile
 
 
 class Payload:
@@ -38,8 +37,8 @@ def touch(marker: Path) -> Payload:
     return Payload(os.system, f'touch {marker}')
 
 
-def read(data: bytes, **arguments: Any) -> Any:
-    return Unpickler(Source(io.BytesIO(data), Span(0, len(data)), 'the pickle'), **arguments).load()
+def read(data: bytes) -> Any:
+    return read_pickle(CheckpointFile(io.BytesIO(data), 'the pickle'))
 
 
 def test_the_payload_of_these_tests_does_run_elsewhere(marker):
@@ -61,11 +60,18 @@ def test_a_payload_is_refused_by_name_and_not_run(tmp_path, marker, writer, shap
     assert not marker.exists()
 
 
-@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize('protocol', range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_every_protocol_is_refused_by_name(marker, protocol):
-    data = pickle.dumps({'a': [1, (2.5, 'text', None, True, -(2**70))], 'b': touch(marker)}, protocol)
+    data = pickle.dumps({'a': [1, (2.5, 'text', None, True, -(2**40))], 'b': touch(marker)}, protocol)
     with pytest.raises(UnsafeCheckpointError, match='system'):
         read(data)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('protocol', [0, 1])
+def test_the_old_protocols_are_refused(marker, protocol):
+    with pytest.raises(CheckpointError):
+        read(pickle.dumps({'a': touch(marker)}, protocol))
     assert not marker.exists()
 
 
@@ -80,7 +86,7 @@ def test_a_payload_inside_the_bytes_of_a_tensor_is_refused(tmp_path, marker):
 
 @pytest.mark.parametrize(
     'function',
-    [builtins.eval, builtins.getattr, builtins.__import__, torch.load, torch.hub.load, io.open, pickle.loads],
+    [builtins.eval, builtins.getattr, builtins.bytearray, torch.load, torch.hub.load, io.open, pickle.loads],
     ids=lambda function: function.__name__,
 )
 def test_other_globals_are_refused_even_those_of_torch(function):
@@ -91,12 +97,13 @@ def test_other_globals_are_refused_even_those_of_torch(function):
 @pytest.mark.parametrize(
     ('data', 'named'),
     [
-        (b'(S"touch x"\nios\nsystem\n.', 'os.system'),
         (b'cos\nsystem\n(S"touch x"\ntR.', 'os.system'),
         (b'\x80\x04\x8c\x05torch\x8c\x10_utils.os.system\x93.', 'torch._utils.os.system'),
         (b'\x80\x02ccollections\nOrderedDict\n.'.replace(b'OrderedDict', b'OrderedDict.__init__'), '__init__'),
+        (b'\x80\x02ctorch.storage\n_load_from_bytes\n.', '_load_from_bytes'),
+        (b'\x80\x04\x8c\x02os\x8c\x08\x1b[2J\x07\n\n\x00\x93.', r"'os\.\\x1b\[2J\\x07\\n\\n\\x00'"),
     ],
-    ids=['instance', 'text', 'dotted', 'attribute'],
+    ids=['text', 'dotted', 'attribute', 'nested', 'control'],
 )
 def test_no_spelling_of_a_global_gets_round_the_list(data, named):
     with pytest.raises(UnsafeCheckpointError, match=named):
@@ -106,21 +113,25 @@ def test_no_spelling_of_a_global_gets_round_the_list(data, named):
 @pytest.mark.parametrize(
     'data',
     [
+        b'(S"touch x"\nios\nsystem\n.',  # an instance, in the oldest way
         b'\x80\x02ctorch\nFloatStorage\n)R.',  # a name that cannot be called
-        b'\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00xK\x01sb.',  # the state of a name
         b'\x80\x02}}R.',  # a call of a dictionary
         b'\x80\x02\x82\x01.',  # a global by number, from a registry of this process
         b'\x80\x02(ccollections\nOrderedDict\no.',
         b'\x80\x02}]}s.',  # a list as a key
+        b'\x80\x02}K\x01\x85Ns.',  # a tuple as a key
+        b'\x80\x02}ctorch\nFloatStorage\nNs.',  # a name as a key
         b'\x80\x02.',
         b'\x80\x02a.',
         b'\x80\x02h\x05.',
         b'\x80\x02U\x01xQ.',
+        b'\x80\x02N}b',
         b'',
         b'\x80',
         b'\xff',
         b'I' + b'9' * 5000 + b'\n.',
         b'X\x04\x00\x00\x00\xff\xff\xff\xff.',
+        b'\x80\x02]\x940',  # an instruction that no pickle of a checkpoint has
     ],
 )
 def test_nonsense_is_a_checkpoint_error(data):
@@ -131,32 +142,55 @@ def test_nonsense_is_a_checkpoint_error(data):
 @pytest.mark.parametrize(
     'data',
     [
+        b'\x80\x02ccollections\nOrderedDict\n}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xsb.',
+        b'\x80\x02ccollections\nOrderedDict\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b.',
+    ],
+    ids=['attributes', 'slots'],
+)
+def test_state_changes_nothing_of_ours(data):
+    """What stands for a global serves all that are read after it."""
+    found = read(data)
+    assert not vars(found)
+    assert found.__defaults__ is None
+    assert read(b'\x80\x02ccollections\nOrderedDict\n)R.') == {}
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
         b'\x80\x04\x8e' + struct.pack('<Q', 2**62) + b'x.',
         b'\x80\x04\x8d' + struct.pack('<Q', 2**62) + b'x.',
         b'\x80\x04B' + struct.pack('<I', 2**32 - 1) + b'x.',
         b'\x80\x04X' + struct.pack('<I', 2**31) + b'x.',
+        b'\x80\x04X' + struct.pack('<I', MAX_PICKLED - 100) + b'x.',
         b'\x80\x04\x8b' + struct.pack('<i', 2**31 - 1) + b'x.',
-        b'X' + struct.pack('<I', MAX_INLINE + 1) + b'a' * (MAX_INLINE + 1) + b'.',
+        b'\x80\x04\x95' + struct.pack('<Q', 2**62) + b'N',
+        b'X' + struct.pack('<I', MAX_PICKLED + 1) + b'a' * (MAX_PICKLED + 1) + b'.',
     ],
-    ids=['BINBYTES8', 'BINUNICODE8', 'BINBYTES', 'BINUNICODE', 'LONG4', 'too long'],
+    ids=['BINBYTES8', 'BINUNICODE8', 'BINBYTES', 'BINUNICODE', 'truncated', 'LONG4', 'FRAME', 'too long'],
 )
 def test_a_length_beyond_the_file_costs_nothing(data):
-    with pytest.raises(CheckpointError, match='declares|ends too early'):
+    with pytest.raises(CheckpointError):
         read(data)
 
 
+def test_a_memo_that_names_a_huge_index_costs_nothing():
+    assert read(b'\x80\x02Nr\xff\xff\xff\xff.') is None
+
+
 def test_a_pickle_that_does_not_end_is_given_up(monkeypatch):
-    monkeypatch.setattr('timm_ghn.hub.pickles.MAX_STEPS', 1000)
-    with pytest.raises(CheckpointError, match=r'more than 1,000 instructions'):
-        read(b'N0' * 1000 + b'N.')
-    assert read(b'N0' * 400 + b'N.') is None
-    assert MAX_STEPS > 100_000
+    monkeypatch.setattr('timm_ghn.hub.records.MAX_PICKLED', 1000)
+    with pytest.raises(CheckpointError, match=r'pickles of more than 1,000 bytes'):
+        read(b'Nq\x00' * 1000 + b'.')
+    assert read(b'Nq\x00' * 300 + b'.') is None
+    assert MAX_PICKLED > 1_000_000
 
 
 def test_plain_values_come_back():
-    value = {'a': [1, -5, 2**80, 1.5, 'text', None, True], 'b': ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), 'c': {}}
+    value = {'a': [1, -5, 2**60, 1.5, 'text', None, True], 'b': ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)), 'c': {}}
     value['d'] = value['a']
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+    value[0] = 'x' * 300
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         assert read(pickle.dumps(value, protocol)) == value
 
 
@@ -186,6 +220,7 @@ class Claim:
         ((2,), (2**62,), 0),
         ((2.0,), (1,), 0),
         (('2',), (1,), 0),
+        ((1,) * 33, (1,) * 33, 0),
     ],
 )
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path, writer, shape, stride, start):
@@ -209,8 +244,6 @@ def test_no_read_is_made_before_it_is_asked_for(tmp_path):
 LAUGHS = b'\x80\x02)q\x00' + b'h\x00h\x00\x86q\x00' * 60
 DEEP = b'\x80\x02)' + b'\x85' * 500_000
 TENSOR = b'ctorch._utils\n_rebuild_tensor_v2\n'
-DTYPE = b'cnumpy\ndtype\n'
-ARRAY = b'cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81'
 
 
 @pytest.mark.parametrize(
@@ -219,20 +252,18 @@ ARRAY = b'cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81'
         LAUGHS + b'}h\x00K\x01s.',
         LAUGHS + b'}(h\x00K\x01u.',
         LAUGHS + b'(h\x00K\x01d.',
+        LAUGHS + b'\x8f(h\x00\x90.',
         LAUGHS + b'ccollections\nOrderedDict\n]h\x00a\x85R.',
         LAUGHS + b')R.',
-        LAUGHS + b'h\x00}b.',
         LAUGHS + b'h\x00h\x00\x93.',
         LAUGHS + b'h\x00Q.',
         LAUGHS + TENSOR + b'(K\x01K\x00h\x00h\x00tR.',
-        LAUGHS + ARRAY + b'}(X\x05\x00\x00\x00dtypeh\x00u' + b'b.',
-        LAUGHS + ARRAY + b'}(X\x05\x00\x00\x00dtype' + DTYPE + b'h\x00\x85Ru' + b'b.',
         DEEP + b'q\x01}h\x01K\x01s.',
         DEEP + b')R.',
-        b'\x80\x02' + TENSOR + b'(K\x01K\x00(\x8a\x08' + b'\xff' * 7 + b'\x7f' + b'2' * 200_000 + b'tq\x01h\x01tR.',
+        b'\x80\x02' + TENSOR + b'(K\x01K\x00(\x8a\x08' + b'\xff' * 7 + b'\x7f' + b'K\x02' * 200_000 + b'tq\x01h\x01tR.',
     ],
-    ids=['key', 'keys', 'dict', 'ordered', 'called', 'state', 'global', 'outside', 'shape', 'dtype', 'code', 'deep key',
-         'deep call', 'rank'],
+    ids=['key', 'keys', 'dict', 'set', 'ordered', 'called', 'global', 'outside', 'shape', 'deep key', 'deep call',
+         'rank'],
 )  # fmt: skip
 def test_a_short_file_cannot_ask_for_endless_work(data):
     with pytest.raises(CheckpointError):
@@ -241,32 +272,43 @@ def test_a_short_file_cannot_ask_for_endless_work(data):
 
 def test_containers_that_repeat_others_are_harmless_as_values():
     assert read(LAUGHS + b'X\x01\x00\x00\x00ah\x00\x86.')[0] == 'a'
+    assert read(LAUGHS + b'ccollections\nOrderedDict\n)Rh\x00b.') == {}
 
 
 @pytest.mark.parametrize(
-    'copy',
-    [b'ccollections\nOrderedDict\nh\x01\x85R0', b'ctorch\nSize\nh\x01\x85R0'],
-    ids=['dictionary', 'size'],
+    'named',
+    [b'ctorch\ndevice\n', b'ccollections\nOrderedDict\n', TENSOR, b'ctorch._utils\n_rebuild_parameter\n'],
+    ids=['device', 'dictionary', 'tensor', 'parameter'],
 )
-def test_copies_count_as_instructions(copy, monkeypatch):
-    monkeypatch.setattr('timm_ghn.hub.pickles.MAX_STEPS', 50_000)
-    items = b']q\x01(' + b'K\x01K\x02\x86' * 1000 + b'e'
-    assert read(b'\x80\x02' + items + copy * 10 + b'N.') is None
-    with pytest.raises(CheckpointError, match='instructions'):
-        read(b'\x80\x02' + items + copy * 100 + b'N.')
+def test_a_call_with_more_arguments_than_it_takes_is_refused(named):
+    """Calls that took any number could copy a long tuple again and again."""
+    with pytest.raises(CheckpointError, match='TypeError'):
+        read(b'\x80\x02' + named + b'(' + b'X\x01\x00\x00\x00x' * 1000 + b'tR.')
 
 
-def test_nested_pickles_share_their_instructions_with_the_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    'integer',
+    [b'\x8a\x09' + b'\x01' * 9, b'\x8b\x09\x00\x00\x00' + b'\x01' * 9, b'I' + b'1' * 30 + b'\n', b'L123456L\n'],
+    ids=['LONG1', 'LONG4', 'INT', 'LONG'],
+)
+def test_integers_of_any_length_are_refused(integer):
+    """The hash of a long one takes long each time, and many of them can have the same."""
+    with pytest.raises(CheckpointError):
+        read(b'\x80\x02}' + integer + b'Ns.')
+    assert read(b'\x80\x02}\x8a\x08' + b'\x01' * 8 + b'Ns.') == {0x0101010101010101: None}
+
+
+def test_nested_pickles_share_their_limit_with_the_others(tmp_path, monkeypatch):
     inner = io.BytesIO()
     torch.save([0] * 2000, inner, _use_new_zipfile_serialization=False)
     data = inner.getvalue()
-    load = b'ctorch.storage\n_load_from_bytes\nh\x01\x85R0'
+    load = b'ctorch.storage\n_load_from_bytes\nh\x01\x85Rq\x02'
     path = tmp_path / 'ghn.pt'
     path.write_bytes(b'\x80\x03B' + struct.pack('<I', len(data)) + data + b'q\x01' + load * 200 + b'}.')
     with open_checkpoint(path) as loaded:
         assert loaded == {}
-    monkeypatch.setattr('timm_ghn.hub.pickles.MAX_STEPS', 20_000)
-    with pytest.raises(CheckpointError, match='instructions'), open_checkpoint(path):
+    monkeypatch.setattr('timm_ghn.hub.records.MAX_PICKLED', 100_000)
+    with pytest.raises(CheckpointError, match='pickles of more than 100,000 bytes'), open_checkpoint(path):
         pass
 
 
@@ -278,10 +320,3 @@ def test_a_configuration_that_repeats_itself_is_refused(tmp_path, small_ghn, wri
     saved = {'state_dict': official_state(small_ghn), 'config': {'max_shape': shape}}
     with pytest.raises(CheckpointError, match='impossible max_shape'):
         load_ghn(writer(saved, tmp_path / 'ghn.pt'))
-
-
-def test_compressed_data_cannot_ask_for_much_memory(tmp_path):
-    filters = [{'id': lzma.FILTER_LZMA2, 'dict_size': 1 << 30}]
-    (tmp_path / 'ghn.pt').write_bytes(lzma.compress(b'\x80\x02}.', format=lzma.FORMAT_XZ, filters=filters))
-    with pytest.raises(CheckpointError, match='truncated or damaged: Memory'):
-        load_ghn(tmp_path / 'ghn.pt')

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from timm_ghn import CheckpointError, GHNNotFoundError
+from timm_ghn import CheckpointError, ConfigError, GHNNotFoundError, register_ghn
 from timm_ghn.hub import fetch, load_ghn
 from timm_ghn.nn import GHN
 from timm_ghn.nn.storage import save_ghn
@@ -169,6 +169,59 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, files, caplo
         assert TOKEN not in str(request.headers)
     assert TOKEN not in caplog.text
     assert TOKEN not in ''.join(capfd.readouterr())
+
+
+#: What the HTTP client cannot send, and would show.
+BAD_TOKENS = [
+    'hf_secret\n',
+    'hf_secret\r\nX-Evil: 1',
+    'hf_sec ret',
+    'hf_secretä',
+    'hf_secret\0',
+    ' ',
+    '',
+    b'hf_secret',
+    7,
+]
+
+
+@pytest.mark.parametrize('token', BAD_TOKENS, ids=repr)
+@pytest.mark.parametrize('how', ['name', 'default', 'from_pretrained', 'register'])
+def test_what_can_be_no_token_is_refused_and_never_shown(hub: HubServer, files, caplog, capfd, how, token):
+    caplog.set_level(logging.DEBUG)
+    hub.put(REPO, files)
+    act = {
+        'name': lambda: load_ghn(REPO, token=token),
+        'default': lambda: load_ghn('ghn', token=token),
+        'from_pretrained': lambda: GHN.from_pretrained(REPO, token=token),
+        'register': lambda: register_ghn('mine', repo_id=REPO, token=token),
+    }[how]
+    with pytest.raises(ConfigError, match='expected token to be one word') as caught:  # and no warning
+        act()
+    assert caught.value.__cause__ is None is caught.value.__context__
+    assert not hub.requests
+    assert 'secret' not in str(caught.value) + caplog.text + ''.join(capfd.readouterr())
+
+
+@pytest.mark.parametrize('token', ['hf_sec ret', 'hf_secretä', 'hf_secret\x01'], ids=repr)
+def test_a_token_of_the_environment_is_checked_when_the_hub_is_asked(
+    hub: HubServer, small_ghn, files, token, monkeypatch
+):
+    hub.put(REPO, files)
+    load_ghn(REPO)
+    hub.requests.clear()
+    monkeypatch.setenv('HF_TOKEN', token)
+    for act in (lambda: load_ghn(REPO), lambda: load_ghn('ghn'), lambda: GHN.from_pretrained(REPO)):
+        with pytest.raises(ConfigError, match='of HF_TOKEN or .*one word') as caught:
+            act()
+        assert 'sec' not in str(caught.value)
+    assert not hub.requests
+    assert same(load_ghn(REPO, local_files_only=True), small_ghn)
+    assert same(load_ghn(REPO, token=False), small_ghn)
+
+
+def test_a_token_is_no_part_of_how_access_is_shown():
+    assert TOKEN not in repr(fetch.Access(token=TOKEN))
 
 
 # What goes wrong on the way

@@ -16,7 +16,7 @@ from variants import GHN3
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.nn import GHN, GHNConfig, storage as storage_module
-from timm_ghn.nn.storage import read_ghn, save_ghn
+from timm_ghn.nn.storage import read_ghn, read_json, save_ghn
 
 
 @pytest.fixture
@@ -204,6 +204,55 @@ def test_integers_are_no_weights(folder):
     edit_weights(folder, ln__bias=torch.zeros(GHN3.hid, dtype=torch.int64))
     with pytest.raises(CheckpointError, match=r'ln\.bias as torch\.int64'):
         read_ghn(folder)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'bits'),
+    [('F4', 4), ('F6_E2M3', 6), ('F8_E4M3', 8), ('F8_E5M2', 8), ('F8_E8M0', 8), ('U16', 16), ('C64', 64)],
+)
+def test_types_of_which_torch_makes_no_weights_are_refused(folder, dtype, bits):
+    path = folder / 'model.safetensors'
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], 'little')
+    header, begin = json.loads(data[8 : 8 + length]), 0
+    for key, entry in header.items():
+        if key != '__metadata__':
+            count = (entry['data_offsets'][1] - entry['data_offsets'][0]) // 4
+            if key == 'ln.bias':
+                entry['dtype'] = dtype
+            end = begin + count * (bits if key == 'ln.bias' else 32) // 8
+            entry['data_offsets'] = [begin, end]
+            begin = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(begin))
+    with pytest.raises(CheckpointError, match=r'model\.safetensors .*(expected a floating type|Dtype not understood)'):
+        read_ghn(folder)
+
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.int64, torch.complex64, 'float32'], ids=str)
+def test_a_type_that_weights_do_not_have_is_refused(folder, dtype):
+    with pytest.raises(ConfigError, match=r'expected dtype to be one of torch\.float64, .* \(got '):
+        read_ghn(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize('device', ['meta', torch.device('meta'), 'nowhere', 'cuda:999', 3.5], ids=str)
+def test_a_device_that_holds_no_weights_is_refused(folder, device):
+    with pytest.raises(ConfigError, match=r'expected a device that .* \(got '):
+        read_ghn(folder, device=device)
+
+
+def test_the_default_device_of_the_caller_does_not_matter(folder, ghn):
+    with torch.device('meta'):
+        found = read_ghn(folder)
+    expect_same(found, ghn)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs pipes with a name')
+def test_a_pipe_for_a_configuration_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / 'config.json')
+    monkeypatch.setattr(Path, 'read_text', lambda *_, **__: pytest.fail('was opened'))
+    with pytest.raises(CheckpointError, match='pipes and devices are not read'):
+        read_json(tmp_path / 'config.json')
 
 
 @pytest.mark.parametrize('keep', [0, 4, 8, 100, 0.5, 0.999])

@@ -12,6 +12,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.tokens import check_token
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
 SHORT_PATIENCE = 2.5
@@ -52,12 +53,18 @@ class Access:
         token: For private repositories; huggingface_hub's own if None.
         local_files_only: Whether to look in the cache only.
         brief: Whether to give up after :data:`SHORT_PATIENCE`, and at once where that happened a moment ago.
+
+    Raises:
+        ConfigError: if the token can be none.
     """
 
     cache_dir: str | Path | None = None
-    token: str | bool | None = None
+    token: str | bool | None = dataclasses.field(default=None, repr=False)
     local_files_only: bool = False
     brief: bool = False
+
+    def __post_init__(self) -> None:
+        check_token(self.token, own=False)  # its own is of no concern until the Hub is asked
 
 
 def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
@@ -69,6 +76,7 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
         prefer_cache: Whether a cached file will do; if not, the Hub is asked for a newer one, if it can be reached.
 
     Raises:
+        ConfigError: if huggingface_hub's own token can be none.
         GHNNotFoundError: if it can be reached neither on the Hub nor in the cache; the cause is chained.
         CheckpointError: if what was downloaded is not what the Hub has; it does not stay in the cache.
     """
@@ -79,6 +87,7 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
         raise GHNNotFoundError(
             f'{file} is not in the cache, and local_files_only was asked for: load it once without that'
         )
+    check_token(access.token)
     # The client raises the errors of its transport, which is another one from version to version: hence Exception.
     try:
         _ask(file, access)

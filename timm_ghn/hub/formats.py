@@ -127,6 +127,9 @@ def _parts(loaded: Any, label: str) -> tuple[dict[str, TensorRecord], dict[str, 
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, TensorRecord):
             raise CheckpointError(f'{label} is no GHN: expected tensors by name (got {brief(key)})')
+    total, size = sum(value.nbytes for value in loaded.values()), next(iter(loaded.values())).storage.source.size
+    if total > size:
+        raise CheckpointError(f'{label} holds tensors of {total:,} bytes in {size:,}: they share their memory')
     if options is not None and not isinstance(options, dict):
         raise CheckpointError(f'{label} is damaged: its configuration is not a dictionary')
     return loaded, options

@@ -19,7 +19,7 @@ from timm_ghn.hub.default import EMBEDDED, VARIABLE, resolve_default
 from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
 from timm_ghn.hub.formats import read_official
 from timm_ghn.hub.locate import DEFAULT, Place, locate
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn
+from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, resolve_place
 
 if TYPE_CHECKING:
     from timm_ghn.nn.ghn import GHN
@@ -116,7 +116,7 @@ def shared_ghn(
     """
     access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
     found = find_files(name_or_path, revision, access)
-    return _last.get(found, torch.device(device or 'cpu'), dtype or torch.float32)
+    return _last.get(found, *resolve_place(device, dtype))
 
 
 class _LastGHN:

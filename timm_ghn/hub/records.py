@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import os
 from typing import Any, BinaryIO
 
 import torch
@@ -12,85 +12,79 @@ from torch import Tensor
 
 from timm_ghn.errors import CheckpointError
 
-#: Longest string or number that a pickle may hold, in bytes. Tensors do not count: they are spans of the file.
-MAX_INLINE = 1 << 20
+#: Most bytes of all pickles of a file together, the contents of tensors not counted. The largest published GHN has
+#: some 110,000. Without a limit, a short file could have a nested pickle read again and again.
+MAX_PICKLED = 1 << 20
 
 #: Most axes of a tensor, and largest number that describes one. More would only cost time to multiply.
 MAX_RANK = 32
 MAX_SIZE = 1 << 62
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes that stay in the file: the first one's position, and how many."""
-
-    offset: int
-    length: int
-
-
-class Source:
-    """A part of an open file, read from its start to its end.
+class CheckpointFile:
+    """An open file, as :mod:`pickle` reads it, but for the bytes of tensors, which are stepped over.
 
     Args:
         file: Open for reading in binary mode.
-        span: The part.
-        label: The file's name, for messages.
+        label: Its name, for messages.
     """
 
-    def __init__(self, file: BinaryIO, span: Span, label: str) -> None:
+    def __init__(self, file: BinaryIO, label: str) -> None:
         self.file, self.label = file, label
-        self._end = span.offset + span.length
-        file.seek(span.offset)
-
-    @property
-    def left(self) -> int:
-        """Bytes not read yet."""
-        return self._end - self.file.tell()
-
-    def read(self, count: int) -> bytes:
-        """The next ``count`` bytes, which must exist and be few."""
-        if count < 0 or count > MAX_INLINE:
-            raise self.error(f'declares a value of {count:,} bytes where at most {MAX_INLINE:,} are expected')
-        data = self.file.read(count) if count <= self.left else b''
-        if len(data) != count:
-            raise self.error('ends too early: it is truncated or damaged')
-        return data
-
-    def readline(self) -> bytes:
-        """The next line, as the text forms of pickles need it."""
-        data = self.file.readline(min(self.left, MAX_INLINE))
-        if not data.endswith(b'\n'):
-            raise self.error('ends too early: it is truncated or damaged')
-        return data
-
-    def take(self, length: int) -> Span:
-        """Step over the next ``length`` bytes, which must exist."""
-        if not 0 <= length <= self.left:
-            raise self.error(f'ends too early: it declares {length:,} more bytes and has {self.left:,}')
-        span = Span(self.file.tell(), length)
-        self.file.seek(length, 1)
-        return span
-
-    def part(self, span: Span) -> Source:
-        """Another source over a span of the same file; reading it moves this one."""
-        return Source(self.file, span, self.label)
+        self.size = file.seek(0, os.SEEK_END)
+        self._left = MAX_PICKLED
+        file.seek(0)
 
     def error(self, text: str) -> CheckpointError:
         """An error about this file, to be raised by the caller."""
         return CheckpointError(f'{self.label} {text}')
 
+    def read(self, count: int) -> bytes:
+        """The next ``count`` bytes, which must exist and be few."""
+        if not 0 <= count <= self._left:
+            raise self.error(f'has pickles of more than {MAX_PICKLED:,} bytes beside its tensors')
+        self._left -= count
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.error('ends too early: it is truncated or damaged')
+        return data
 
-@dataclasses.dataclass(slots=True)
+    def readline(self) -> bytes:
+        """The next line."""
+        data = self.file.readline(self._left)
+        self._left -= len(data)
+        return data
+
+    def skip(self, length: int) -> int:
+        """Step over the next ``length`` bytes, which must exist; where they begin."""
+        start = self.file.tell()
+        if not 0 <= length <= self.size - start:
+            raise self.error(f'ends too early: it declares {length:,} more bytes and has {self.size - start:,}')
+        self.file.seek(start + length)
+        return start
+
+    def read_into(self, offset: int, flat: Tensor) -> None:
+        """Fill a tensor of one dimension with the bytes from ``offset`` on."""
+        self.file.seek(offset)
+        target = memory_of(flat)
+        while target:
+            count = self.file.readinto(target)  # type: ignore[attr-defined]  # every binary file has it
+            if not count:
+                raise self.error('ends too early: it is truncated or damaged')
+            target = target[count:]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class StorageRecord:
-    """Flat memory of tensors: ``span`` is unknown until the container has been read to its end."""
+    """Flat memory of tensors; ``offset`` is unknown until its container has been read to its end."""
 
+    source: CheckpointFile
     dtype: torch.dtype
     numel: int
-    source: Source
-    span: Span | None = None
+    offset: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class TensorRecord:
     """A tensor that is still in its file.
 
@@ -107,15 +101,23 @@ class TensorRecord:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.shape) != len(self.stride) or not are_sizes((self.start, *self.shape[:99], *self.stride[:99])):
-            shown = f'{brief(self.shape)} and stride {brief(self.stride)}'
-            raise self.storage.source.error(f'holds a tensor of impossible shape {shown}')
-        numel = math.prod(self.shape)
-        last = self.start + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        if numel > self.storage.numel or (numel and last >= self.storage.numel):
-            raise self.storage.source.error(
-                f'holds a tensor of shape {self.shape} whose storage has only {self.storage.numel:,} elements'
-            )
+        error = self.storage.source.error
+        if not all(map(are_sizes, ((self.start,), self.shape, self.stride))) or len(self.shape) != len(self.stride):
+            raise error(f'holds a tensor of impossible shape {brief(self.shape)} and stride {brief(self.stride)}')
+        # Also where a stride is 0: what is read is bounded by the file.
+        if max(math.prod(self.shape), self.start + self._extent) > self.storage.numel:
+            raise error(f'holds a tensor of shape {self.shape} whose storage has only {self.storage.numel:,} elements')
+
+    @property
+    def _extent(self) -> int:
+        """How many elements of the storage there are from its first to its last."""
+        steps = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return 1 + steps if math.prod(self.shape) else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, or that are read for it where those are more."""
+        return max(math.prod(self.shape), self._extent) * self.storage.dtype.itemsize
 
     def squeeze_kernel(self) -> TensorRecord:
         """The weight of a 1 x 1 convolution as that of a linear layer; anything else as it is."""
@@ -125,17 +127,13 @@ class TensorRecord:
 
     def read(self) -> Tensor:
         """Read the elements into fresh memory on the CPU."""
-        span, itemsize = self.storage.span, self.storage.dtype.itemsize
-        if span is None or span.length < self.storage.numel * itemsize:
-            raise self.storage.source.error(f'lacks the data of a tensor of shape {self.shape}')
-        numel = math.prod(self.shape)
-        if self.stride == contiguous_stride(self.shape):
-            flat = torch.empty(numel, dtype=self.storage.dtype)
-            _read_into(self.storage.source, span.offset + self.start * itemsize, flat)
-            return flat.view(self.shape)
-        flat = torch.empty(self.storage.numel, dtype=self.storage.dtype)
-        _read_into(self.storage.source, span.offset, flat)
-        return flat.as_strided(self.shape, self.stride, self.start).contiguous()
+        storage = self.storage
+        if storage.offset is None:
+            raise storage.source.error(f'lacks the data of a tensor of shape {self.shape}')
+        flat = torch.empty(self._extent, dtype=storage.dtype, device='cpu')
+        if flat.numel():
+            storage.source.read_into(storage.offset + self.start * storage.dtype.itemsize, flat)
+        return flat.as_strided(self.shape, self.stride).contiguous()
 
 
 def memory_of(flat: Tensor) -> memoryview:
@@ -145,21 +143,10 @@ def memory_of(flat: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _read_into(source: Source, offset: int, flat: Tensor) -> None:
-    if not flat.numel():
-        return
-    source.file.seek(offset)
-    target = memory_of(flat)
-    while target:
-        count = source.file.readinto(target)  # type: ignore[attr-defined]  # every binary file has it
-        if not count:
-            raise source.error('ends too early: it is truncated or damaged')
-        target = target[count:]
-
-
-def are_sizes(numbers: Sequence[object]) -> bool:
-    """Whether numbers can be the sizes, or the sizes, strides and start, of a tensor."""
-    return len(numbers) <= 2 * MAX_RANK + 1 and all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
+def are_sizes(numbers: Any) -> bool:
+    """Whether numbers can be the sizes or the strides of a tensor."""
+    few = isinstance(numbers, (tuple, list)) and len(numbers) <= MAX_RANK
+    return few and all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
 
 
 def brief(value: object) -> str:
@@ -169,15 +156,7 @@ def brief(value: object) -> str:
     on for forty levels, would print as 2^40 characters.
     """
     if isinstance(value, tuple) and len(value) <= MAX_RANK:
-        inner = [brief(item) if isinstance(item, (int, float, str)) else type(item).__name__ for item in value]
-        return f'({", ".join(inner)})'
-    if isinstance(value, int) and abs(value) > MAX_SIZE:
-        return 'a huge integer'
-    if value is None or isinstance(value, (int, float, str, bytes)):
-        return repr(value[:120] if isinstance(value, (str, bytes)) else value)
+        return f'({", ".join(type(item).__name__ if isinstance(item, tuple) else brief(item) for item in value)})'
+    if value is None or isinstance(value, (int, float, str)):
+        return repr(value[:120] if isinstance(value, str) else value)
     return type(value).__name__
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Distances between neighbours along each axis of a tensor in row-major order, in elements."""
-    return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, PyTorchModelHubMixin, snapshot_download
@@ -30,6 +31,7 @@ from timm_ghn.nn.registry import build_gnn
 from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
 from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
+from timm_ghn.tokens import check_token
 
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
 
@@ -248,6 +250,23 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         from timm_ghn.nn.storage import save_ghn
 
         save_ghn(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> GHN:
+        """Read a GHN from a folder or from the Hub; :func:`timm_ghn.load_ghn` does more and is clearer in its errors.
+
+        Args:
+            pretrained_model_name_or_path: The folder, or 'user/name'.
+            **arguments: Those of the mixin (``revision``, ``token``, ...), ``device`` and ``dtype``.
+
+        Raises:
+            ConfigError: if the token can be none.
+            GHNError: as :func:`timm_ghn.nn.storage.read_ghn`.
+        """
+        if not os.path.isdir(pretrained_model_name_or_path):
+            check_token(arguments.get('token'))
+        found: GHN = super().from_pretrained(pretrained_model_name_or_path, **arguments)
+        return found
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]  # no further keyword arguments: unknown ones are errors

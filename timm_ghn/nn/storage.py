@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.nn.config import GHNConfig, Origin
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ WEIGHTS_FILE = 'model.safetensors'
 MAX_HASHED = 512 * 2**20
 #: Longest configuration file, in bytes.
 MAX_CONFIG = 1 << 20
+
+#: Types of weights. Those of 8 bits and fewer are none: torch does not even add them up.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _SHOWN = 3
 
@@ -102,7 +105,8 @@ def read_ghn(
 
     Raises:
         GHNNotFoundError: if the folder or a file in it does not exist.
-        ConfigError: if the configuration is wrong, or of a newer version of this package.
+        ConfigError: if the configuration is wrong, or of a newer version of this package, or if the weights cannot be
+            put on the device or have the type.
         CheckpointError: if a file is damaged, if they do not fit together, or if a weight is not finite.
     """
     weights = Path(directory)
@@ -148,14 +152,17 @@ def build_ghn(
         label: Name of the file, for messages.
 
     Raises:
+        ConfigError: if weights cannot be put on the device, or have the type.
         CheckpointError: if keys or shapes differ from the configuration's, or if a weight is not finite.
     """
+    device, dtype = resolve_place(device, dtype)
     ghn = empty_ghn(config, shapes, label)
     weights: dict[str, Tensor] = {}
     for key in ghn.state_dict():
-        tensor = read(key)
+        with torch.device('cpu'):  # also where the caller has another default device
+            tensor = read(key)
         expect_floating(key, tensor.dtype, label)
-        tensor = tensor.to(device=device or 'cpu', dtype=dtype or torch.float32)
+        tensor = tensor.to(device=device, dtype=dtype)
         expect_finite(key, tensor, label)
         weights[key] = tensor
     ghn.load_state_dict(weights, strict=True, assign=True)
@@ -186,13 +193,34 @@ def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: s
 
 
 def expect_floating(key: str, dtype: torch.dtype, label: str) -> None:
-    """Refuse numbers of other types.
+    """Refuse numbers of other types than :data:`FLOATS`.
 
     Raises:
         CheckpointError: naming the tensor.
     """
-    if not dtype.is_floating_point:
-        raise CheckpointError(f'{label} holds {key} as {dtype}, expected a floating type')
+    if dtype not in FLOATS:
+        raise CheckpointError(
+            f'{label} holds {key} as {dtype}, expected a floating type: {", ".join(map(str, FLOATS))}'
+        )
+
+
+def resolve_place(device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Device and floating type of weights: the CPU and float32 if None.
+
+    Raises:
+        ConfigError: if this machine has no such device, or weights no such type.
+    """
+    dtype = dtype or torch.float32
+    if dtype not in FLOATS:
+        raise ConfigError(f'expected dtype to be one of {", ".join(map(str, FLOATS))} (got {dtype!r})')
+    try:
+        found = torch.empty(1, device='cpu' if device is None else device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ConfigError(f'expected a device that this machine has (got {device!r}): {reason}') from error
+    if found.type == 'meta':
+        raise ConfigError("expected a device that holds weights (got 'meta')")
+    return found, dtype
 
 
 def _expect_plausible(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
@@ -269,6 +297,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if it holds anything else.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f'expected a file in {path}, which is none: pipes and devices are not read')
         if path.stat().st_size > MAX_CONFIG:
             raise CheckpointError(f'{path} is too long for a configuration')
         record = json.loads(path.read_text(encoding='utf-8'))

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from timm_ghn.errors import ConfigError, GHNError, HubError
 from timm_ghn.nn.storage import CONFIG_FILE as CONFIG_FILE, WEIGHTS_FILE as WEIGHTS_FILE
+from timm_ghn.tokens import check_token
 from timm_ghn.version import __version__
 
 CARD_FILE = 'README.md'
@@ -84,10 +85,7 @@ def api_of(token: str | bool | None) -> HfApi:
     Raises:
         ConfigError: if it can be no token.
     """
-    # The HTTP client would print it in its error.
-    used = _token_of(token)
-    if used is not None and not (used.isascii() and used.isprintable() and used and ' ' not in used):
-        raise ConfigError('expected token to be one word without line ends (it is not shown here)')
+    check_token(token)
     return HfApi(token=token, library_name='timm_ghn', library_version=__version__)
 
 
