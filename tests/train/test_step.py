@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from timm_ghn import GHN, GHNConfig, predict
+from timm_ghn.graph.build import RULES
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.samplers import TimmSampler
 from timm_ghn.train.step import accuracies_of, predict_parameters, train_step
@@ -54,8 +57,16 @@ def test_parameters_predicted_together_are_those_of_predict(ghn, architectures):
         alone = predict(architecture.build('cpu'), ghn, input_size=32, head='predict').state_dict
         assert parameters.keys() == alone.keys()
         for name, value in parameters.items():
-            if 'pos_embed' not in name:  # random tokens are drawn in the order of the networks
-                torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_random_token_of_a_network_does_not_depend_on_the_others(ghn, architectures):
+    (vit,) = (architecture for architecture in architectures if architecture.family == 'vit')
+    vits = [dataclasses.replace(vit, options={**vit.options, 'depth': depth}) for depth in (1, 2)]
+    first, second = map(Blueprints(ghn.config), vits)
+    with torch.no_grad():
+        found = [predict_parameters(ghn, several)[-1]['pos_embed'] for several in ([second], [first, second])]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_mean_loss(ghn, architectures, batch):
@@ -76,9 +87,7 @@ def test_the_gradient_is_that_of_the_mean_loss(ghn, architectures, batch):
 
 
 def test_networks_in_parts_add_up(ghn, architectures, batch):
-    blueprints = [
-        Blueprints(ghn.config)(architecture) for architecture in architectures if architecture.family != 'vit'
-    ]
+    blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures]
     train_step(ghn, blueprints, *batch)
     whole = gradients(ghn)
     for blueprint in blueprints:
@@ -89,9 +98,7 @@ def test_networks_in_parts_add_up(ghn, architectures, batch):
 
 
 def test_each_network_can_see_images_of_its_own(ghn, architectures, batch):
-    # Random tokens of a vit are drawn in the order of the networks.
-    kinds = [architecture for architecture in architectures if architecture.family != 'vit'][:2]
-    blueprints = [Blueprints(ghn.config)(architecture) for architecture in kinds]
+    blueprints = [Blueprints(ghn.config)(architecture) for architecture in architectures[:2]]
     images, labels = batch
     other = images.flip(0, -1), (labels + 1) % 10
     outcome = train_step(ghn, blueprints, torch.stack([images, other[0]]), torch.stack([labels, other[1]]))
@@ -161,6 +168,26 @@ def test_blueprints_are_read_back_as_they_were_written(ghn, architectures, tmp_p
         assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files, 'read, not traced again'
         assert two.plan.rows == one.plan.rows
         assert accuracies_of(ghn, one, [batch]) == accuracies_of(ghn, two, [batch])
+
+
+@pytest.mark.parametrize('rules', RULES)
+def test_no_architecture_is_traced_twice_whatever_rules_its_graph_follows(rules, architectures, tmp_path, monkeypatch):
+    """The graph may follow others than those that are asked for."""
+    config = dataclasses.replace(CONFIGS['mlp'], rules=rules)
+    first = [Blueprints(config, tmp_path)(architecture) for architecture in architectures]
+    with monkeypatch.context() as patch:
+        patch.setattr('timm_ghn.train.blueprints.trace', None)
+        second = [Blueprints(config, tmp_path)(architecture) for architecture in architectures]
+    assert [blueprint.graph.rules for blueprint in second] == [blueprint.graph.rules for blueprint in first]
+    other = dataclasses.replace(config, rules='operators' if rules != 'operators' else 'published')
+    again = [Blueprints(other, tmp_path)(architecture).graph.rules for architecture in architectures]
+    alone = [Blueprints(other)(architecture).graph.rules for architecture in architectures]
+    assert again == alone, 'what was asked for differs, so it is traced again'
+
+
+def test_a_damaged_blueprint_is_made_again(ghn, architectures, tmp_path):
+    first = Blueprints(ghn.config, tmp_path)
+    first(architectures[0])
     damaged = tmp_path / f'{architectures[0].key}.safetensors'
     damaged.write_bytes(damaged.read_bytes()[:100])
     assert Blueprints(ghn.config, tmp_path)(architectures[0]).plan.rows == first(architectures[0]).plan.rows

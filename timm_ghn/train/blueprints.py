@@ -83,7 +83,7 @@ class Blueprints:
         if found is None:
             found = _examine(architecture, self.config.rules)
             if path is not None:
-                _write(path, *found)
+                _write(path, self.config.rules, *found)
         graph, fixed = found
         plan = plan_parameters(graph, self.config, head='predict')
         network = architecture.build('meta').eval().requires_grad_(False)
@@ -136,8 +136,9 @@ def _read(path: Path, rules: str) -> tuple[Graph, dict[str, Tensor]] | None:
         return None
 
 
-def _write(path: Path, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
+def _write(path: Path, rules: str, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
+    """Keep what :func:`_examine` found, with the rules that were asked for: those of the graph may be others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {'stamp': _stamp(), 'rules': graph.rules, 'graph': json.dumps(graph_to_dict(graph))}
+    header = {'stamp': _stamp(), 'rules': rules, 'graph': json.dumps(graph_to_dict(graph))}
     with replacing(path) as file:
         save_file(dict(fixed), file, metadata=header)

@@ -62,11 +62,12 @@ def predict_parameters(ghn: GHN, blueprints: Sequence[Blueprint]) -> list[dict[s
                 places.append((which, row))
         offset += sum(map(len, blueprint.graph.parts))
     found: list[dict[str, Tensor]] = [{} for _ in blueprints]
-    generator = torch.Generator().manual_seed(0)
-    for index, decoded in ghn.decode(embeddings_Nd, requests):
-        which, row = places[index]
+    # Random tokens are those of the network alone as well: drawn in the order of its plan.
+    generators = [torch.Generator().manual_seed(0) for _ in blueprints]
+    decoded = dict(ghn.decode(embeddings_Nd, requests))
+    for index, (which, row) in enumerate(places):
         if row.fit is not None:
-            tensor = fitted(decoded, row.fit, row.shape, generator)
+            tensor = fitted(decoded.pop(index), row.fit, row.shape, generators[which])
             found[which].update(dict.fromkeys((row.name, *row.aliases), tensor))
     return found
 
