@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_ghn.errors import CheckpointError, ConfigError
+from timm_ghn.errors import ConfigError, GHNError
 
 if TYPE_CHECKING:
     from timm_ghn.hub.converted import Converted
@@ -74,8 +74,8 @@ def _expect_free(folder: Path) -> None:
 
 
 def _into_cache(source: str, found: Found) -> Path:
-    from timm_ghn.hub.convert import read_record
     from timm_ghn.hub.converted import VARIABLE, convert_into, discard, place_of
+    from timm_ghn.nn.storage import read_ghn
 
     if found.entry is None or found.repo_id is None or found.is_ours:
         raise ConfigError(f'expected -o FOLDER for {source!r}, which is no official checkpoint on the Hub')
@@ -84,9 +84,9 @@ def _into_cache(source: str, found: Found) -> Path:
     place = place_of(found.path, found.entry, found.cache, found.commit)
     if place.is_dir():
         try:
-            read_record(place)
+            read_ghn(place, config=found.entry.config)
             return place
-        except CheckpointError:
+        except GHNError:
             discard(place)
     convert_into(place, found.path, found.entry, found.commit)
     return place
@@ -94,11 +94,13 @@ def _into_cache(source: str, found: Found) -> Path:
 
 def _into_folder(found: Found, folder: Path) -> None:
     from timm_ghn.hub.convert import appearing, convert_official
+    from timm_ghn.hub.converted import expected_digest
     from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn
 
     config = None if found.entry is None else found.entry.config
     if not found.is_ours:
-        convert_official(found.path, folder, config=config, record=None)
+        digest = None if found.entry is None else expected_digest(found.path, found.entry)
+        convert_official(found.path, folder, config=config, sha256=digest)
         return
     read_ghn(found.path, config=config)  # nothing that cannot be loaded is copied
     source = found.path if found.path.is_dir() else found.path.parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -20,9 +19,9 @@ from fake_hub import COMMIT, FakeHub
 from official import WRITERS, official_state
 from safetensors.torch import load_file
 
-from timm_ghn.errors import CheckpointError, GHNNotFoundError, UnsafeCheckpointError
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, UnsafeCheckpointError
 from timm_ghn.hub import converted, load, load_ghn, register_ghn
-from timm_ghn.hub.convert import convert_official, read_record
+from timm_ghn.hub.convert import convert_official
 from timm_ghn.hub.converted import (
     cache_folder,
     converted_ghns,
@@ -30,6 +29,7 @@ from timm_ghn.hub.converted import (
     read_through,
     remove_converted,
 )
+from timm_ghn.hub.entry import GHNEntry
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn import GHN
 from timm_ghn.nn.storage import read_ghn
@@ -234,6 +234,46 @@ def test_integers_are_never_kept(fake_hub, mine, small_ghn, tmp_path):
     assert os.listdir(cache_folder()) == []
 
 
+# Digests
+
+
+@pytest.mark.parametrize('how', ['at first', 'anew', 'without a cache'])
+def test_a_file_that_was_damaged_in_the_hubs_cache_is_refused_before_it_is_unpickled(mine, monkeypatch, how):
+    load_ghn('mine')
+    blob = load.find_files('mine', None, load.Access()).path.resolve()
+    _overwrite(blob, -100, b'#')
+    if how == 'without a cache':
+        monkeypatch.setenv('TIMM_GHN_CACHE', 'off')
+    elif how == 'anew':
+        os.truncate(only() / 'model.safetensors', 100)
+    else:
+        remove_converted(cache_folder(), 'all')
+    monkeypatch.setattr('timm_ghn.hub.checkpoints.read_pickle', lambda *_, **__: pytest.fail('was unpickled'))
+    with pytest.raises(
+        CheckpointError, match=f'its SHA-256 is .* where {blob.name} is expected. Nothing in it was read'
+    ):
+        load_ghn('mine')
+
+
+def test_the_digest_of_the_entry_counts_more_than_that_of_the_hub(mine, official, small_ghn, monkeypatch):
+    digest = hashlib.sha256(official).hexdigest()
+    known = dataclasses.replace(mine, sha256=digest)
+    path = load.find_files('mine', None, load.Access()).path
+    expect_same(read_through(path, known, cache_folder()), small_ghn)
+    monkeypatch.setattr('timm_ghn.hub.checkpoints.read_pickle', lambda *_, **__: pytest.fail('was unpickled'))
+    other = dataclasses.replace(mine, sha256='0' * 64)
+    with pytest.raises(CheckpointError, match=f'its SHA-256 is {digest} where {"0" * 64} is expected'):
+        read_through(path, other, cache_folder())
+
+
+@pytest.mark.parametrize('wrong', ['', 'x' * 64, 'A' * 64, '0' * 63, 5])
+def test_a_digest_is_64_digits_of_an_official_file(mine, small, wrong):
+    with pytest.raises(ConfigError, match='expected sha256 of mine'):
+        dataclasses.replace(mine, sha256=wrong)
+    with pytest.raises(ConfigError, match='of an official file'):
+        GHNEntry('ours', '', 'timm_ghn', small, repo_id='user/repo', sha256='0' * 64)
+
+
 # Damage to what is kept
 
 DAMAGE = {
@@ -244,12 +284,9 @@ DAMAGE = {
     ),
     'missing weights': lambda place: (place / 'model.safetensors').unlink(),
     'missing configuration': lambda place: (place / 'config.json').unlink(),
-    'missing record': lambda place: (place / 'converted.json').unlink(),
-    'empty record': lambda place: (place / 'converted.json').write_text(''),
-    'other header': lambda place: _overwrite(place / 'model.safetensors', 30, b'#'),
+    'other header': lambda place: _replace(place / 'model.safetensors', b'"ln.bias"', b'"ln.bia#"'),
     'not finite': lambda place: _overwrite(place / 'model.safetensors', -40, b'\xff' * 40),
-    'other version': lambda place: _edit(place / 'converted.json', version=0),
-    'other configuration': lambda place: _same_size(place / 'config.json'),
+    'other configuration': lambda place: _replace(place / 'config.json', b'"heads": 2', b'"heads": 4'),
     'nothing': lambda place: [file.unlink() for file in place.iterdir()],
 }
 
@@ -261,12 +298,8 @@ def _overwrite(path: Path, at: int, data: bytes) -> None:
     path.write_bytes(content)
 
 
-def _edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def _same_size(path: Path) -> None:
-    path.write_text(path.read_text().replace('"heads": 2', '"heads": 4'))
+def _replace(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new))
 
 
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE.keys())
@@ -278,6 +311,15 @@ def test_a_damaged_conversion_is_made_again(mine, opened, small_ghn, damage):
     expect_same(load_ghn('mine'), small_ghn)
     assert len(opened) == 2
     assert [path.name for path in cache_folder().iterdir()] == [only().name]
+
+
+def test_a_device_that_does_not_exist_is_no_reason_to_convert_again(mine, opened):
+    load_ghn('mine')
+    with pytest.raises(ConfigError, match='expected a device'):
+        load_ghn('mine', device='nowhere')
+    assert len(opened) == 1
+    load_ghn('mine')
+    assert len(opened) == 1
 
 
 def test_a_conversion_that_is_removed_while_it_is_in_use_stays_readable(mine, small_ghn):
@@ -408,7 +450,7 @@ for turn in range(12):
                 converted.discard(place)
             else:
                 try:
-                    (place / 'converted.json').write_text('{')
+                    (place / 'config.json').write_text('{')
                 except OSError:
                     pass
 """
@@ -445,7 +487,7 @@ def test_what_is_kept_is_listed_and_removed(mine, fake_hub, small):
     first, second = converted_ghns(cache)
     assert (first.name, first.repo_id, first.revision, first.flaw) == ('mine', 'user/repo', COMMIT, None)
     assert first.size == sum(file.stat().st_size for file in first.path.iterdir())
-    assert read_record(first.path)['filename'] == 'ghn.pt'
+    assert sorted(os.listdir(first.path)) == ['config.json', 'model.safetensors']
     assert remove_converted(cache, 'mine') == [first]
     assert converted_ghns(cache) == [second]
     with pytest.raises(GHNNotFoundError, match="no conversion of 'mine' .* holds other"):

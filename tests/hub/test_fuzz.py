@@ -39,7 +39,7 @@ from timm_ghn.nn import GHN, GHNConfig
 from timm_ghn.nn.storage import save_ghn
 
 OFFICIAL = ('torch', 'legacy', 'joblib', 'trainer')
-TARGETS = ('config', 'header', 'entry', 'record', *OFFICIAL)
+TARGETS = ('config', 'header', 'entry', 'kept', *OFFICIAL)
 #: Cases of each target: 8 targets make 20,000.
 MANY = 2500
 FEW = 40
@@ -56,8 +56,8 @@ def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, see
         return run_cases(tmp_path / 'ghn' / name, mutate, lambda: load_ghn(tmp_path / 'ghn'), **limited)
     if target == 'entry':
         return fuzz_entries(tmp_path, ghn, limited)
-    if target == 'record':
-        return fuzz_records(tmp_path, ghn, limited)
+    if target == 'kept':
+        return fuzz_conversions(tmp_path, ghn, limited)
     path = tmp_path / 'ghn.pt'
     state = official_state(ghn)
     # All but joblib's state their configuration.
@@ -104,8 +104,8 @@ def fuzz_entries(tmp_path: Path, ghn: GHN, limited: dict[str, object]) -> dict[s
     return run_cases(path, mutate_json, read, **limited)
 
 
-def fuzz_records(tmp_path: Path, ghn: GHN, limited: dict[str, object]) -> dict[str, int]:
-    """The record of a conversion: whatever it says, the GHN is the one of the official file."""
+def fuzz_conversions(tmp_path: Path, ghn: GHN, limited: dict[str, object]) -> dict[str, int]:
+    """The configuration of a conversion: whatever it says, the GHN is the one of the official file."""
     path = WRITERS['joblib'](official_state(ghn), tmp_path / 'ghn.pt')
     entry = GHNEntry('mine', '', 'joblib', ghn.config, repo_id='user/repo', filename='ghn.pt')
     read_through(path, entry, tmp_path / 'cache')
@@ -116,13 +116,13 @@ def fuzz_records(tmp_path: Path, ghn: GHN, limited: dict[str, object]) -> dict[s
         found = read_through(path, entry, tmp_path / 'cache').state_dict()
         assert all(found[key].equal(value) for key, value in expected.items())
 
-    return run_cases(place / 'converted.json', mutate_json, read, **limited)
+    return run_cases(place / 'config.json', mutate_json, read, **limited)
 
 
 def expect_both(target: str, ended: dict[str, int]) -> None:
-    """Some mutations must have been refused, else they are too tame; a changed record is always replaced."""
+    """Some mutations must have been refused, else they are too tame; a changed conversion is always replaced."""
     refused = sum(count for how, count in ended.items() if how != 'read')
-    assert bool(refused) != (target == 'record'), ended
+    assert bool(refused) != (target == 'kept'), ended
 
 
 @pytest.mark.parametrize('target', TARGETS)

@@ -156,7 +156,7 @@ def test_cache_lists_and_removes(run, mine):
 def test_cache_marks_what_is_damaged(run, mine):
     load_ghn(mine)
     (found,) = converted_ghns(cache_folder())
-    (found.path / 'converted.json').write_text('{')
+    (found.path / 'config.json').write_text('{')
     assert 'DAMAGED' in run('cache')[1]
     _, out, _ = run('cache --remove all')
     assert 'bytes were removed; what was downloaded stays' in out

@@ -18,6 +18,7 @@ import torch
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
 from timm_ghn.hub.pickles import BytesRecord, read_pickle
 from timm_ghn.hub.records import CheckpointFile, StorageRecord, brief
+from timm_ghn.nn.storage import sha256_of
 
 #: Begins the form of ``torch.save`` that is no zip archive, and the storages inside joblib dumps: a magic number and a
 #: version, pickled.
@@ -30,11 +31,12 @@ _COMPRESSED = (b'\x78\x01', b'\x78\x5e', b'\x78\x9c', b'\x78\xda', b'\x1f\x8b', 
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path) -> Iterator[Any]:
+def open_checkpoint(path: Path, sha256: str | None = None) -> Iterator[Any]:
     """Read what a checkpoint holds, except for the elements of its tensors, which can be read while it is open.
 
     Args:
         path: A joblib dump that is not compressed, or a file of ``torch.save``.
+        sha256: Its digest, if it is known; nothing is unpickled if it has another.
 
     Yields:
         Dictionaries, lists, numbers and strings with :class:`timm_ghn.hub.records.TensorRecord` for the tensors.
@@ -42,7 +44,7 @@ def open_checkpoint(path: Path) -> Iterator[Any]:
     Raises:
         GHNNotFoundError: if the file cannot be opened.
         UnsafeCheckpointError: if it names anything outside the allow-list; nothing of it was executed.
-        CheckpointError: if it is damaged, or no checkpoint at all.
+        CheckpointError: if it is damaged, has another digest, or is no checkpoint at all.
     """
     if path.exists() and not path.is_file():
         raise CheckpointError(f'expected a file in {path}, which is none: pipes and devices are not read')
@@ -51,6 +53,11 @@ def open_checkpoint(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise GHNNotFoundError(f'cannot open the GHN file {path}: {error}') from error
     with file:
+        if sha256 is not None and (found := sha256_of(path)) != sha256:
+            raise CheckpointError(
+                f'{path} is damaged or another file: its SHA-256 is {found} where {sha256} is expected. Nothing in it '
+                'was read; remove it, and load it again'
+            )
         source = CheckpointFile(file, str(path))
         head = file.read(len(LEGACY_HEAD))
         file.seek(0)

@@ -1,13 +1,9 @@
-"""From an official file to a folder of ours, tensor by tensor, so that the weights are never all in memory.
-
-A folder of the cache also gets a record, so that a conversion that was damaged afterwards is told from a sound one.
-"""
+"""From an official file to a folder of ours, tensor by tensor, so that the weights are never all in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -19,7 +15,6 @@ from typing import Any
 
 import torch
 
-from timm_ghn.errors import CheckpointError
 from timm_ghn.hub.formats import OfficialGHN, open_official
 from timm_ghn.hub.records import TensorRecord, memory_of
 from timm_ghn.nn.config import GHNConfig
@@ -29,24 +24,22 @@ from timm_ghn.nn.storage import (
     empty_ghn,
     expect_finite,
     expect_floating,
-    read_json,
     write_config,
 )
-
-#: The file of a folder that says what was converted.
-RECORD_FILE = 'converted.json'
-#: Version of that record. Raise it when the conversion changes, so that what an older one made is made anew.
-RECORD_VERSION = 1
 
 #: End of the names of folders that are not complete yet.
 PARTIAL = '.partial'
 
 _DTYPES = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
-_MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
 def convert_official(
-    path: Path, folder: Path, *, config: GHNConfig | None = None, record: Mapping[str, Any] | None = None
+    path: Path,
+    folder: Path,
+    *,
+    config: GHNConfig | None = None,
+    sha256: str | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write an official file as a folder of ours, which appears complete or not at all.
 
@@ -56,20 +49,20 @@ def convert_official(
         path: The file. Nothing in it is executed.
         folder: The folder to make. Where it exists already, nothing is put in its place.
         config: What the catalogue says of the file; inferred from it if None.
-        record: Facts for :func:`write_record`; no record is written if None.
+        sha256: Of the file, if it is known; nothing is unpickled if it has another.
+        facts: More to write into the header of the weights, where safetensors keep facts.
 
     Raises:
         GHNNotFoundError: if the file cannot be opened.
         UnsafeCheckpointError: if it names anything outside the allow-list.
-        CheckpointError: if it is damaged, is no GHN, differs from ``config``, or holds a weight that is not finite.
+        CheckpointError: if it is damaged, is no GHN, differs from ``config`` or ``sha256``, or holds a weight that is
+            not finite.
         OSError: if the folder cannot be written, FileExistsError if it is there already.
     """
-    with open_official(path, config=config) as found, appearing(folder.absolute()) as partial:
+    with open_official(path, config=config, sha256=sha256) as found, appearing(folder.absolute()) as partial:
         empty_ghn(found.config, found.shapes, str(path))
-        _write_weights(found, partial / WEIGHTS_FILE, str(path))
+        _write_weights(found, partial / WEIGHTS_FILE, {'format': 'pt', **(facts or {})}, str(path))
         write_config(found.config, partial / CONFIG_FILE)
-        if record is not None:
-            write_record(partial, record)
 
 
 @contextlib.contextmanager
@@ -98,11 +91,11 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_weights(found: OfficialGHN, path: Path, label: str) -> None:
+def _write_weights(found: OfficialGHN, path: Path, facts: Mapping[str, str], label: str) -> None:
     """Write safetensors one tensor at a time; safetensors' own writer wants all of them in memory, twice."""
     # Wide types first, as safetensors orders them: each tensor then begins at a multiple of its element's size.
     ordered = sorted(found.weights.items(), key=lambda item: (-item[1].storage.dtype.itemsize, item[0]))
-    header, total = _header(ordered, label)
+    header, total = _header(ordered, facts, label)
     if shutil.disk_usage(path.parent).free < total + len(header):
         raise OSError(errno.ENOSPC, f'no room for {total + len(header):,} bytes', str(path))
     with path.open('wb') as file:
@@ -114,9 +107,9 @@ def _write_weights(found: OfficialGHN, path: Path, label: str) -> None:
                 file.write(memory_of(tensor.reshape(-1)))
 
 
-def _header(ordered: list[tuple[str, TensorRecord]], label: str) -> tuple[bytes, int]:
+def _header(ordered: list[tuple[str, TensorRecord]], facts: Mapping[str, str], label: str) -> tuple[bytes, int]:
     """The header of a safetensors file with its length before it, and the number of bytes behind it."""
-    described: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    described: dict[str, Any] = {'__metadata__': facts}
     begin = 0
     for key, record in ordered:
         expect_floating(key, record.storage.dtype, label)
@@ -127,44 +120,3 @@ def _header(ordered: list[tuple[str, TensorRecord]], label: str) -> tuple[bytes,
     text = json.dumps(described, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)
     return len(text).to_bytes(8, 'little') + text, begin
-
-
-def write_record(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write what a folder holds beside it: sizes of the files, the digest of the header of the weights."""
-    record = {
-        'version': RECORD_VERSION,
-        **facts,
-        'sizes': {name: (folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)},
-        'header_sha256': _header_digest(folder / WEIGHTS_FILE),
-    }
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read what :func:`write_record` wrote, and check it against the folder.
-
-    Sizes and the header of the weights (names, types, shapes, places) are compared. The weights themselves are not
-    read: who loads them finds values that are not finite, but not other changes.
-
-    Raises:
-        CheckpointError: if the folder is incomplete, of another version, or was changed since.
-    """
-    record = read_json(folder / RECORD_FILE)
-    if record.get('version') != RECORD_VERSION:
-        raise CheckpointError(f'{folder} was converted by another version of timm_ghn')
-    sizes = record.get('sizes')
-    try:
-        found = {name: (folder / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        digest = _header_digest(folder / WEIGHTS_FILE)
-    except OSError as error:
-        raise CheckpointError(f'{folder} is incomplete: {error}') from error
-    if sizes != found or record.get('header_sha256') != digest:
-        raise CheckpointError(f'{folder} is truncated or was changed: its files are not those that were converted')
-    return record
-
-
-def _header_digest(path: Path) -> str:
-    with path.open('rb') as file:
-        length = file.read(8)
-        rest = file.read(min(int.from_bytes(length, 'little'), _MAX_HEADER))
-    return hashlib.sha256(length + rest).hexdigest()

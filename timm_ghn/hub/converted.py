@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
 
-from timm_ghn.errors import CheckpointError, GHNError, GHNNotFoundError
-from timm_ghn.hub.convert import PARTIAL, RECORD_VERSION, convert_official, read_record
+from timm_ghn.errors import GHNError, GHNNotFoundError
+from timm_ghn.hub.convert import PARTIAL, convert_official
 from timm_ghn.hub.entry import GHNEntry
 from timm_ghn.hub.formats import read_official
 from timm_ghn.nn.config import Origin
-from timm_ghn.nn.storage import file_digest, read_ghn
+from timm_ghn.nn.storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    digest_in_name,
+    file_digest,
+    read_config,
+    read_ghn,
+    resolve_place,
+)
 
 if TYPE_CHECKING:
     from timm_ghn.nn.ghn import GHN
@@ -35,6 +44,9 @@ OFF = 'off'
 
 #: After how long a folder that is not complete is taken for one of a process that was killed, in seconds.
 STALE_AFTER = 24 * 3600.0
+
+#: Raise it when the conversion changes, so that what an older version made is made anew.
+VERSION = 2
 
 _FOLDER = 'converted'
 _NAME = re.compile(r'([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{32}')
@@ -51,7 +63,7 @@ class Converted:
         name: Its name.
         path: Its folder.
         size: Bytes on the disk.
-        repo_id: Where it came from, unless the record is damaged.
+        repo_id: Where it came from, unless it is damaged.
         revision: Commit of the repository.
         flaw: What is wrong with it; None if nothing was found.
     """
@@ -99,7 +111,7 @@ def read_through(
         path: The file in the cache of the Hub.
         entry: What the catalogue says of it.
         cache: What :func:`cache_folder` gave.
-        revision: Commit of the repository, for the record.
+        revision: Commit of the repository, for the list of conversions.
         device: Where to put the weights; the CPU if None.
         dtype: Floating type of the weights; float32 if None.
 
@@ -111,13 +123,17 @@ def read_through(
         UnsafeCheckpointError: if it names anything outside the allow-list.
         CheckpointError: if it is damaged, is not the GHN of the entry, or holds a weight that is not finite; it is
             not kept.
+        ConfigError: if weights cannot be put on the device, or have the type.
     """
+    device, dtype = resolve_place(device, dtype)
     origin = Origin(name=entry.name, file=str(path), sha256=file_digest(path))
     place = place_of(path, entry, cache, revision)
 
     def mapped() -> GHN:
-        read_record(place)
         return read_ghn(place, config=entry.config, device=device, dtype=dtype, origin=origin)
+
+    def unkept() -> GHN:
+        return read_official(path, config=entry.config, sha256=expected_digest(path, entry), device=device, dtype=dtype)
 
     try:
         if place.is_dir():
@@ -129,11 +145,11 @@ def read_through(
         convert_into(place, path, entry, revision)
     except OSError as error:
         _warn(cache, error)
-        return read_official(path, config=entry.config, device=device, dtype=dtype)
+        return unkept()
     try:
         return mapped()
     except GHNError:  # somebody removed it, or the disk does not hold what it is given
-        return read_official(path, config=entry.config, device=device, dtype=dtype)
+        return unkept()
 
 
 def convert_into(place: Path, path: Path, entry: GHNEntry, revision: str | None) -> None:
@@ -145,27 +161,23 @@ def convert_into(place: Path, path: Path, entry: GHNEntry, revision: str | None)
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(place.parent)
-    facts = {'name': entry.name, 'repo_id': entry.repo_id, 'filename': entry.filename, 'revision': revision}
+    facts = {'repo_id': str(entry.repo_id), 'revision': revision or ''}
+    digest = expected_digest(path, entry)
     with contextlib.suppress(FileExistsError):
-        convert_official(path, place, config=entry.config, record=facts)
+        convert_official(path, place, config=entry.config, sha256=digest, facts=facts)
+
+
+def expected_digest(path: Path, entry: GHNEntry) -> str | None:
+    """SHA-256 that an official file is to have: the catalogue's, or that by which the Hub names it, if it does."""
+    return entry.sha256 or digest_in_name(path)
 
 
 def place_of(path: Path, entry: GHNEntry, cache: Path, revision: str | None) -> Path:
-    """Folder in the cache for an official file."""
-    return cache / f'{entry.name}-{_key(path, entry, revision)}'
-
-
-def _key(path: Path, entry: GHNEntry, revision: str | None) -> str:
-    """Of the content, so that another revision has another folder, and of all that shapes the conversion."""
-    # One link on, as where it is downloaded: the name of a blob is its hash.
-    blob = path.parent / path.readlink() if path.is_symlink() else path
-    if blob.parent.name == 'blobs':
-        content: list[object] = [blob.name]
-    else:
-        stat = path.stat()
-        content = [revision, stat.st_size, stat.st_mtime_ns]
-    told = [RECORD_VERSION, entry.repo_id, entry.filename, *content, entry.config.to_dict()]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    """Folder in the cache for an official file: named by its content, and by all that shapes the conversion."""
+    stat = path.stat()
+    content = [expected_digest(path, entry)] if digest_in_name(path) else [revision, stat.st_size, stat.st_mtime_ns]
+    told = [VERSION, entry.repo_id, entry.filename, *content, entry.config.to_dict()]
+    return cache / f'{entry.name}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}'
 
 
 def converted_ghns(cache: Path) -> list[Converted]:
@@ -213,11 +225,12 @@ def _describe(path: Path) -> Converted:
     matched = _NAME.fullmatch(path.name)
     name = matched[1] if matched else path.name
     try:
-        record = read_record(path)
-    except CheckpointError as error:
-        return Converted(name, path, size, flaw=str(error))
-    repo_id, revision = record.get('repo_id'), record.get('revision')
-    return Converted(name, path, size, str(repo_id), None if revision is None else str(revision))
+        read_config(path / CONFIG_FILE)
+        with safe_open(path / WEIGHTS_FILE, framework='pt', device='cpu') as file:
+            facts = file.metadata() or {}
+    except (GHNError, SafetensorError, OSError) as error:
+        return Converted(name, path, size, flaw=f'{path} is truncated or was changed: {error}')
+    return Converted(name, path, size, facts.get('repo_id'), facts.get('revision') or None)
 
 
 def discard(place: Path) -> None:

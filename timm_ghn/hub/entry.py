@@ -45,6 +45,8 @@ class GHNEntry:
         repo_id: Repository on the Hub; None for a GHN on this machine.
         filename: File in the repository; None for a repository in our form.
         revision: Branch, tag or commit of the repository.
+        sha256: Digest that the official file must have before anything in it is read; None where it is not known: then
+            that by which the Hub names the file.
         path: Folder inside the package; None for all others.
         file: Folder or file on this machine, for a GHN that a user made known.
         within: Folder that ``file`` and what it links to must not lie outside of; None where a program named the file.
@@ -61,6 +63,7 @@ class GHNEntry:
     repo_id: str | None = None
     filename: str | None = None
     revision: str = 'main'
+    sha256: str | None = None
     path: str | None = None
     file: str | None = None
     within: str | None = None
@@ -80,6 +83,13 @@ class GHNEntry:
                 "repository in our form (format 'timm_ghn')"
             )
         self._check_repository()
+        if self.sha256 is not None:
+            official = self.format != 'timm_ghn'
+            if not official or not isinstance(self.sha256, str) or not re.fullmatch('[0-9a-f]{64}', self.sha256):
+                raise ConfigError(
+                    f'expected sha256 of {self.name}, of an official file, as 64 hexadecimal digits in lower case '
+                    f'(got {_short(self.sha256)})'
+                )
 
     def _check_types(self) -> None:
         texts = {'description': self.description, 'format': self.format, 'revision': self.revision}

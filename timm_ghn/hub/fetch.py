@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.nn.storage import digest_in_name, sha256_of
 from timm_ghn.tokens import check_token
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
@@ -20,8 +20,6 @@ SHORT_PATIENCE = 2.5
 RETRY_AFTER = 300.0
 #: What name resolution may take on top of a time limit: no HTTP client bounds it.
 _GRACE = 1.0
-#: Of a SHA-256 in hexadecimal; the names of small files in the cache are shorter.
-_DIGEST_LENGTH = 64
 
 _unreachable: dict[str, tuple[float, Exception]] = {}
 
@@ -122,21 +120,15 @@ def _check_digest(path: Path, file: HubFile) -> None:
     Raises:
         CheckpointError: if it has another one.
     """
-    # One link on: what the cache shares among repositories has a name of another kind behind a second link.
-    blob = path.parent / path.readlink() if path.is_symlink() else path
-    if blob.parent.name != 'blobs' or len(blob.name) != _DIGEST_LENGTH:
+    expected = digest_in_name(path)
+    if expected is None or (found := sha256_of(path)) == expected:
         return
-    digest = hashlib.sha256()
-    with blob.open('rb') as content:
-        while chunk := content.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
-        for place in (blob.resolve(), blob, path):
-            place.unlink(missing_ok=True)
-        raise CheckpointError(
-            f'{file} arrived damaged: its SHA-256 is {digest.hexdigest()} where the Hub names {blob.name}. It was '
-            'removed from the cache; load it again'
-        )
+    for place in (path.resolve(), path.parent / path.readlink(), path):
+        place.unlink(missing_ok=True)
+    raise CheckpointError(
+        f'{file} arrived damaged: its SHA-256 is {found} where the Hub names {expected}. It was removed from the '
+        'cache; load it again'
+    )
 
 
 def _cached(file: HubFile, access: Access) -> Path | None:

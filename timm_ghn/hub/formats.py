@@ -41,6 +41,7 @@ def read_official(
     path: Path,
     *,
     config: GHNConfig | None = None,
+    sha256: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> GHN:
@@ -49,6 +50,7 @@ def read_official(
     Args:
         path: The file. Nothing in it is executed.
         config: What the catalogue says of it; inferred from the file if None.
+        sha256: Its digest, if it is known; nothing is unpickled if it has another.
         device: Where to put the weights; the CPU if None.
         dtype: Floating type of the weights; float32 if None.
 
@@ -58,9 +60,10 @@ def read_official(
     Raises:
         GHNNotFoundError: if the file cannot be opened.
         UnsafeCheckpointError: if it names anything outside the allow-list.
-        CheckpointError: if it is damaged, is no GHN, differs from ``config``, or holds a weight that is not finite.
+        CheckpointError: if it is damaged, is no GHN, differs from ``config`` or ``sha256``, or holds a weight that is
+            not finite.
     """
-    with open_official(path, config=config) as found:
+    with open_official(path, config=config, sha256=sha256) as found:
         ghn = build_ghn(
             found.config,
             found.shapes,
@@ -92,20 +95,21 @@ class OfficialGHN:
 
 
 @contextlib.contextmanager
-def open_official(path: Path, *, config: GHNConfig | None = None) -> Iterator[OfficialGHN]:
+def open_official(path: Path, *, config: GHNConfig | None = None, sha256: str | None = None) -> Iterator[OfficialGHN]:
     """Open a file of the authors and find its hyper-parameters; the weights can be read while it is open.
 
     Args:
         path: The file. Nothing in it is executed.
         config: What the catalogue says of it; inferred from the file if None.
+        sha256: Its digest, if it is known; nothing is unpickled if it has another.
 
     Raises:
         GHNNotFoundError: if the file cannot be opened.
         UnsafeCheckpointError: if it names anything outside the allow-list.
-        CheckpointError: if it is damaged, is no GHN, or differs from ``config``.
+        CheckpointError: if it is damaged, is no GHN, or differs from ``config`` or ``sha256``.
     """
     label = str(path)
-    with open_checkpoint(path) as loaded:
+    with open_checkpoint(path, sha256) as loaded:
         weights, options = _parts(loaded, label)
         weights = our_keys(weights)
         inferred = infer_config({key: record.shape for key, record in weights.items()}, options, label)

@@ -14,7 +14,7 @@ import torch
 
 from timm_ghn.errors import GHNFallbackWarning, GHNNotFoundError
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
-from timm_ghn.hub.converted import cache_folder, read_through
+from timm_ghn.hub.converted import cache_folder, expected_digest, read_through
 from timm_ghn.hub.default import EMBEDDED, VARIABLE, resolve_default
 from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
 from timm_ghn.hub.formats import read_official
@@ -226,7 +226,8 @@ def _read(found: Found, *, device: torch.device | str | None, dtype: torch.dtype
     elif found.cache is not None and entry is not None:
         ghn = read_through(path, entry, found.cache, revision=found.commit, device=device, dtype=dtype)
     else:
-        ghn = read_official(path, config=config, device=device, dtype=dtype)
+        digest = None if entry is None else expected_digest(path, entry)
+        ghn = read_official(path, config=config, sha256=digest, device=device, dtype=dtype)
     assert ghn.origin is not None
     ghn.origin = dataclasses.replace(
         ghn.origin,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,6 +70,16 @@ def write_config(config: GHNConfig, path: Path) -> None:
     path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
+def read_config(path: Path) -> GHNConfig:
+    """Read what :func:`write_config` wrote.
+
+    Raises:
+        ConfigError: if it is wrong, or of a newer version of this package.
+        CheckpointError: if it is not JSON.
+    """
+    return GHNConfig.from_dict(read_json(path))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when it is complete; several processes may do so at once."""
@@ -119,7 +130,7 @@ def read_ghn(
                 f'expected a GHN in {weights.parent}, which has no file {path.name}: a saved GHN is a folder with '
                 f'{CONFIG_FILE} and {WEIGHTS_FILE}'
             )
-    found = GHNConfig.from_dict(read_json(config_path))
+    found = read_config(config_path)
     if config is not None:
         expect_config(found, config, str(config_path))
     try:
@@ -316,13 +327,20 @@ def file_digest(path: Path) -> str | None:
 
     The cache of the Hub names large files by their digest, which is then taken from the name.
     """
-    blob = path.resolve()
-    if path.is_symlink() and blob.parent.name == 'blobs' and len(blob.name) == 64:
-        return blob.name
-    if blob.stat().st_size > MAX_HASHED:
-        return None
+    return digest_in_name(path) or (sha256_of(path) if path.stat().st_size <= MAX_HASHED else None)
+
+
+def digest_in_name(path: Path) -> str | None:
+    """SHA-256 by which the cache of the Hub names a large file; None for other files."""
+    # One link on: what the cache shares among repositories has a name of another kind behind a second link.
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    return blob.name if blob.parent.name == 'blobs' and re.fullmatch('[0-9a-f]{64}', blob.name) else None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
-    with open(blob, 'rb') as file:
+    with path.open('rb') as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
