@@ -1,37 +1,46 @@
-"""Times ghn_init stage by stage, beside the least that its arithmetic can take.
+"""CPU seconds and memory of predictions: beside another implementation's, stage by stage, and of timm's tags.
 
-    python benchmarks/predict.py                                  # GHN-3-T and GHN-2, eight networks
-    python benchmarks/predict.py --ghn ghn3_xlm16                 # full size, random weights
+    python benchmarks/predict.py --compare 'python other.py' --out FILE   # everything, into a Markdown file
+    python benchmarks/predict.py --parts tag                              # ghn_tiny: prediction, timm's tag, 'orth'
+    python benchmarks/predict.py --parts speed --ghn ghn3_xlm16           # stages, full size, random weights
     python benchmarks/predict.py --parts scaling memory load imports
-    python benchmarks/predict.py --compare 'python other.py'      # another implementation, in the same run
-    python benchmarks/predict.py --seconds ghn3_tm8 resnet50      # one number: makes this script such a command
+    python benchmarks/predict.py --seconds ghn3_tm8                       # makes this script such a command
 
-Predictions are raw: post-processing is no part of them, nor of the reference's figures. Weights are random,
-hyper-parameters those of hub_configs; a path is a GHN on disk. Times are CPU seconds of one thread
-(on a GPU: seconds), the least of --repeat runs. The limit is the decoder's least number of multiplications at the rate
-of a large matrix product, plus the time to fill as many bytes as are written, both measured in the same run. --compare
-runs a command after each of our measurements, with the names of the GHN and the network as its last arguments; its
-last line of output is the seconds that it took.
+Predictions are raw: post-processing is only in what a tag costs, and in its own split. Weights of GHNs of the catalogue
+are random, except ghn_tiny's, with the hyper-parameters of hub_configs; a path is a GHN on disk. Times are CPU seconds
+of one thread (on a GPU: seconds), the least of --repeat runs.
+
+--compare measures both implementations in turns, so that whatever else the machine does falls on both, on torchvision's
+networks, after one run of each that does not count: graph, prediction and writing, and the last two without the graph.
+The command is started with the name of a GHN as its last argument; for each name of a network that it reads, it prints
+a line with the two numbers of seconds. The graphs are those of the published rules.
+
+The limit of a stage table is the decoder's least number of multiplications at the rate of a large matrix product, plus
+the time to fill as many bytes as are written, both measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import gc
 import math
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 
+import fresh_process
 import timm
 import torch
+import torchvision
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -39,7 +48,11 @@ from torch import nn
 import timm_ghn
 from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.nn import DecodeKind
+from timm_ghn.postprocess import PostProcess, correlation_spread, orthogonalised, postprocess_, processed_layers
 
+#: torchvision's networks that are compared: the reference reads these.
+COMPARED = ('resnet18', 'resnet50', 'vit_b_16', 'convnext_base', 'swin_t', 'efficientnet_b0', 'densenet121')
+TAGGED = ('resnet50', 'vit_base_patch16_224', 'convnext_base')
 NETWORKS = (
     'resnet50',
     'convnext_base',
@@ -50,25 +63,20 @@ NETWORKS = (
     'regnety_004',
     'mobilenetv3_large_100',
 )
-#: Seconds that the reference took on two cores of such a machine, graph plus prediction; for GHN-3-XL CPU seconds of
-#: one thread for the prediction alone. Measured once, with random weights and torchvision's networks.
-REFERENCE = {
-    ('ghn3_tm8', 'resnet50'): 0.42,
-    ('ghn3_tm8', 'vit_base_patch16_224'): 0.93,
-    ('ghn3_tm8', 'convnext_base'): 1.45,
-    ('ghn3_tm8', 'densenet121'): 1.09,
-    ('ghn2', 'resnet50'): 0.68,
-    ('ghn2', 'convnext_base'): 2.29,
-    ('ghn3_xlm16', 'resnet18'): 8.7,
-    ('ghn3_xlm16', 'resnet50'): 12.5,
-    ('ghn3_xlm16', 'vit_base_patch16_224'): 14.8,
-    ('ghn3_xlm16', 'efficientnet_b0'): 22.0,
-    ('ghn3_xlm16', 'convnext_base'): 47.0,
+#: What can be measured, with which GHNs and networks unless others are named.
+PARTS = {
+    'compare': (('ghn3_tm8', 'ghn2', 'ghn3_xlm16'), COMPARED),
+    'tag': (('ghn_tiny',), TAGGED),
+    'speed': (('ghn3_tm8', 'ghn2'), NETWORKS),
+    'scaling': (('ghn3_tm8',), ()),
+    'memory': (('ghn3_tm8',), ('resnet50', 'convnext_base')),
+    'load': (('ghn3_xlm16',), ()),
+    'imports': ((), ()),
 }
-#: Of these the reference's time is that of the prediction without the graph.
-WITHOUT_GRAPH = ('ghn3_xlm16',)
-STAGES = ('trace', 'edges', 'plan', 'encode', 'decode', 'fit', 'write')
-PARTS = ('speed', 'scaling', 'memory', 'load', 'imports')
+STAGES = ('trace', 'plan', 'encode', 'decode and write')
+#: How the README calls them, and the columns of its table.
+TITLES = {'ghn3_tm8': 'GHN-3-T', 'ghn2': 'GHN-2', 'ghn3_xlm16': 'GHN-3-XL'}
+COLUMNS = (('resnet50',), ('vit_b_16', 'vit_base_patch16_224'), ('convnext_base',))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +113,13 @@ def measure_machine(device: torch.device, repeat: int) -> Machine:
     return Machine(device, repeat, a.shape[0] ** 3 / product, b.numel() / fill)
 
 
-def ghn_of(name: str, device: torch.device) -> timm_ghn.GHN:
-    """A GHN on disk, or one of the size of a known one with random weights, quickly drawn."""
-    if name not in known_ghns():
+def ghn_of(name: str, device: torch.device, rules: str | None = None) -> timm_ghn.GHN:
+    """A GHN on disk or in the package, or one of the size of a known one with random weights, quickly drawn."""
+    if name not in known_ghns() or known_ghns()[name].path is not None:
         return timm_ghn.load_ghn(name, device=device)
+    config = known_ghns()[name].config
     with torch.device('meta'):
-        ghn = timm_ghn.GHN(known_ghns()[name].config)
+        ghn = timm_ghn.GHN(dataclasses.replace(config, rules=rules or config.rules))
     ghn.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -151,65 +160,34 @@ class Times:
     parameters: int
     nodes: int
 
-    @property
-    def prediction(self) -> float:
-        """Without the graph."""
-        return self.total - sum(self.stages[stage] for stage in ('trace', 'edges', 'plan'))
-
 
 def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
-    """Time every stage by itself, and all of them in ghn_init; the model is on the meta device afterwards."""
-    from timm_ghn.params.fit import repeated, scaled
-    from timm_ghn.writable import check_finite, write_all_
-
+    """Time stages by themselves, and all of them in ghn_init; the model is on the meta device afterwards."""
     graph = timm_ghn.trace(model, rules=ghn.config.rules)
     plan = timm_ghn.plan_parameters(graph, ghn.config, head='predict')
-    requests = [row.request for row in plan.predicted]
-    parameters = dict(model.named_parameters())
 
-    def edges() -> None:
-        for part in graph.parts:
-            part.__dict__.pop('_distances_NN', None)
-            part.distances_NN(ghn.config.virtual_edges)
+    def encode() -> None:
+        graph.__dict__.pop('_distances_NN', None)  # a graph remembers its shortest paths
+        with torch.no_grad():
+            ghn.encode(graph)
 
-    def fit() -> None:
-        for index, tensor in decoded.items():
-            row = plan.predicted[index]
-            values[row.name] = scaled(tensor, row.fit).to(row.dtype)
-            check_finite(row.name, values[row.name])
-            values[row.name] = repeated(values[row.name], row.fit, row.shape).contiguous()
-
-    with torch.no_grad():
-        nodes = ghn.encode(graph.parts)
-        decoded, values = dict(ghn.decode(nodes, requests)), {}
-        actions: dict[str, Callable[[], object]] = {
-            'trace': lambda: timm_ghn.trace(model, rules=ghn.config.rules),
-            'edges': edges,
-            'plan': lambda: timm_ghn.plan_parameters(graph, ghn.config, head='predict'),
-            'encode': lambda: ghn.encode(graph.parts),
-            'fit': fit,
-            'write': lambda: write_all_(parameters, values.items()),
-            'decode': lambda: [None for _ in ghn.decode(nodes, requests)],
-        }
-        seconds = {}
-        for stage, action in actions.items():
-            if stage == 'decode':
-                decoded.clear()
-            seconds[stage] = machine.least(action)
+    trace = machine.least(lambda: timm_ghn.trace(model, rules=ghn.config.rules))
+    planning = machine.least(lambda: timm_ghn.plan_parameters(graph, ghn.config, head='predict'))
+    encoding = machine.least(encode)
     total = machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None))
     predicted = sum(row.numel for row in plan.predicted)
     image, bare = torch.empty(2, *graph.input_size, device='meta'), model.to('meta').train()
     return Times(
-        stages={stage: seconds[stage] for stage in STAGES},
+        stages=dict(zip(STAGES, (trace, planning, encoding, total - trace - planning - encoding), strict=True)),
         total=total,
         forward_on_meta=machine.least(lambda: bare(image)),
         limit=decoder_macs(ghn, plan) / machine.macs + predicted / machine.fills,
         parameters=sum(row.numel for row in plan),
-        nodes=sum(map(len, graph.parts)),
+        nodes=len(graph),
     )
 
 
-def networks(names: Sequence[str], device: torch.device) -> Iterator[tuple[str, nn.Module]]:
+def timm_networks(names: Sequence[str], device: torch.device) -> Iterator[tuple[str, nn.Module]]:
     """timm architectures by name."""
     for name in names:
         yield name, timm.create_model(name).to(device)
@@ -223,12 +201,169 @@ def deeper_networks(device: torch.device) -> Iterator[tuple[str, nn.Module]]:
         yield f'resnet, {3 * sum(layers) + 2} layers', ResNet(Bottleneck, layers).to(device)
 
 
-def other_seconds(command: str | None, ghn: str, network: str) -> float | None:
-    """Run another implementation."""
-    if command is None:
-        return None
-    done = subprocess.run([*shlex.split(command), ghn, network], capture_output=True, text=True, check=True)
-    return float(done.stdout.strip().splitlines()[-1])
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """What a prediction took: as a whole, and without the graph."""
+
+    whole: float
+    prediction: float
+
+
+def predict_once(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Seconds:
+    """Predict and write all parameters, and time it."""
+    gc.collect()
+    start = machine.clock()
+    timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None)
+    middle = machine.clock()
+    timm_ghn.trace(model, rules=ghn.config.rules)
+    whole, graph = middle - start, machine.clock() - middle
+    return Seconds(whole, whole - graph)
+
+
+def build(name: str) -> nn.Module:
+    """A network of torchvision, or else of timm."""
+    if name in torchvision.models.list_models():
+        model: nn.Module = torchvision.models.get_model(name, weights=None)
+        return model
+    return timm.create_model(name)
+
+
+class Other:
+    """Another implementation, in a process of its own that predicts whenever it is given the name of a network."""
+
+    def __init__(self, command: str, ghn: str) -> None:
+        self.command = [*shlex.split(command), ghn]
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def predict_once(self, network: str) -> Seconds:
+        with contextlib.suppress(BrokenPipeError):  # where it has ended, so has its output
+            self.process.stdin.write(f'{network}\n')
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if len(line.split()) != 2:
+            raise SystemExit(f'expected two numbers of seconds from {shlex.join(self.command)} (got {line!r})')
+        return Seconds(*map(float, line.split()))
+
+    def __enter__(self) -> Other:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(BrokenPipeError), self.process:
+            pass  # its input is closed, and it is waited for
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Runs of both implementations, in turns, for a network."""
+
+    network: str
+    ours: tuple[Seconds, ...]
+    others: tuple[Seconds, ...]
+
+    def ratio(self, field: str = 'whole', choose: Callable[[list[float]], float] = min) -> float:
+        """How many times faster ours is, by the least or the median of the runs."""
+        return self.chosen(self.others, field, choose) / self.chosen(self.ours, field, choose)
+
+    @staticmethod
+    def chosen(runs: Sequence[Seconds], field: str, choose: Callable[[list[float]], float]) -> float:
+        return choose([getattr(run, field) for run in runs])
+
+
+def compare(name: str, networks: Sequence[str], command: str, machine: Machine) -> list[Compared]:
+    """Measure a GHN of ours and the same of another implementation, in turns."""
+    ghn, rows = ghn_of(name, machine.device, rules='published'), []
+    with Other(command, name) as other:
+        for network in networks:
+            model = build(network)
+            predict_once(model, ghn, machine)
+            other.predict_once(network)
+            runs = [(predict_once(model, ghn, machine), other.predict_once(network)) for _ in range(machine.repeat)]
+            rows.append(Compared(network, *map(tuple, zip(*runs, strict=True))))
+            print(name, rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def span(ratios: Sequence[float]) -> str:
+    return f'{geometric_mean(ratios):.1f} times ({min(ratios):.1f} to {max(ratios):.1f})'
+
+
+def comparison(rows: Sequence[Compared]) -> str:
+    """Table of both implementations, with and without the graph."""
+    head = ['torchvision network']
+    for field in ('whole', 'without graph'):
+        head += [f'{field}: ours', 'other', 'times']
+    lines = []
+    for row in rows:
+        cells = [row.network]
+        for field in ('whole', 'prediction'):
+            for runs in (row.ours, row.others):
+                cells.append(f'{row.chosen(runs, field, min):.3f} ({row.chosen(runs, field, statistics.median):.3f})')
+            cells.append(f'{row.ratio(field):.1f}')
+        lines.append(cells)
+    text = markdown(head, lines)
+    text += (
+        f'\nCPU seconds: least (median) of {len(rows[0].ours)} runs of each, in turns. Geometric mean over networks:\n'
+    )
+    for field, words in (('whole', 'as a whole'), ('prediction', 'without the graph')):
+        least, median = ([row.ratio(field, choose) for row in rows] for choose in (min, statistics.median))
+        text += f'- {words}: {span(least)}; by medians {span(median)}\n'
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Tag:
+    """Seconds of a raw prediction, of the tag and of plain timm, and of post-processing with what it consists of."""
+
+    network: str
+    raw: float
+    tag: float
+    plain: float
+    orth: float
+    decomposition: float
+    correlations: float
+
+
+def tag(name: str, network: str, machine: Machine) -> Tag:
+    """Measure what a tag of timm costs, in turns with a model without it."""
+    ghn, options = timm_ghn.load_ghn(name), PostProcess.of('orth')
+    model = timm.create_model(network)
+    plan = timm_ghn.plan_parameters(timm_ghn.trace(model, rules=ghn.config.rules), ghn.config)
+    parameters = dict(model.named_parameters())
+    weights = [parameters[row.name].detach() for row in processed_layers(plan, options)]
+    actions: dict[str, Callable[[], object]] = {
+        'raw': lambda: timm_ghn.ghn_init(model, ghn, postprocess=None),
+        'tag': lambda: timm.create_model(f'{network}.{name}'),
+        'plain': lambda: timm.create_model(network),
+        'orth': lambda: postprocess_(model, options, plan=plan),
+        'decomposition': lambda: [orthogonalised(weight) for weight in weights],
+        'correlations': lambda: [correlation_spread(weight) for weight in weights],
+    }
+    timm.create_model(f'{network}.{name}')  # reads the GHN
+    runs = [{part: machine.least(action, 1) for part, action in actions.items()} for _ in range(machine.repeat)]
+    return Tag(network, **{part: min(run[part] for run in runs) for part in actions})
+
+
+def tags(name: str, rows: Sequence[Tag]) -> str:
+    """Table of what the tag costs, and of what post-processing consists of."""
+    head = ['timm network', 'raw prediction', f"create_model('X.{name}')", "create_model('X')", 'times']
+    head += ["'orth'", 'of it QR', 'of it correlations']
+    lines = []
+    for row in rows:
+        cells = [row.network, *(f'{value:.2f}' for value in (row.raw, row.tag, row.plain))]
+        lines.append(
+            [
+                *cells,
+                f'{row.tag / row.plain:.1f}',
+                *(f'{v:.2f}' for v in (row.orth, row.decomposition, row.correlations)),
+            ]
+        )
+    return markdown(head, lines) + '\nCPU seconds. The raw prediction is ghn_init without post-processing.\n'
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -237,122 +372,38 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
 
 
-def mean_of(ratios: Sequence[float]) -> str:
-    """Geometric mean in words."""
-    return f'{math.exp(sum(map(math.log, ratios)) / len(ratios)):.1f} (geometric mean over {len(ratios)} networks)'
-
-
-def speed(name: str, measured: Sequence[tuple[str, Times, float | None]]) -> str:
-    """Table of milliseconds and of shares, and what they are compared with."""
+def speed(measured: Sequence[tuple[str, Times]]) -> str:
+    """Table of milliseconds and of shares."""
     head = ['network', 'M parameters', 'nodes', *STAGES, 'total', 'limit', 'total / limit', 'trace / meta forward']
-    head += ['reference s', 'speed-up', 'other s', 'speed-up']
-    rows, ratios, others = [], [], []
-    for network, times, other in measured:
-        whole = sum(times.stages.values())
-        cells = [network, f'{times.parameters / 1e6:.1f}', str(times.nodes)]
-        cells += [f'{1e3 * times.stages[stage]:.1f} ({times.stages[stage] / whole:.0%})' for stage in STAGES]
-        cells += [f'{1e3 * times.total:.0f}', f'{1e3 * times.limit:.1f}', f'{times.total / times.limit:.1f}']
-        cells += [f'{times.stages["trace"] / times.forward_on_meta:.2f}']
-        known = REFERENCE.get((name, network))
-        if known is not None:
-            ratios.append(known / (times.prediction if name in WITHOUT_GRAPH else times.total))
-        if other is not None:
-            others.append(other / times.total)
-        cells += ['', ''] if known is None else [f'{known:.2f}', f'{ratios[-1]:.1f}']
-        cells += ['', ''] if other is None else [f'{other:.3f}', f'{others[-1]:.1f}']
-        rows.append(cells)
-    text = markdown(head, rows)
-    if ratios:
-        what = ' without the graph' if name in WITHOUT_GRAPH else ''
-        text += f'\nSpeed-up over the reference{what}: {mean_of(ratios)}.\n'
-    if others:
-        text += f'\nSpeed-up over the other command: {mean_of(others)}.\n'
-    return text
-
-
-def in_new_process(code: str, *argv: str) -> list[float]:
-    """Numbers that a fresh interpreter prints on its last line."""
-    script = [sys.executable, '-W', 'ignore', '-c', code, *argv]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
-    return [float(number) for number in done.stdout.strip().splitlines()[-1].split()]
-
-
-_PEAK = """
-import re, sys, time
-from pathlib import Path
-import torch, timm, timm_ghn
-sys.path.insert(0, sys.argv[1])
-import predict
-torch.set_num_threads(1)
-
-def memory(field):
-    return int(re.search(field + r':\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
-
-def forget_peak():
-    Path('/proc/self/clear_refs').write_text('5')
-"""
-
-_PREDICTING = (
-    _PEAK
-    + """
-ghn, model = predict.ghn_of(sys.argv[2], torch.device('cpu')), timm.create_model(sys.argv[3])
-timm_ghn.ghn_init(timm.create_model('test_resnet'), ghn, postprocess=None)  # buffers of libraries, lazy imports
-size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-forget_peak()
-before = memory('VmRSS')
-timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None)
-print(size, memory('VmHWM') - before)
-"""
-)
-
-_LOADING = (
-    _PEAK
-    + """
-timm_ghn.load_ghn('ghn_tiny') if 'ghn_tiny' in predict.known_ghns() else None
-forget_peak()
-before, start, wall = memory('VmRSS'), time.process_time(), time.perf_counter()
-ghn = timm_ghn.load_ghn(sys.argv[2])
-print(time.process_time() - start, time.perf_counter() - wall, memory('VmHWM') - before, memory('VmHWM'))
-"""
-)
-
-_IMPORTING = """
-import sys, time
-import timm
-start = time.process_time()
-import timm_ghn
-print(time.process_time() - start)
-"""
-
-
-def memory(name: str, names: Sequence[str]) -> str:
-    """Most memory that ghn_init takes beside the GHN and the model, each in a process of its own (Linux only)."""
     rows = []
-    for network in names:
-        size, extra = in_new_process(_PREDICTING, str(Path(__file__).parent), name, network)
-        rows.append([network, f'{size:.0f}', f'{extra:.0f}', f'{extra / size:.0%}'])
-    return markdown(['network', 'model MiB', 'peak above GHN and model, MiB', 'share of the model'], rows)
+    for network, times in measured:
+        cells = [network, f'{times.parameters / 1e6:.1f}', str(times.nodes)]
+        cells += [f'{1e3 * times.stages[stage]:.1f} ({times.stages[stage] / times.total:.0%})' for stage in STAGES]
+        cells += [f'{1e3 * times.total:.0f}', f'{1e3 * times.limit:.1f}', f'{times.total / times.limit:.1f}']
+        rows.append([*cells, f'{times.stages["trace"] / times.forward_on_meta:.2f}'])
+    return markdown(head, rows)
 
 
-def load(name: str) -> str:
-    """Time and memory of loading a GHN from this package's own form, the file being in the disk cache."""
-    from timm_ghn.nn.storage import save_ghn
+def readme_rows(compared: dict[str, list[Compared]], tagged: dict[str, list[Tag]]) -> str:
+    """The rows of the README's table."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        ghn = ghn_of(name, torch.device('cpu'))
-        size = sum(p.numel() * p.element_size() for p in ghn.parameters()) / 2**20
-        save_ghn(ghn, folder)
-        del ghn
-        gc.collect()
-        cpu, wall, extra, peak = in_new_process(_LOADING, str(Path(__file__).parent), folder)
-    head = ['GHN', 'weights MiB', 'CPU s', 's', 'peak above the start, MiB', 'peak of the process, MiB']
-    return markdown(head, [[name, f'{size:.0f}', f'{cpu:.2f}', f'{wall:.2f}', f'{extra:.0f}', f'{peak:.0f}']])
+    def row(title: str, cells: dict[str, str], remark: str) -> str:
+        found = [next((cells[name] for name in names if name in cells), '') for names in COLUMNS]
+        return '| ' + ' | '.join([title, *found, remark]) + ' |\n'
 
-
-def imports(repeat: int) -> str:
-    """CPU time of importing this package when timm is imported already."""
-    seconds = min(in_new_process(_IMPORTING)[0] for _ in range(repeat))
-    return f'Import of timm_ghn beyond that of timm: {seconds:.3f} CPU s.\n'
+    text = ''
+    for name, rows in compared.items():
+        for field, words in (('whole', ''), ('prediction', ', without the graph')):
+            if field == 'whole' or name == 'ghn3_xlm16':
+                seconds = {r.network: [r.chosen(runs, field, min) for runs in (r.ours, r.others)] for r in rows}
+                cells = {network: f'{ours:.2f} s ({other:.2f} s)' for network, (ours, other) in seconds.items()}
+                remark = f'the reference takes {span([r.ratio(field) for r in rows])}'
+                text += row(TITLES.get(name, name) + words, cells, f'{remark} as long')
+    for name, rows in tagged.items():
+        text += row(f'`{name}`', {r.network: f'{r.raw:.2f} s' for r in rows}, '')
+        remark = f"{span([r.tag / r.plain for r in rows])} as long as `create_model('X')`"
+        text += row(f"`create_model('X.{name}')`", {r.network: f'{r.tag:.2f} s' for r in rows}, remark)
+    return text
 
 
 def cpu_name() -> str:
@@ -376,40 +427,72 @@ def describe(machine: Machine) -> str:
 
 def sections(args: argparse.Namespace, machine: Machine) -> Iterator[str]:
     """Measure what is asked for; a section of Markdown at a time."""
-    for name in args.ghn:
-        for part in args.parts:
-            if part in ('speed', 'scaling'):
+    compared: dict[str, list[Compared]] = {}
+    tagged: dict[str, list[Tag]] = {}
+    for part in args.parts:
+        ghns, networks = PARTS[part]
+        networks = args.networks or networks
+        for name in args.ghn or ghns:
+            if part == 'compare':
+                compared[name] = compare(name, networks, args.compare, machine)
+                yield f'## {name}: side by side with another implementation\n\n{comparison(compared[name])}'
+            elif part == 'tag':
+                tagged[name] = [tag(name, network, machine) for network in networks]
+                yield f"## {name}: prediction, timm's tag, post-processing\n\n{tags(name, tagged[name])}"
+            elif part in ('speed', 'scaling'):
                 ghn, measured = ghn_of(name, machine.device), []
-                chosen = (
-                    deeper_networks(machine.device) if part == 'scaling' else networks(args.networks, machine.device)
+                models = (
+                    deeper_networks(machine.device) if part == 'scaling' else timm_networks(networks, machine.device)
                 )
-                for network, model in chosen:
-                    times = measure(model, ghn, machine)
-                    other = other_seconds(args.compare if part == 'speed' else None, name, network)
-                    measured.append((network, times, other))
-                    print(network, times, file=sys.stderr, flush=True)
-                yield f'## {name}: {part}, milliseconds and share\n\n{speed(name, measured)}'
-                del ghn
+                for network, model in models:
+                    measured.append((network, measure(model, ghn, machine)))
+                    print(*measured[-1], file=sys.stderr, flush=True)
+                yield f'## {name}: {part}, milliseconds and share\n\n{speed(measured)}'
             elif part == 'memory':
-                yield f'## {name}: memory of a prediction\n\n{memory(name, args.networks)}'
+                measured = [(network, *fresh_process.memory(name, network)) for network in networks]
+                rows = [
+                    [network, f'{size:.0f}', f'{extra:.0f}', f'{extra / size:.0%}'] for network, size, extra in measured
+                ]
+                head = ['network', 'model MiB', 'peak above GHN and model, MiB', 'share of the model']
+                yield f'## {name}: memory of a prediction\n\n{markdown(head, rows)}'
             elif part == 'load':
-                yield f'## {name}: loading\n\n{load(name)}'
+                cpu, wall, extra, peak = fresh_process.load(ghn_of(name, torch.device('cpu')))
+                head = ['GHN', 'CPU s', 's', 'peak above the start, MiB', 'peak of the process, MiB']
+                row = [name, f'{cpu:.2f}', f'{wall:.2f}', f'{extra:.0f}', f'{peak:.0f}']
+                yield f'## {name}: loading from our own format\n\n{markdown(head, [row])}'
     if 'imports' in args.parts:
-        yield f'## Import\n\n{imports(args.repeat)}'
+        yield f'## Import of timm_ghn beyond that of timm\n\n{fresh_process.imports(args.repeat):.3f} CPU s.\n'
+    print(readme_rows(compared, tagged), file=sys.stderr)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--ghn', nargs='+', default=['ghn3_tm8', 'ghn2'], help='names of the catalogue, or paths')
-    parser.add_argument('--networks', nargs='+', default=list(NETWORKS), help='timm architectures')
-    parser.add_argument('--parts', nargs='+', default=['speed'], choices=PARTS, help='what to measure')
-    parser.add_argument('--repeat', type=int, default=3, help='runs of which the fastest counts (default: 3)')
+    parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure (default: all that can be)')
+    parser.add_argument('--ghn', nargs='+', help='names of the catalogue, or paths (default: what belongs to a part)')
+    parser.add_argument('--networks', nargs='+', help='architectures (default: what belongs to a part)')
+    parser.add_argument('--repeat', type=int, default=5, help='runs of which the fastest counts (default: 5)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--compare', metavar='COMMAND', help='another implementation')
-    parser.add_argument('--seconds', nargs=2, metavar=('GHN', 'NETWORK'), help='print the seconds of ghn_init only')
+    parser.add_argument('--seconds', metavar='GHN', help='print the seconds for each name of a network that is read')
     parser.add_argument('--out', type=Path, help='Markdown file to write the tables to')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.parts is None:
+        args.parts = [part for part in PARTS if part != 'compare' or args.compare]
+    if 'compare' in args.parts and not args.compare:
+        parser.error('the part compare needs --compare COMMAND')
+    return args
+
+
+def answer(name: str, machine: Machine) -> None:
+    """Be what --compare runs."""
+    ghn, network, model = ghn_of(name, machine.device, rules='published'), '', None
+    for line in sys.stdin:
+        if line.strip() != network:
+            network = line.strip()
+            model = build(network).to(machine.device)
+        seconds = predict_once(model, ghn, machine)
+        print(seconds.whole, seconds.prediction, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -418,19 +501,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     device = torch.device(args.device)
     if args.seconds:
-        ghn, model = ghn_of(args.seconds[0], device), timm.create_model(args.seconds[1]).to(device)
-        machine = Machine(device, args.repeat, 1, 1)
-        print(machine.least(lambda: timm_ghn.ghn_init(model, ghn, head='predict', postprocess=None)))
+        answer(args.seconds, Machine(device, args.repeat, 1, 1))
         return
     machine = measure_machine(device, args.repeat)
-    command = shlex.join(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if args.compare:
+        given[given.index(args.compare)] = 'COMMAND'
+    command = shlex.join(given)
     text = f'# Prediction, {datetime.date.today()}\n\n`python benchmarks/predict.py {command}`\n\n{describe(machine)}'
     print(text)
     for section in sections(args, machine):
         print(section, flush=True)
         text += f'\n{section}'
-    if args.out is not None:
-        args.out.write_text(text)
+        if args.out is not None:
+            args.out.write_text(text)
 
 
 if __name__ == '__main__':

@@ -33,8 +33,8 @@ def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | 
         Norm over all parameters for each torchvision network.
 
     Raises:
-        ConfigError: if nothing was published for the GHN, or not for one of ``archs``, or if torchvision does not
-            know one of the networks.
+        ConfigError: if nothing was published for the GHN, or not for one of ``archs``, or if torchvision has no
+            classification network of one of the names.
     """
     with_norms = sorted(other for other, entry in known.items() if entry.norms)
     if name not in with_norms:
@@ -45,20 +45,29 @@ def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | 
         near = difflib.get_close_matches(missing[0], norms, n=3) or sorted(norms)[:3]
         raise ConfigError(f'no norm was published for {missing[0]!r} (try {", ".join(near)})')
     chosen = {arch: norms[arch] for arch in archs} if archs else norms
-    unknown = sorted(chosen.keys() - set(torchvision.models.list_models()))
+    unknown = sorted(chosen.keys() - set(torchvision.models.list_models(module=torchvision.models)))
     if unknown:
         raise ConfigError(f'torchvision has no network {unknown[0]!r}, of which {name!r} states a norm')
     return chosen
+
+
+def image_side(arch: str) -> int:
+    """Side of the smallest images that torchvision's weights of a network take: 299 for inception_v3, mostly 224."""
+    sides: list[int] = [weights.transforms().crop_size[0] for weights in torchvision.models.get_model_weights(arch)]
+    return min(sides)
 
 
 def predicted_norm(arch: str, ghn: GHN) -> float:
     """L2 norm over all parameters of a torchvision network after prediction, unpredicted ones included.
 
     The network is as its constructor leaves it, in train mode: auxiliary classifiers count.
+
+    Raises:
+        GHNError: if the network cannot be traced or predicted.
     """
     options = {'init_weights': False} if arch in _SLOW_INITIALISATION else {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = torchvision.models.get_model(arch, weights=None, **options)
-    ghn_init(model, ghn, head='predict', postprocess=None)
+    ghn_init(model, ghn, input_size=image_side(arch), head='predict', postprocess=None)
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
