@@ -402,7 +402,7 @@ def readme_rows(compared: dict[str, list[Compared]], tagged: dict[str, list[Tag]
     for name, rows in tagged.items():
         text += row(f'`{name}`', {r.network: f'{r.raw:.2f} s' for r in rows}, '')
         remark = f"{span([r.tag / r.plain for r in rows])} as long as `create_model('X')`"
-        text += row(f"`create_model('X.{name}')`", {r.network: f'{r.tag:.2f} s' for r in rows}, remark)
+        text += row(f'the tag `X.{name}`', {r.network: f'{r.tag:.2f} s' for r in rows}, remark)
     return text
 
 
@@ -505,9 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     machine = measure_machine(device, args.repeat)
     given = list(sys.argv[1:] if argv is None else argv)
-    if args.compare:
-        given[given.index(args.compare)] = 'COMMAND'
-    command = shlex.join(given)
+    command = shlex.join(arg.replace(args.compare, 'COMMAND') if args.compare else arg for arg in given)
     text = f'# Prediction, {datetime.date.today()}\n\n`python benchmarks/predict.py {command}`\n\n{describe(machine)}'
     print(text)
     for section in sections(args, machine):

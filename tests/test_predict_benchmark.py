@@ -46,7 +46,7 @@ def test_tables_of_every_part_are_written(benchmark, tmp_path, capsys):
     assert [line.split(' |')[0] for line in captured.err.splitlines() if line.startswith('| ')] == [
         '| ghn_tiny',
         '| `ghn_tiny`',
-        "| `create_model('X.ghn_tiny')`",
+        '| the tag `X.ghn_tiny`',
     ]
 
 
