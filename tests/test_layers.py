@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
-    'version', 'errors', 'tokens', 'modes', 'generators', 'devices', 'graph', 'ops', 'nn', 'params', 'writable',
-    'postprocess', 'batchnorm', 'diversity', 'hub', 'prediction', 'source', 'norms', 'output', 'report', 'picture',
+    'version', 'text', 'errors', 'tokens', 'modes', 'generators', 'devices', 'graph', 'ops', 'nn', 'params', 'writable',
+    'postprocess', 'batchnorm', 'diversity', 'hub', 'prediction', 'source', 'timm_models', 'norms', 'output', 'report', 'picture',
     'recipes', 'results', 'publish', 'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train',
-    'hub_commands', 'cli',
+    'hub_commands', 'cli', 'script',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.
 FACADE = ('__init__', '__main__')
