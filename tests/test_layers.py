@@ -15,7 +15,8 @@ PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
     'version', 'text', 'errors', 'tokens', 'modes', 'generators', 'devices', 'graph', 'ops', 'nn', 'params', 'writable',
-    'postprocess', 'batchnorm', 'diversity', 'hub', 'prediction', 'source', 'timm_models', 'norms', 'output', 'report', 'picture',
+    'postprocess', 'batchnorm', 'diversity', 'hub', 'prediction', 'source', 'timm_models', 'norms', 'output', 'report',
+    'picture',
     'recipes', 'results', 'publish', 'checkpoints', 'runs', 'small_images', 'data', 'finetune', 'train',
     'hub_commands', 'cli', 'script',
 )  # fmt: skip
