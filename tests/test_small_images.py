@@ -78,3 +78,84 @@ def test_modes_and_hooks_are_as_they_were():
     assert model.training
     assert not model.layer1.training
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def sides(model, size):
+    """Side of the map that each layer of a model writes, by its name."""
+    found, handles = {}, []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+
+            def record(module, inputs, output, name=name):
+                if isinstance(output, torch.Tensor) and output.dim() == 4:
+                    found[name] = output.shape[-1]
+
+            handles.append(module.register_forward_hook(record))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size, device='meta'))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnetblur18',
+        'resnetaa34d',
+        'densenetblur121d',
+        'skresnet18',
+        'nf_resnet26',
+        'nfnet_f0',
+        'cs3darknet_focus_s',
+        'gernet_s',
+        'dla34',
+        'test_byobnet',
+    ],
+)
+def test_the_total_stride_is_divided_by_four(name):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=10)
+    large = sides(model, 128)
+    adapt_to_small_images_(model, 32)
+    small = sides(model, 32)
+    last = [layer for layer, side in large.items() if side > 1 and layer in small][-1]
+    assert small[last] == large[last] == 4
+
+
+def test_a_stride_beyond_four_is_divided():
+    with torch.device('meta'):
+        model = timm.create_model('convmixer_1024_20_ks9_p14', num_classes=10)
+    (edit,) = adapt_to_small_images_(model, 32)
+    assert str(edit) == 'stem.0: stride 14 -> 3'
+
+
+@pytest.mark.parametrize(('name', 'module'), [('tresnet_m', "'body.s2d'"), ('csatv2', "'stem_dct'")])
+@pytest.mark.parametrize('size', [32, 64])
+def test_a_stem_that_has_no_strides_to_take_out_is_refused(name, module, size):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=10)
+    before = str(model)
+    with pytest.raises(UnsupportedModelError, match=f'has no strides .* in {module}; .*small_stem=off'):
+        adapt_to_small_images_(model, size)
+    assert str(model) == before
+
+
+@pytest.mark.parametrize('name', ['nf_resnet26', 'nf_regnet_b0'])
+def test_a_scaled_kernel_keeps_the_gain_of_its_size(name):
+    model = timm.create_model(name, num_classes=10)
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    gain = conv.scale * conv.weight[0].numel() ** 0.5
+    adapt_to_small_images_(model, 32)
+    assert conv.kernel_size == (3, 3)
+    assert conv.scale * conv.weight[0].numel() ** 0.5 == pytest.approx(gain)
+    assert conv.scale * 27**0.5 == pytest.approx(gain)
+
+
+def test_a_scaled_kernel_that_is_put_back_has_its_scale_back():
+    model = timm.create_model('nf_resnet26', num_classes=10)
+    scale = model.stem.conv.scale
+    model.stages[0].forward = None
+    with pytest.raises(UnsupportedModelError):
+        adapt_to_small_images_(model, 32)
+    assert (model.stem.conv.scale, model.stem.conv.kernel_size) == (scale, (7, 7))

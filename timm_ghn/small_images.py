@@ -4,7 +4,8 @@ A network for 224-pixel images divides the side by 32; of a 32-pixel image it wo
 (appendix, ``adjust_net`` of its code) takes the strides of the stem out: ResNet's first convolution becomes 3x3 with
 stride 1 and its max-pooling goes; ConvNeXt's patch convolution keeps its 4x4 kernel and gets stride 1. Both divide the
 total stride by four, and so does the rule here: whatever divides the resolution within the first factor of four does
-not any more.
+not any more. A stem that divides it in another way than by strides, as TResNet's does by moving pixels into channels,
+is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import BlurPool2d, PatchEmbed, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
 
 from timm_ghn.errors import UnsupportedModelError
@@ -25,9 +26,12 @@ from timm_ghn.modes import kept_modes
 #: By how much the total stride is divided.
 REDUCTION = 4
 
-_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
 
-Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
+#: Attributes of a convolution that an edit may change.
+_CHANGED = ('stride', 'kernel_size', 'padding', 'weight', 'scale')
+
+Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | BlurPool2d
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +101,10 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
 
     Convolutions and poolings that see the image at more than a quarter of its side get stride 1; a convolution of 5x5
     and more among them shrinks to the middle 3x3 of its kernel, and a pooling goes altogether. A patch convolution,
-    whose kernel is as large as its stride, keeps its kernel.
+    whose kernel is as large as its stride, keeps its kernel, and a stride of eight or more is divided by four.
 
     Args:
-        model: Any convolutional network. One whose stem has no stride, or has its patches from
-            :func:`size_arguments`, stays as it is.
+        model: Any convolutional network; not one that has its patches from :func:`size_arguments`.
         image_size: Side of the images in pixels.
         in_chans: Image channels.
 
@@ -109,12 +112,18 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
         What was changed.
 
     Raises:
-        UnsupportedModelError: if the edited model cannot read such images; it is then as it was.
+        UnsupportedModelError: if the stem reduces images in another way, or if the edited model cannot read such
+            images; it is then as it was.
     """
-    layers = _strided_layers(model, (in_chans, image_size, image_size))
-    first = [(name, layer) for name, layer, side in layers if side * REDUCTION > image_size]
+    first, others = _reductions(model, (in_chans, image_size, image_size))
+    if others or not first:
+        where = f'in {others[0]!r}' if others else 'in another way'
+        raise UnsupportedModelError(
+            f'{type(model).__name__} has no strides that a stem for small images could do without: it reduces images '
+            f'{where}; keep its stem with small_stem=off'
+        )
     before = [
-        (layer, {name: getattr(layer, name) for name in ('stride', 'kernel_size', 'padding', 'weight')})
+        (layer, {name: getattr(layer, name) for name in _CHANGED if hasattr(layer, name)})
         for _, layer in first
         if isinstance(layer, nn.Conv2d)
     ]
@@ -157,11 +166,15 @@ def _edit(model: nn.Module, name: str, layer: Strided) -> StemEdit:
         model.set_submodule(name, nn.Identity())
         return StemEdit(name, f'{type(layer).__name__} removed')
     stride, kernel = _side(layer.stride), layer.kernel_size
-    layer.stride = (1, 1)
-    change = f'stride {stride} -> 1'
+    smaller = max(1, stride // REDUCTION)
+    layer.stride = (smaller, smaller)
+    change = f'stride {stride} -> {smaller}'
     if min(kernel) > max(3, stride):
         cut = [(side - 3) // 2 for side in kernel]
         middle = layer.weight.detach()[..., cut[0] : cut[0] + 3, cut[1] : cut[1] + 3].clone()
+        if isinstance(layer, ScaledStdConv2d | ScaledStdConv2dSame):
+            # Their factor has the fan-in, gamma / sqrt(fan_in).
+            layer.scale *= (layer.weight.numel() / middle.numel()) ** 0.5
         layer.weight = nn.Parameter(middle, requires_grad=layer.weight.requires_grad)
         layer.kernel_size = (3, 3)
         layer.padding = (1, 1) if not isinstance(layer.padding, str) else layer.padding
@@ -169,26 +182,47 @@ def _edit(model: nn.Module, name: str, layer: Strided) -> StemEdit:
     return StemEdit(name, change)
 
 
-def _strided_layers(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, Strided, int]]:
-    """Convolutions and poolings with a stride, in the order in which they run, with the side of the map they read."""
-    found: list[tuple[str, Strided, int]] = []
+def _reductions(model: nn.Module, size: tuple[int, int, int]) -> tuple[list[tuple[str, Strided]], list[str]]:
+    """What divides the resolution within the first factor of :data:`REDUCTION`, in the order in which it runs.
+
+    Returns:
+        Convolutions and poolings with a stride; and names of other modules that halve the side of a map at least,
+        without any of these inside.
+    """
+    found: list[tuple[str, Strided]] = []
+    others: list[str] = []
+    calls: list[int] = []
     handles = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def sides_of(value: Any) -> tuple[int, ...]:
+        value = value[0] if isinstance(value, tuple) and value else value
+        return tuple(value.shape[-2:]) if isinstance(value, torch.Tensor) and value.dim() == 4 else (0, 0)
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        calls.append(len(found) + len(others))
+        if sides_of(inputs)[-1] * REDUCTION <= size[-1] or any(module is other for _, other in found):
+            return
+        if isinstance(module, (nn.Conv2d, *_POOLINGS)) and _side(module.stride) > 1:
+            found.append((names[module], module))
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        seen, sides = calls.pop(), zip(sides_of(inputs), sides_of(output), strict=True)
+        # Both sides: the last axis may be that of the channels. One position is what global pooling leaves.
+        halved = all(before * REDUCTION > size[-1] and 1 < after <= before / 2 for before, after in sides)
+        if halved and seen == len(found) + len(others):
+            others.append(names[module])
+
     try:
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Conv2d, *_POOLINGS)) and _side(module.stride) > 1:
-
-                def record(layer: Any, inputs: tuple[Any, ...], *, name: str = name) -> None:
-                    if not any(layer is other for _, other, _ in found):
-                        found.append((name, layer, int(inputs[0].shape[-1])))
-
-                handles.append(module.register_forward_pre_hook(record))
+        for module in names:
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         with contextlib.suppress(Exception):
             # Many networks cannot read so small an image before their stem is edited; the stem itself was seen.
             _forward(model, size)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, others
 
 
 def _side(value: Any) -> int:
