@@ -180,7 +180,7 @@ def test_a_memo_that_names_a_huge_index_costs_nothing():
 
 def test_a_pickle_that_does_not_end_is_given_up(monkeypatch):
     monkeypatch.setattr('timm_ghn.hub.records.MAX_PICKLED', 1000)
-    with pytest.raises(CheckpointError, match=r'pickles of more than 1,000 bytes'):
+    with pytest.raises(CheckpointError, match=r'more than 1,000 bytes beside its tensors'):
         read(b'Nq\x00' * 1000 + b'.')
     assert read(b'Nq\x00' * 300 + b'.') is None
     assert MAX_PICKLED > 1_000_000
@@ -308,7 +308,7 @@ def test_nested_pickles_share_their_limit_with_the_others(tmp_path, monkeypatch)
     with open_checkpoint(path) as loaded:
         assert loaded == {}
     monkeypatch.setattr('timm_ghn.hub.records.MAX_PICKLED', 100_000)
-    with pytest.raises(CheckpointError, match='pickles of more than 100,000 bytes'), open_checkpoint(path):
+    with pytest.raises(CheckpointError, match='more than 100,000 bytes beside its tensors'), open_checkpoint(path):
         pass
 
 

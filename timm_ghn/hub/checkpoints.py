@@ -79,10 +79,10 @@ def _read_joblib(source: CheckpointFile) -> Any:
     def nested(data: Any) -> object:
         if not isinstance(data, BytesRecord):
             raise TypeError('expected bytes')
-        place = source.file.tell()
-        source.file.seek(data.offset)
+        place = source.tell()
+        source.seek(data.offset)
         loaded = _read_legacy(source)
-        source.file.seek(place)
+        source.seek(place)
         return loaded
 
     return read_pickle(source, nested=nested)
@@ -121,7 +121,9 @@ def _read_legacy(source: CheckpointFile) -> Any:
 def _read_zip(source: CheckpointFile) -> Any:
     """The form of ``torch.save`` since torch 1.6: a zip archive of a pickle and one stored member per storage."""
     try:
-        members = {info.filename: info for info in zipfile.ZipFile(source.file).infolist()}
+        members = {info.filename: info for info in zipfile.ZipFile(source).infolist()}
+    except CheckpointError:
+        raise
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise source.error(f'is truncated or damaged: {error}') from error
     pickles = [name for name in members if name.endswith('/data.pkl') and name.count('/') == 1]
@@ -140,11 +142,11 @@ def _read_zip(source: CheckpointFile) -> Any:
         if name not in members:
             raise source.error(f'is damaged: its storage {brief(key)} is missing')
         if name not in storages:
-            place = source.file.tell()
+            place = source.tell()
             found = _storage(source, kind, numel)
             _enter(source, members[name])
             found.offset = source.skip(numel * found.dtype.itemsize)
-            source.file.seek(place)
+            source.seek(place)
             storages[name] = found
         return storages[name]
 
@@ -162,7 +164,7 @@ def _enter(source: CheckpointFile, info: zipfile.ZipInfo) -> None:
     """Go to the first byte of a member: behind its own header, whose names may differ in length from the index's."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise source.error(f'has a compressed member {info.filename[:40]!r}, which torch.save does not write')
-    source.file.seek(min(max(info.header_offset, 0), source.size))
+    source.seek(min(max(info.header_offset, 0), source.size))
     header = source.read(_ZIP_HEADER)
     if not header.startswith(_ZIP_MAGIC):
         raise source.error('is damaged: a member of the archive is not where the index says')

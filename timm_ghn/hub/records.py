@@ -12,8 +12,8 @@ from torch import Tensor
 
 from timm_ghn.errors import CheckpointError
 
-#: Most bytes of all pickles of a file together, the contents of tensors not counted. The largest published GHN has
-#: some 110,000. Without a limit, a short file could have a nested pickle read again and again.
+#: Most bytes that are read of a file, the contents of tensors not counted. The largest published GHN has some 110,000.
+#: Without a limit, a short file could have a nested pickle read again and again.
 MAX_PICKLED = 1 << 20
 
 #: Most axes of a tensor, and largest number that describes one. More would only cost time to multiply.
@@ -22,7 +22,7 @@ MAX_SIZE = 1 << 62
 
 
 class CheckpointFile:
-    """An open file, as :mod:`pickle` reads it, but for the bytes of tensors, which are stepped over.
+    """An open file, as :mod:`pickle` and :mod:`zipfile` read it, but for the bytes of tensors, which are stepped over.
 
     Args:
         file: Open for reading in binary mode.
@@ -33,16 +33,25 @@ class CheckpointFile:
         self.file, self.label = file, label
         self.size = file.seek(0, os.SEEK_END)
         self._left = MAX_PICKLED
-        file.seek(0)
+        self.seek(0)
 
     def error(self, text: str) -> CheckpointError:
         """An error about this file, to be raised by the caller."""
         return CheckpointError(f'{self.label} {text}')
 
-    def read(self, count: int) -> bytes:
-        """The next ``count`` bytes, which must exist and be few."""
+    def tell(self) -> int:
+        """Where the file is read next."""
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to another place."""
+        return self.file.seek(offset, whence)
+
+    def read(self, count: int = -1) -> bytes:
+        """The next ``count`` bytes, which must exist and be few; all that are left if negative."""
+        count = self.size - self.tell() if count < 0 else count
         if not 0 <= count <= self._left:
-            raise self.error(f'has pickles of more than {MAX_PICKLED:,} bytes beside its tensors')
+            raise self.error(f'is damaged, or has more than {MAX_PICKLED:,} bytes beside its tensors')
         self._left -= count
         data = self.file.read(count)
         if len(data) != count:
@@ -53,19 +62,21 @@ class CheckpointFile:
         """The next line."""
         data = self.file.readline(self._left)
         self._left -= len(data)
+        if not data.endswith(b'\n'):
+            raise self.error('ends too early: it is truncated or damaged')
         return data
 
     def skip(self, length: int) -> int:
         """Step over the next ``length`` bytes, which must exist; where they begin."""
-        start = self.file.tell()
+        start = self.tell()
         if not 0 <= length <= self.size - start:
             raise self.error(f'ends too early: it declares {length:,} more bytes and has {self.size - start:,}')
-        self.file.seek(start + length)
+        self.seek(start + length)
         return start
 
     def read_into(self, offset: int, flat: Tensor) -> None:
         """Fill a tensor of one dimension with the bytes from ``offset`` on."""
-        self.file.seek(offset)
+        self.seek(offset)
         target = memory_of(flat)
         while target:
             count = self.file.readinto(target)  # type: ignore[attr-defined]  # every binary file has it
