@@ -20,7 +20,6 @@ class Op:
         kernel_size: Saved kernel size of a pooling operator, if any.
         dims: Dimensions that a reduction reduces, if it saved them.
         rank: Number of dimensions of what a reduction reduces, if it saved them.
-        masks: Whether it multiplies by a tensor without a gradient, as dropout and stochastic depth do.
         kernel: Shape of a convolution's kernel, if it is computed.
         kernel_op: Index of the op that computes it.
         sizes: Shape of what a view rearranges.
@@ -32,7 +31,6 @@ class Op:
     kernel_size: tuple[int, ...] | None = None
     dims: tuple[int, ...] | None = None
     rank: int | None = None
-    masks: bool = False
     kernel: tuple[int, ...] | None = None
     kernel_op: int | None = None
     sizes: tuple[int, ...] | None = None
@@ -94,13 +92,4 @@ def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
         dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
     if name.startswith(('View', 'UnsafeView')):
         sizes = tuple(int(n) for n in function._saved_self_sym_sizes)
-    masks = _masks(function, name, inputs)
-    return Op(name, inputs, reads_image, kernel_size, dims, rank, masks, sizes=sizes)
-
-
-def _masks(function: Any, name: str, inputs: tuple[int | str, ...]) -> bool:
-    """Whether a product's other factor is a tensor (not a number) without a gradient."""
-    if not name.startswith('Mul') or len(inputs) != 1 or isinstance(inputs[0], str):
-        return False
-    factors = (getattr(function, '_saved_self', None), getattr(function, '_saved_other', None))
-    return any(isinstance(factor, Tensor) and factor.dim() > 0 and not factor.requires_grad for factor in factors)
+    return Op(name, inputs, reads_image, kernel_size, dims, rank, sizes=sizes)

@@ -167,8 +167,8 @@ def _last_layer(draft: Draft, order: list[int]) -> tuple[tuple[str, ...], tuple[
         return (), ()
     weight, bias = draft.labels[order[-2]], draft.labels[order[-1]]
     is_weight = weight.shape is not None and len(weight.shape) > 1 and set(weight.shape[2:]) <= {1}
-    weights = (weight.name,) if weight.is_parameter and '.weight' in weight.name and is_weight else ()
-    biases = (bias.name,) if bias.is_parameter and '.bias' in bias.name and bias.primitive is Primitive.BIAS else ()
+    weights = (weight.name,) if weight.is_parameter and '.weight' in weight.key and is_weight else ()
+    biases = (bias.name,) if bias.is_parameter and '.bias' in bias.key and bias.primitive is Primitive.BIAS else ()
     return weights, biases
 
 
