@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torchvision
 from networks import NETWORKS, SIZE, Case, plain
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from timm_ghn import Graph, UnsupportedModelError, trace
 from timm_ghn.graph.trace import record, resolve_input_size
@@ -169,6 +171,83 @@ def test_a_graph_does_not_depend_on_the_default_dtype():
         assert same(trace(model), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'test_nfnet',
+        'test_resnet',
+        'test_vit',
+        'test_vit_relpos',
+        'eva02_tiny_patch14_224',
+        'nextvit_small',
+        'swin_tiny_patch4_window7_224',
+    ],
+)
+def test_a_graph_does_not_depend_on_gradient_checkpointing(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    expected = trace(model, rules='operators')
+    model.set_grad_checkpointing(True)
+    assert same(trace(model, rules='operators'), expected)
+
+
+class Checkpointed(nn.Module):
+    """A block in one of PyTorch's two ways of checkpointing, or in none."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.use_reentrant is None:
+            x = self.block(x)
+        else:
+            x = checkpoint.checkpoint(self.block, x, use_reentrant=self.use_reentrant)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_checkpointed_block_is_part_of_the_graph(use_reentrant):
+    assert same(trace(Checkpointed(use_reentrant), input_size=SIZE), trace(Checkpointed(None), input_size=SIZE))
+    assert checkpoint.CheckpointFunction.__name__ == 'CheckpointFunction'
+
+
+class Spectral(nn.Module):
+    """A network that goes through complex numbers."""
+
+    def __init__(self, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.filter = nn.Parameter(torch.ones(8, SIZE, SIZE, 2))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.compute(self.stem(x), self.filter).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    'compute',
+    [
+        lambda x, filter: torch.fft.fft2(x).real,
+        lambda x, filter: torch.fft.fft2(x).imag,
+        lambda x, filter: torch.view_as_real(torch.fft.fft2(x)).sum(-1),
+        lambda x, filter: torch.fft.ifft2(torch.fft.fft2(x) * torch.view_as_complex(filter)).real,
+    ],
+    ids=['real', 'imaginary', 'view_as_real', 'filter'],
+)
+def test_complex_numbers_are_followed(compute):
+    graph = trace(Spectral(compute), input_size=SIZE)
+    expected = ['input', 'stem.weight', 'stem.bias', 'MeanBackward1', 'head.weight', 'head.bias']
+    assert [node.label for node in graph.nodes] == expected
+    assert graph.edges_E2.tolist() == [[index, index + 1] for index in range(5)]
+    assert list(graph.kept) == ['filter']
 
 
 def test_outputs_in_containers_are_followed():

@@ -73,7 +73,9 @@ def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op,
                 reads_image = True
         op = _op(function, tuple(inputs), reads_image)
         if op.kind == 'Convolution' and (computes := function.next_functions[1][0]) in order:
-            op = dataclasses.replace(op, kernel=tuple(function._saved_weight.shape), kernel_op=order[computes])
+            # Not function._saved_weight: reading a saved tensor makes activation checkpointing recompute its block.
+            computed = computes._input_metadata[function.next_functions[1][1]]
+            op = dataclasses.replace(op, kernel=tuple(map(int, computed.shape)), kernel_op=order[computes])
         ops.append(op)
     return tuple(ops), tuple(dict.fromkeys(order[root] for root in roots))
 
@@ -90,6 +92,6 @@ def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
         # Negative dimensions are saved as unsigned 64-bit numbers.
         dims = None if saved is None else tuple((int(d) + 2**63) % 2**64 - 2**63 for d in saved)
         dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
-    if name.startswith(('View', 'UnsafeView')):
+    if name.startswith(('ViewBackward', 'UnsafeViewBackward')):
         sizes = tuple(int(n) for n in function._saved_self_sym_sizes)
     return Op(name, inputs, reads_image, kernel_size, dims, rank, sizes=sizes)
