@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,77 @@ def test_a_failing_forward_pass_leaves_nothing_behind_either():
     with pytest.raises(UnsupportedModelError, match=r"module 'head' \(Linear\).*KeyError"):
         trace(case.model, **case.options)
     assert (state_of(case.model), random_states()) == before
+
+
+class Holding(nn.Module):
+    """Holds a tensor as a plain attribute, and may work on it in place."""
+
+    def __init__(self, held: Tensor, change: bool) -> None:
+        super().__init__()
+        self.held, self.change = held, change
+        self.layer = nn.Conv2d(3, 3, 1)
+        self.log: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(1)
+        if self.change:
+            self.held.mul_(2)
+        return self.layer(x)
+
+
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # a prototype, says PyTorch
+        return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=layout)
+
+
+def compressed() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # in beta state, says PyTorch
+        return torch.eye(3).to_sparse_csr()
+
+
+def quantised() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # deprecated, says PyTorch
+        return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+
+
+def quantised_per_channel() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8)
+
+
+@pytest.mark.parametrize(
+    ('make', 'change'),
+    [
+        (lambda: torch.eye(3).to_sparse(), True),
+        (compressed, True),
+        (lambda: nested(torch.strided), True),
+        (lambda: nested(torch.jagged), True),
+        (quantised, False),
+        (quantised_per_channel, False),
+        (lambda: torch.ones(1).expand(3), False),
+    ],
+    ids=['sparse', 'compressed', 'nested', 'jagged', 'quantised', 'quantised per channel', 'expanded'],
+)
+def test_tensors_of_any_layout_are_left_as_they_were(make, change):
+    model = Holding(make(), change)
+    held, before = model.held, str(model.held.coalesce() if model.held.layout is torch.sparse_coo else model.held)
+    graph = trace(model, input_size=SIZE)
+    assert [node.label for node in graph.nodes] == ['input', 'layer.weight', 'layer.bias']
+    assert model.held is held
+    assert str(held.coalesce() if held.layout is torch.sparse_coo else held) == before
+    assert not model.log
+
+
+def test_a_nested_buffer_is_refused():
+    model = Holding(torch.ones(1), change=False)
+    model.register_buffer('buffer', nested(torch.strided))
+    with pytest.raises(UnsupportedModelError, match='nested tensor'):
+        trace(model, input_size=SIZE)
+    assert not model.log
 
 
 def test_the_comparison_of_states_sees_changes():

@@ -181,9 +181,7 @@ def filter_operators(draft: Draft) -> None:
     keys = {x: draft.labels[x].key for x in draft.order}
     names = [key.lower() for key in keys.values()]
     gated = any('sigmoid' in name or 'swish' in name for name in names)
-    removed = {
-        x for index, x in enumerate(draft.order) if 'Mul' in keys[x] and not (gated and _is_gate(names, index))
-    }
+    removed = {x for index, x in enumerate(draft.order) if 'Mul' in keys[x] and not (gated and _is_gate(names, index))}
     removed |= _containing(keys, [keys[x] for x in draft.order if draft.labels[x].primitive is None])
     rest = [x for x in draft.order if x not in removed]
     if gated:
