@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -177,6 +180,31 @@ def test_a_nested_buffer_is_refused():
     with pytest.raises(UnsupportedModelError, match='nested tensor'):
         trace(model, input_size=SIZE)
     assert not model.log
+
+
+class Meeting(nn.Module):
+    """Waits in its forward pass for another thread to come there too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+        self.barrier = threading.Barrier(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.barrier.wait(timeout=0.3)
+            raise AssertionError('two threads are in a trace')
+        return self.layer(x)
+
+
+def test_one_network_is_traced_at_a_time():
+    """A trace borrows the model, and sets the process's random generators and default dtype aside."""
+    model = Meeting()
+    before = state_of(model), random_states()
+    with ThreadPoolExecutor(2) as pool:
+        graphs = list(pool.map(lambda _: trace(model, input_size=SIZE), range(2)))
+    assert same(*graphs)
+    assert (state_of(model), random_states()) == before
 
 
 def test_the_comparison_of_states_sees_changes():

@@ -42,6 +42,10 @@ def trace(
     The forward pass runs on the meta device, in training mode. The model is left exactly as it was: its parameters,
     buffers, mode, attributes and the state of all random generators.
 
+    One network is traced at a time; other threads wait. Until the trace is done, the model must not be used elsewhere,
+    the process's default dtype is float32, and what other threads draw from the global random generators of Python,
+    NumPy and torch, they draw again afterwards: give such threads generators of their own.
+
     Args:
         model: Any network that takes a batch of images, on any device (the meta device included) and of any dtype.
         input_size: Side, (height, width) or (channels, height, width) of the image; by default what the model says

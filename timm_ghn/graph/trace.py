@@ -30,6 +30,10 @@ TRACE_BATCH = 2
 
 DEFAULT_IMAGE_SIZE = 224
 
+#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
+#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
+_TRACING = threading.RLock()
+
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
@@ -208,7 +212,8 @@ def _record(
     owners: Mapping[str, nn.Module],
 ) -> Recording:
     """Run the model once and list what it did."""
-    with _undisturbed(), _no_reentrant_checkpointing(), on_meta(model, [info.name for info in parameters]) as names:
+    wanted = [info.name for info in parameters]
+    with _TRACING, _undisturbed(), _no_reentrant_checkpointing(), on_meta(model, wanted) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         tracker, mode = _ModuleTracker(), MetaMode()
         try:
