@@ -168,9 +168,8 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
     parameters = dict(model.named_parameters())
 
     def edges() -> None:
-        for part in graph.parts:
-            part.__dict__.pop('_distances_NN', None)
-            part.distances_NN(ghn.config.virtual_edges)
+        graph.__dict__.pop('_distances_NN', None)
+        graph.distances_NN(ghn.config.virtual_edges)
 
     def bound() -> None:
         bounds._FOUND.clear()
@@ -182,13 +181,13 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
             write(parameters[row.name], block.values, row.fit, at=(block.output, block.input))
 
     with torch.no_grad():
-        nodes = ghn.encode(graph.parts)
+        nodes = ghn.encode(graph)
         blocks = list(ghn.decode_blocks(nodes, requests))
         actions: dict[str, Callable[[], object]] = {
             'trace': lambda: timm_ghn.trace(model, rules=ghn.config.rules),
             'edges': edges,
             'plan': lambda: timm_ghn.plan_parameters(graph, ghn.config, head='predict'),
-            'encode': lambda: ghn.encode(graph.parts),
+            'encode': lambda: ghn.encode(graph),
             'bound': bound,
             'write': write_blocks,
             'decode': lambda: [None for _ in ghn.decode_blocks(nodes, requests)],
@@ -207,7 +206,7 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
         forward_on_meta=machine.least(lambda: bare(image)),
         limit=decoder_macs(ghn, plan) / machine.macs + predicted / machine.fills,
         parameters=sum(row.numel for row in plan),
-        nodes=sum(map(len, graph.parts)),
+        nodes=len(graph),
     )
 
 

@@ -192,7 +192,7 @@ def _prepare(
 
 def _embed(ghn: GHN, graph: Graph) -> Tensor:
     """Node embeddings, which are finite."""
-    embeddings_Nd = ghn.encode(graph.parts)
+    embeddings_Nd = ghn.encode(graph)
     if not bool(torch.isfinite(embeddings_Nd).all()):
         raise PredictionError(
             f"the GHN '{ghn.config.name or 'without a name'}' gave node embeddings that are not finite; "

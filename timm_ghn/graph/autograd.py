@@ -23,6 +23,9 @@ class Op:
         kernel: Shape of a convolution's kernel, if it is computed.
         kernel_op: Index of the op that computes it.
         sizes: Shape of what a view rearranges.
+        kind: The operator's name: the class name up to ``Backward``.
+        parameters: Names of the parameters that it reads directly.
+        children: Indices of the ops that it reads, in order.
     """
 
     name: str
@@ -34,16 +37,15 @@ class Op:
     kernel: tuple[int, ...] | None = None
     kernel_op: int | None = None
     sizes: tuple[int, ...] | None = None
+    kind: str = dataclasses.field(init=False, repr=False, compare=False)
+    parameters: tuple[str, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    children: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that it reads directly."""
-        return tuple(name for name in self.inputs if isinstance(name, str))
-
-    @property
-    def kind(self) -> str:
-        """The operator's name: the class name up to ``Backward``."""
-        return self.name.partition('Backward')[0]
+    def __post_init__(self) -> None:
+        # Asked for very often.
+        object.__setattr__(self, 'kind', self.name.partition('Backward')[0])
+        object.__setattr__(self, 'parameters', tuple(item for item in self.inputs if isinstance(item, str)))
+        object.__setattr__(self, 'children', tuple(item for item in self.inputs if isinstance(item, int)))
 
 
 def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op, ...], tuple[int, ...]]:

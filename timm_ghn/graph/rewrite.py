@@ -16,7 +16,7 @@ from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.trace import Recording
-from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_primitive
+from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_kind, published_primitive
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -162,9 +162,8 @@ def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
     """Ops that depend on a parameter: what only depends on the image is not in the reference's autograd graph."""
     readers: list[list[int]] = [[] for _ in ops]
     for index, op in enumerate(ops):
-        for child in op.inputs:
-            if isinstance(child, int):
-                readers[child].append(index)
+        for child in op.children:
+            readers[child].append(index)
     stack = [index for index, op in enumerate(ops) if op.parameters]
     found = set(stack)
     while stack:
@@ -274,7 +273,7 @@ class _PathCounter:
     def __init__(self, draft: Draft) -> None:
         order = draft.sort()
         if order is None:
-            raise UnsupportedModelError('the graph has a cycle: a layer is used again behind itself')
+            raise _used_again()
         self._rank = {x: rank for rank, x in enumerate(order)}
         self._order = order
         self._predecessors = [set(before) for before in draft.predecessors]
@@ -356,20 +355,21 @@ def rotate_squeezenet_head(draft: Draft, order: list[int], model: nn.Module) -> 
 RULES: tuple[Callable[[Draft], None], ...] = (filter_operators, insert_weights, route_values_through_softmax)
 
 
-def published_draft(recording: Recording) -> tuple[Draft, list[int], bool]:
+def published_draft(recording: Recording) -> tuple[Draft, list[int]]:
     """Apply the published rules.
 
     Returns:
-        The rewritten graph, its positions in order, and whether that order is topological. It is not where a rule
-        closed a cycle, as the Swin rule does on torchvision's second version: the reference then keeps the list's
-        order, and so the published graph of such a network is the cyclic one.
+        The rewritten graph and its positions in topological order; in the order of the list where a rule closed a
+        cycle, as the Swin rule does on torchvision's second version: the reference keeps that order, and so the
+        published graph of such a network is the cyclic one.
 
     Raises:
-        UnsupportedModelError: if a parameter that is used again behind itself makes the raw graph cyclic.
+        UnsupportedModelError: if the reference fails on a layer, or if one is used again behind itself.
     """
+    _expect_known_classes(recording)
     draft = listing(recording)
     if draft.sort() is None:
-        raise UnsupportedModelError('the graph has a cycle: a layer is used again behind itself')
+        raise _used_again()
     for rule in RULES:
         rule(draft)
     connect_swin_stages(draft, recording.model)
@@ -377,7 +377,31 @@ def published_draft(recording: Recording) -> tuple[Draft, list[int], bool]:
     add_input(draft)
     order = draft.sort()
     if order is None:
-        return draft, draft.order, False
+        readers = [name for op in recording.ops for name in set(op.parameters)]
+        if len(readers) > len(set(readers)):
+            raise _used_again()
+        return draft, draft.order
     order = add_positional_sum(draft, order)
     rotate_squeezenet_head(draft, order, recording.model)
-    return draft, order, True
+    return draft, order
+
+
+def _expect_known_classes(recording: Recording) -> None:
+    """Refuse a subclass of a layer that the reference knows: it takes it for one, and then does not find its class."""
+    for name in dict.fromkeys(name for op in recording.ops for name in op.parameters):
+        owner = recording.owners[name]
+        kind = published_kind(owner)
+        if kind is not None and kind != class_path(owner):
+            raise UnsupportedModelError(
+                f'the published rules have no graph for {type(recording.model).__name__}: they know {kind}, but not '
+                f"{class_path(owner)}, which holds '{name}'; {_WAY_OUT}"
+            )
+
+
+def _used_again() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f'the published rules have no graph for a network in which a layer is used again behind itself; {_WAY_OUT}'
+    )
+
+
+_WAY_OUT = "rules='auto' gives the graph by its operators"
