@@ -169,6 +169,14 @@ def test_what_the_published_rules_leave_out_is_kept_for_that_reason():
     assert plan.summary()['rules'] == 'published'
 
 
+def test_plans_are_compared_by_identity():
+    plan, _ = plan_of('plain')
+    again = plan_parameters(plan.graph, CONFIG)
+    assert plan != again
+    assert len({plan, again}) == 2
+    assert plan.rows == again.rows
+
+
 def test_what_cannot_be_predicted_is_kept_and_says_why():
     found = NETWORKS['direct']()
     rows = {row.name: row for row in plan_parameters(trace(found.model, **found.options), CONFIG)}

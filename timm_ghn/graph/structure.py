@@ -64,7 +64,7 @@ class Node:
     blocks: tuple[int, int, int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """A network as a GHN reads it: a directed graph from the input to the output.
 
@@ -80,6 +80,9 @@ class Graph:
         input_size: (channels, height, width) of the image that the graph was traced with.
         num_classes: Number of classes of the classifier, None where it is not known or absent.
         rules: Name of the rule set that shaped the graph: 'published' or 'operators'.
+
+    Graphs are compared by identity: equal ones may list their nodes in different orders, and comparing that would be a
+    search.
     """
 
     nodes: tuple[Node, ...]

@@ -94,9 +94,9 @@ class ParameterRow:
         }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ParameterPlan:
-    """Every parameter of a model, exactly once.
+    """Every parameter of a model, exactly once. Plans are compared by identity, as their graphs are.
 
     Attributes:
         rows: In the order of ``model.named_parameters()``.
