@@ -61,7 +61,6 @@ class Result:
     rules: str = ''
     nodes: int = 0
     edges: int = 0
-    supplement_nodes: int = 0
     tensors: int = 0
     elements: int = 0
     predicted_tensors: int = 0
@@ -119,7 +118,6 @@ def examine(family: str, name: str, rules: str = RULES[0]) -> Result:
         graph.rules,
         total['nodes'],
         total['edges'],
-        total['supplement_nodes'],
         total['tensors'],
         total['elements'],
         total['predicted_tensors'],
@@ -237,7 +235,6 @@ COLUMNS: dict[str, Callable[[Result], Any]] = {
     'rules': lambda result: result.rules,
     'nodes': lambda result: result.nodes,
     'edges': lambda result: result.edges,
-    'supplement nodes': lambda result: result.supplement_nodes,
     'tensors': lambda result: result.tensors,
     'parameters': lambda result: result.elements,
     '% of tensors predicted': lambda result: percent(result.tensors_predicted),
@@ -286,6 +283,8 @@ def write_summary(results: Sequence[Result], path: Path, *, date: str, command: 
         f'- {len(results)} architectures in {len(by_family)} families, {len(results) - len(good)} with an error, '
         f'{sum(bool(r.flaws) for r in good)} with a flaw in the graph.',
         f'- {percent(predicted)} % of all elements are predicted.',
+        f'- {sum(r.rules == "published" for r in good)} architectures have the published graph, '
+        f'{sum(r.rules == "operators" for r in good)} the one by the operators.',
         f'- {len(short)} architectures have less than {LEAST_EXPLAINED:.0%} of their elements predicted or kept for '
         'what they are.',
         f'- Tracing takes {median([r.seconds_to_trace for r in good]):.2f} s (median), '

@@ -1,199 +1,24 @@
-"""Checks that a graph is right, from what autograd recorded of the network and not from how the graph was made."""
+"""Checks that a plan and its graph are right, from a recording of the network that is made anew."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
 
-from torch import argsort, nn
+from torch import nn
 
-from timm_ghn import Graph, ParameterPlan
-from timm_ghn.graph.autograd import Op
-from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.trace import Recording, record
-
-WEIGHTS = frozenset(
-    {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}
-)
-
-#: Ops that multiply. What only constants have met by then is a network of its own: its weights have no place in the
-#: order along the image, but they come before all that their result meets.
-MULTIPLIES = ('Mm', 'Addmm', 'Bmm', 'Baddbmm', 'Convolution')
+from timm_ghn import ParameterPlan
+from timm_ghn.graph.checks import flaws_of as flaws_of_graph
+from timm_ghn.graph.flow import Flow
+from timm_ghn.graph.trace import record
 
 
 def flaws_of(model: nn.Module, plan: ParameterPlan) -> list[str]:
-    """What is wrong with a plan and its graphs, in words; empty if nothing is.
+    """What is wrong with a plan and its graph, in words; empty if nothing is.
 
-    - Each parameter of the model is in the plan exactly once.
-    - Each graph is acyclic, has one input, and all leads from it (positional encodings apart) to an output.
-    - Each weight stands between its data input and its data output: of two weights, one comes behind the other in the
-      graph exactly if it does in the network, as autograd recorded it.
-    - The classifier is found.
+    Each parameter of the model is in the plan exactly once, and the graph is sound, see
+    :func:`timm_ghn.graph.checks.flaws_of`: that compares it with what autograd recorded, by whatever rules it was made.
     """
-    flaws = []
     listed = Counter(name for row in plan for name in (row.name, *row.aliases))
-    if listed != Counter(name for name, _ in model.named_parameters(remove_duplicate=False)):
-        flaws.append('the plan does not list each parameter once')
-    recording = record(model)
-    before = weights_before(recording)
-    for graph in plan.graph.parts:
-        where = '' if graph is plan.graph else 'supplement: '
-        found = shape_flaws(graph, len(recording.outputs))
-        if graph.is_acyclic:
-            found += order_flaws(graph, before)
-        flaws += [where + flaw for flaw in found]
-    return flaws + head_flaws(plan.graph)
-
-
-def shape_flaws(graph: Graph, outputs: int) -> list[str]:
-    """One connected directed acyclic graph from the input to the outputs."""
-    if not graph.is_acyclic:
-        return ['cyclic']
-    flaws = []
-    successors, predecessors = neighbours(graph)
-    inputs = [i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.INPUT]
-    if len(inputs) != 1:
-        flaws.append(f'{len(inputs)} inputs')
-    sources = {i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.POS_ENC}
-    cut_off = set(range(len(graph))) - reachable(successors, inputs) - sources
-    if cut_off:
-        flaws.append(f'not reached from the input: {labels(graph, cut_off)}')
-    ends = [i for i in range(len(graph)) if not successors[i]]
-    if len(ends) > outputs:
-        flaws.append(f'{len(ends)} ends for {outputs} outputs: {labels(graph, ends)}')
-    orphans = [i for i, node in enumerate(graph.nodes) if node.primitive in WEIGHTS and not predecessors[i]]
-    if orphans:
-        flaws.append(f'weights without an input: {labels(graph, orphans)}')
-    return flaws
-
-
-def head_flaws(graph: Graph) -> list[str]:
-    """The classifier's weights give as many numbers as there are classes."""
-    if graph.num_classes is None:
-        return []
-    shapes = {info.name: info.shape for info in graph.parameters}
-    if not graph.class_weights:
-        return [f'no classifier found for {graph.num_classes} classes']
-    return [
-        f'classifier {name} of shape {shapes[name]} for {graph.num_classes} classes'
-        for name in (*graph.class_weights, *graph.class_biases)
-        if shapes[name][0] != graph.num_classes
-    ]
-
-
-def order_flaws(graph: Graph, before: WeightsBefore) -> list[str]:
-    """Compare the order of the weights in the graph with that in the network."""
-    bit = before.bit
-    _, predecessors = neighbours(graph)
-    known, reach = 0, [0] * len(graph)
-    for node in graph.nodes:
-        known |= bit.get(node.parameter or '', 0)
-    for i in argsort(graph.forward_levels_N, stable=True).tolist():
-        for p in predecessors[i]:
-            reach[i] |= reach[p] | bit.get(graph.nodes[p].parameter or '', 0)
-    constant = sum(bit.get(name, 0) for name in before.aside)
-    lost, invented = Counter[str](), Counter[str]()
-    for i, node in enumerate(graph.nodes):
-        if node.parameter not in bit or node.primitive is Primitive.POS_ENC:
-            continue
-        if node.parameter in before.aside:  # the image must not lead through it
-            invented[node.parameter] = (reach[i] & ~constant).bit_count()
-            continue
-        right = before.masks[node.parameter] & known
-        lost[node.parameter] = (right & ~reach[i]).bit_count()
-        invented[node.parameter] = (reach[i] & ~right & ~before.beside[node.parameter]).bit_count()
-    flaws = []
-    for what, count in (('behind a weight but not so in the graph', lost), ('in the graph only behind', invented)):
-        if count.total():
-            name, most = count.most_common(1)[0]
-            flaws.append(f'{count.total()} pairs {what} (of {name}: {most})')
-    return flaws
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsBefore:
-    """Order of the parameters that a network uses once. Sets of them are bit masks; ``bit`` has that of each.
-
-    ``masks`` has all that the data has met before each parameter, ``beside`` what joins the data at the same place.
-    ``aside`` are the parameters of a network that computes from constants only, such as one of positions.
-    """
-
-    bit: dict[str, int]
-    masks: dict[str, int]
-    beside: dict[str, int]
-    aside: frozenset[str]
-
-
-def weights_before(recording: Recording) -> WeightsBefore:
-    """Follow the image through the recorded ops; a parameter joins it at the first op that has image data."""
-    ops = recording.ops
-    order = inputs_first(ops)
-    image = [False] * len(ops)
-    carried: list[set[str]] = [set() for _ in ops]
-    sites: dict[str, list[int]] = defaultdict(list)
-    aside: set[str] = set()
-    for i in order:
-        children = [child for child in ops[i].inputs if isinstance(child, int)]
-        image[i] = ops[i].reads_image or any(image[child] for child in children)
-        joining = set(ops[i].parameters).union(*(carried[child] for child in children if not image[child]))
-        if not image[i]:
-            carried[i] = joining
-            aside |= joining if ops[i].kind in MULTIPLIES or joining & aside else set()
-            continue
-        for name in joining:
-            sites[name].append(i)
-    bit = {name: 1 << k for k, name in enumerate(name for name, where in sites.items() if len(where) == 1)}
-    here = [0] * len(ops)
-    for name, own in bit.items():
-        here[sites[name][0]] |= own
-    met = [0] * len(ops)
-    for i in order:
-        for child in ops[i].inputs:
-            if isinstance(child, int):
-                met[i] |= met[child] | here[child]
-    return WeightsBefore(bit, {n: met[sites[n][0]] for n in bit}, {n: here[sites[n][0]] for n in bit}, frozenset(aside))
-
-
-def inputs_first(ops: Sequence[Op]) -> list[int]:
-    """Order in which every op comes behind its inputs."""
-    children = [{child for child in op.inputs if isinstance(child, int)} for op in ops]
-    readers: list[list[int]] = [[] for _ in ops]
-    for i, below in enumerate(children):
-        for child in below:
-            readers[child].append(i)
-    waiting = [len(below) for below in children]
-    order = [i for i, count in enumerate(waiting) if not count]
-    for i in order:
-        for reader in readers[i]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                order.append(reader)
-    return order
-
-
-def neighbours(graph: Graph) -> tuple[list[list[int]], list[list[int]]]:
-    """Successors and predecessors of each node."""
-    successors: list[list[int]] = [[] for _ in graph.nodes]
-    predecessors: list[list[int]] = [[] for _ in graph.nodes]
-    for source, target in graph.edges_E2.tolist():
-        successors[source].append(target)
-        predecessors[target].append(source)
-    return successors, predecessors
-
-
-def reachable(successors: list[list[int]], start: Iterable[int]) -> set[int]:
-    """Nodes that edges lead to, the start included."""
-    stack = list(start)
-    found = set(stack)
-    while stack:
-        new = [s for s in successors[stack.pop()] if s not in found]
-        found.update(new)
-        stack += new
-    return found
-
-
-def labels(graph: Graph, nodes: Iterable[int]) -> str:
-    """A few of them by name."""
-    names = [graph.nodes[i].label for i in sorted(nodes)]
-    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
+    right = listed == Counter(name for name, _ in model.named_parameters(remove_duplicate=False))
+    flaws = [] if right else ['the plan does not list each parameter once']
+    return flaws + flaws_of_graph(plan.graph, Flow.of(record(model)))

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from timm_ghn import Graph
+
+
+def equal(first: Graph, second: Graph) -> bool:
+    """Whether two graphs are equal in every field, their nodes listed in the same order."""
+    pairs = [(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(Graph)]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 def colours(graphs: Sequence[Graph]) -> list[list[int]]:

@@ -108,7 +108,9 @@ def test_graphs_and_predictions_are_those_of_the_reference(file, load):
         load(record['checkpoint']),
         input_size=record['input_size'],
         head='predict',
+        rules='published',
     )
+    assert prediction.plan.graph.rules == 'published'
     assert statistics(prediction.plan.graph) == record['graph']
     assert not disagreements(record['parameters'], prediction)
 
@@ -123,7 +125,11 @@ def test_a_disagreement_is_noticed(load):
     file = GOLDEN / 'ghn3tm8' / 'timm--resnet10t.json'
     record = json.loads(file.read_text())
     prediction = predict(
-        build('timm', 'resnet10t'), load('ghn3tm8.pt'), input_size=record['input_size'], head='predict'
+        build('timm', 'resnet10t'),
+        load('ghn3tm8.pt'),
+        input_size=record['input_size'],
+        head='predict',
+        rules='published',
     )
     names = list(prediction.state_dict)[:3]
     prediction.state_dict[names[0]].view(-1)[0] += 0.01
@@ -135,4 +141,23 @@ def test_a_disagreement_is_noticed(load):
 @pytest.mark.parametrize('name', ['resnet18', 'vit_b_16', 'swin_v2_t'])
 def test_the_graph_does_not_depend_on_the_device_of_the_model(name):
     real = torchvision.models.get_model(name, weights=None)
-    assert statistics(trace(real)) == statistics(trace(build('torchvision', name)))
+    on_meta = build('torchvision', name)
+    assert statistics(trace(real, rules='published')) == statistics(trace(on_meta, rules='published'))
+
+
+def test_a_dropout_that_the_reference_takes_for_a_gate_is_a_gate(load):
+    """Norms of timm's legacy_seresnet18 as the reference predicts it: in its graph the dropout is a 'cse' node."""
+    prediction = predict(build('timm', 'legacy_seresnet18'), load('ghn3tm8.pt'), head='predict', rules='published')
+    assert len(prediction.state_dict) == 94
+    expected = {
+        'layer0.conv1.weight': 0.231624,
+        'layer1.0.se_module.fc1.weight': 0.052750,
+        'layer2.0.downsample.0.weight': 0.287222,
+        'layer3.1.bn2.bias': 0.148380,
+        'layer4.1.conv2.weight': 0.611911,
+        'layer4.1.se_module.fc2.bias': 0.229498,
+        'last_linear.weight': 0.073705,
+        'last_linear.bias': 0.460584,
+    }
+    norms = {name: float(prediction.state_dict[name].double().norm()) for name in expected}
+    assert norms == pytest.approx(expected, abs=1.5e-6)

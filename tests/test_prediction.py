@@ -42,7 +42,7 @@ def from_graph(ghn: GHN, graph: Graph, embeddings_Nd: Tensor | None = None) -> d
     """The prediction, from the parts of the package: embed, decode, fit."""
     plan = plan_parameters(graph, ghn.config, head='predict')
     with torch.no_grad():
-        embeddings_Nd = ghn.encode(graph.parts) if embeddings_Nd is None else embeddings_Nd
+        embeddings_Nd = ghn.encode(graph) if embeddings_Nd is None else embeddings_Nd
         decoded = dict(ghn.decode(embeddings_Nd, [row.request for row in plan.predicted]))
     generator = torch.Generator().manual_seed(0)
     return {
@@ -150,9 +150,8 @@ def test_the_order_of_the_nodes_does_not_matter(name, ghn):
 
 def test_a_batch_gives_what_each_graph_gives_alone(ghn):
     graphs = [trace(timm.create_model(name)) for name in VISION]
-    parts = [part for graph in graphs for part in graph.parts]
     with torch.no_grad():
-        rows = ghn.encode(parts).split([sum(map(len, graph.parts)) for graph in graphs])
+        rows = ghn.encode(graphs).split([len(graph) for graph in graphs])
     for graph, embeddings_Nd in zip(graphs, rows, strict=True):
         alone = from_graph(ghn, graph)
         for key, tensor in from_graph(ghn, graph, embeddings_Nd).items():

@@ -69,5 +69,5 @@ def predicted_norm(arch: str, ghn: GHN) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = torchvision.models.get_model(arch, weights=None, **options)
-    ghn_init(model, ghn, input_size=image_side(arch), head='predict', postprocess=None)
+    ghn_init(model, ghn, input_size=image_side(arch), head='predict', postprocess=None, rules='published')
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))

@@ -207,7 +207,7 @@ def _values(
         seed: Draws the tokens without a position, in the order of the plan.
         parameters: The model's, on whose devices the tensors are to be; by default they are where the GHN is.
     """
-    embeddings_Nd = ghn.encode(plan.graph.parts)
+    embeddings_Nd = ghn.encode(plan.graph)
     if not bool(torch.isfinite(embeddings_Nd).all()):
         raise PredictionError(
             f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "

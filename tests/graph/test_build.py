@@ -9,16 +9,19 @@ import pytest
 import timm
 import torch
 import torchvision
-from isomorphism import same_graph
+from isomorphism import equal, same_graph
 from networks import NETWORKS, SIZE, plain
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from timm_ghn import ConfigError, Graph, trace
+from timm_ghn import ConfigError, Graph, UnsupportedModelError, trace
 from timm_ghn.graph import Primitive
+from timm_ghn.graph.checks import flaws_of
+from timm_ghn.graph.flow import Flow
+from timm_ghn.graph.trace import record
 
 
-def timm_graph(name: str, rules: str = 'published', **options: object) -> Graph:
+def timm_graph(name: str, rules: str = 'auto', **options: object) -> Graph:
     with torch.device('meta'):
         return trace(timm.create_model(name, **options), rules=rules)
 
@@ -28,25 +31,88 @@ def timm_graph(name: str, rules: str = 'published', **options: object) -> Graph:
 
 @pytest.mark.parametrize('rules', ['', 'Published', 'ghn3', None])
 def test_unknown_rules_are_refused(rules):
-    with pytest.raises(ConfigError, match='expected rules to be one of published, operators'):
+    with pytest.raises(ConfigError, match='expected rules to be one of auto, published, operators'):
         trace(plain(), rules=rules)
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'vgg11', 'test_resnet', 'legacy_seresnet18'])
+def test_a_sound_published_graph_is_taken(name):
+    graph = timm_graph(name)
+    assert graph.rules == 'published'
+    assert equal(graph, timm_graph(name, 'published'))
+
+
 @pytest.mark.parametrize(
-    ('name', 'rules'),
+    ('name', 'kind'),
     [
-        ('resnet18', 'published'),
-        ('vgg11', 'published'),
-        ('mobilenetv3_small_050', 'operators'),  # BatchNormAct2d
-        ('convnext_atto', 'operators'),  # timm's LayerNorm2d
-        ('vit_tiny_patch16_224', 'operators'),  # timm's LayerNorm
+        ('mobilenetv3_small_050', 'timm.layers.linear.Linear'),
+        ('convnext_atto', 'timm.layers.norm.LayerNorm2d'),
+        ('vit_tiny_patch16_224', 'timm.layers.norm.LayerNorm'),
     ],
 )
-def test_networks_with_subclasses_of_known_layers_follow_the_operator_rules(name, rules):
-    """The reference fails on a subclass: there is no published graph to agree with."""
+def test_a_network_with_a_subclass_of_a_known_layer_has_no_published_graph(name, kind):
+    """The reference fails on a subclass."""
     graph = timm_graph(name)
-    assert graph.rules == rules
-    assert timm_graph(name, 'operators').rules == 'operators'
+    assert graph.rules == 'operators'
+    assert equal(graph, timm_graph(name, 'operators'))
+    with pytest.raises(UnsupportedModelError, match=rf"but not {kind}, which holds '.*'; rules='auto'"):
+        timm_graph(name, 'published')
+
+
+@pytest.mark.parametrize(
+    ('name', 'flaw'),
+    [
+        ('swin_tiny_patch4_window7_224', 'behind a weight but not so in the graph'),
+        ('levit_128s', 'no classifier found'),
+        ('resmlp_12_224', 'not reached from the input: MeanBackward1, head.weight'),
+    ],
+)
+def test_a_published_graph_that_is_not_sound_gives_way(name, flaw):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    published, graph = (trace(model, rules=rules) for rules in ('published', 'auto'))
+    flow = Flow.of(record(model))
+    assert published.rules == 'published'
+    assert flaw in ' '.join(flaws_of(published, flow))
+    assert graph.rules == 'operators'
+    assert equal(graph, trace(model, rules='operators'))
+    assert not flaws_of(graph, flow)
+
+
+def test_a_published_graph_that_loses_the_classifier_gives_way():
+    """Without a bias it is not at the last two positions."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10, bias=False))
+    published, graph = (trace(model, input_size=SIZE, rules=rules) for rules in ('published', 'auto'))
+    assert (published.rules, published.class_weights) == ('published', ())
+    assert (graph.rules, graph.class_weights) == ('operators', ('3.weight',))
+
+
+def test_a_published_graph_that_leaves_out_what_can_be_predicted_gives_way():
+    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    model = nn.Sequential(*layers)
+    published, graph = (trace(model, input_size=SIZE, rules=rules) for rules in ('published', 'auto'))
+    assert not flaws_of(published, Flow.of(record(model, input_size=SIZE)))
+    assert published.rules == 'published'
+    assert published.kept == {
+        f'1.{key}': f'GroupNorm.{key} is left out by the published rules' for key in ('weight', 'bias')
+    }
+    assert (graph.rules, graph.kept) == ('operators', {})
+
+
+def test_what_the_published_rules_leave_out_is_not_taken_for_a_gain():
+    """A depthwise convolution of one dimension has as many elements as a gain."""
+    layers = [nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Conv1d(8, 8, 1, groups=8, bias=False), nn.AdaptiveAvgPool1d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+    published, graph = (trace(model, input_size=SIZE, rules=rules) for rules in ('published', 'auto'))
+    assert published.kept == {'2.weight': 'Conv1d.weight is left out by the published rules'}
+    assert (graph.rules, graph.kept) == ('operators', {})
+
+
+def test_what_no_graph_predicts_does_not_decide():
+    with torch.device('meta'):
+        graph = trace(torchvision.models.convnext_tiny())
+    assert set(graph.kept.values()) == {'layer scale or gain'}
+    assert graph.rules == 'published'
 
 
 def test_a_subclass_does_not_change_the_graph():
@@ -81,12 +147,14 @@ def test_a_subclass_that_is_not_used_does_not_decide():
 def test_a_cycle_that_the_published_rules_close_is_part_of_the_published_graph():
     with torch.device('meta'):
         model = torchvision.models.swin_v2_t()
-    assert not trace(model).is_acyclic
-    assert trace(model, rules='operators').is_acyclic
+    assert not trace(model, rules='published').is_acyclic
+    graph = trace(model)
+    assert graph.rules == 'operators'
+    assert graph.is_acyclic
 
 
 @pytest.mark.parametrize('name', ['tied', 'shared'])
-def test_a_layer_that_is_used_again_follows_the_operator_rules(name):
+def test_a_layer_that_is_used_again_has_no_published_graph(name):
     """Behind itself, it has no place in an acyclic graph with one node for each parameter."""
     shared = nn.Linear(8, 8)
     networks = {
@@ -97,28 +165,8 @@ def test_a_layer_that_is_used_again_follows_the_operator_rules(name):
     assert graph.rules == 'operators'
     assert graph.is_acyclic
     assert graph.nodes[graph.start].primitive is Primitive.INPUT
-
-
-# -- supplement
-
-
-def test_what_the_published_rules_leave_out_is_predicted_from_a_second_graph():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 10, 1))
-    graph = trace(model, input_size=SIZE)
-    assert graph.rules == 'published'
-    assert graph.supplement.rules == 'operators'
-    assert graph.parts == (graph, graph.supplement)
-    assert not set(graph.node_of) & {'1.weight', '1.bias'}
-    assert set(graph.supplement.node_of) >= {'1.weight', '1.bias'}
-    assert not graph.kept
-
-
-def test_a_graph_that_predicts_all_it_can_has_no_supplement():
-    with torch.device('meta'):
-        graph = trace(torchvision.models.convnext_tiny())
-    assert set(graph.kept.values()) == {'layer scale or gain'}
-    assert graph.supplement is None
-    assert graph.parts == (graph,)
+    with pytest.raises(UnsupportedModelError, match=r"used again behind itself; rules='auto'"):
+        trace(networks[name], input_size=SIZE, rules='published')
 
 
 # -- classifier
@@ -136,7 +184,7 @@ def test_a_graph_that_predicts_all_it_can_has_no_supplement():
         ('deit_tiny_distilled_patch16_224', ('head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias')),
     ],
 )
-@pytest.mark.parametrize('rules', ['published', 'operators'])
+@pytest.mark.parametrize('rules', ['auto', 'operators'])
 def test_timms_metadata_says_where_the_classifier_is(name, classifier, rules):
     graph = timm_graph(name, rules, num_classes=7)
     assert graph.classifier == classifier
@@ -232,7 +280,7 @@ def test_why_parameters_are_kept():
     assert direct['cls_token'] == 'class or register token'
 
 
-@pytest.mark.parametrize('rules', ['published', 'operators'])
+@pytest.mark.parametrize('rules', ['auto', 'operators'])
 def test_what_weight_normalisation_keeps_apart_is_kept(rules):
     """The predicted direction has the norm that the layer's own initialisation gave the weight."""
     graph = trace(NETWORKS['reparametrised']().model, input_size=SIZE, rules=rules)

@@ -137,7 +137,7 @@ def test_attention_is_plain_with_its_learned_mask():
 
 
 @pytest.mark.parametrize('p', [0.0, 0.5])
-def test_dropout_does_not_change_the_published_graph(p):
+def test_a_dropout_that_does_not_look_like_a_gate_is_not_in_the_graph(p):
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 
 import networkx as nx
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -27,7 +29,7 @@ from timm_ghn.graph.rewrite import (
     rotate_squeezenet_head,
     route_values_through_softmax,
 )
-from timm_ghn.graph.trace import Op, Recording
+from timm_ghn.graph.trace import Op, Recording, record
 from timm_ghn.graph.vocabulary import operator_primitive, published_primitive
 
 CONV, NORM, LINEAR = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 8)
@@ -140,12 +142,19 @@ def test_what_depends_on_the_image_only_is_not_in_the_listing():
     assert names_of(listing(recording_of(ops, {'c.weight': CONV}))) == ['c.weight']
 
 
-def test_dropout_is_not_in_the_listing():
-    """Some rules count positions in the list, which a network's dropout rate must not change."""
-    ops = [Op('ReluBackward0', (1,)), Op('MulBackward0', (2,), masks=True), Op('DivBackward0', (3,), masks=True)]
-    ops.append(Op('ConvolutionBackward0', ('c.weight',), reads_image=True))
-    draft = listing(recording_of(ops, {'c.weight': CONV}))
-    assert edges_of(draft) == {'c.weight>ReluBackward0'}
+def test_dropout_is_a_product_in_the_listing():
+    """As in the reference, whose autograd graph is made in training mode."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.conv(x), 0.5, self.training).relu()
+
+    draft = listing(record(Dropping().eval(), input_size=8))
+    assert edges_of(draft) == {'conv.weight>conv.bias', 'conv.bias>MulBackward0', 'MulBackward0>ReluBackward0'}
 
 
 @pytest.mark.parametrize(
@@ -243,11 +252,12 @@ def test_an_unknown_parameter_takes_those_with_it_whose_names_contain_its_own():
     assert names_of(draft) == ['f.11.weight', '1.weight']
 
 
-def test_a_parameter_of_the_model_itself_takes_no_others_with_it():
-    """Its name, without a dot, could be part of any."""
-    draft = draft_of([('c.weight', CONV), ('w', nn.Module())], 'w>c.weight')
+@pytest.mark.parametrize(('name', 'left'), [('w', ['c.bias']), ('gain', ['c.bias', 'c.weight'])])
+def test_a_parameter_of_the_model_itself_may_take_every_weight_with_it(name, left):
+    """The same accident: its name begins with a dot in the reference, and '.w' is in '.weight'."""
+    draft = draft_of([('c.bias', CONV), ('c.weight', CONV), (name, nn.Module())], f'{name}>c.weight>c.bias')
     filter_operators(draft)
-    assert names_of(draft) == ['c.weight']
+    assert names_of(draft) == left
 
 
 # -- insert_weights
@@ -446,3 +456,27 @@ def test_the_published_sizes_of_graphs(name, nodes):
     with torch.device('meta'):
         model = torchvision.models.get_model(name, weights=None)
     assert len(trace(model)) == nodes
+
+
+def test_a_dropout_that_the_reference_takes_for_a_gate_is_a_gate():
+    """In timm's legacy_seresnet18, by its place in the list; facts of the reference's own graph."""
+    with torch.device('meta'):
+        graph = trace(timm.create_model('legacy_seresnet18'), rules='published')
+    counts = Counter(node.primitive.label for node in graph.nodes)
+    assert counts == {
+        'conv': 37,
+        'bn': 20,
+        'bias': 17,
+        'cse': 9,
+        'sum': 8,
+        'input': 1,
+        'max_pool': 1,
+    }
+    assert len(graph.edges_E2) == 108
+    assert [node.label for node in graph.nodes[-4:]] == [
+        'AddBackward0',
+        'MulBackward0',
+        'last_linear.weight',
+        'last_linear.bias',
+    ]
+    assert graph.edges_E2[-3:].tolist() == [[89, 90], [90, 91], [91, 92]]

@@ -49,6 +49,14 @@ def test_a_graph_that_makes_no_sense_is_refused(changes, message):
         graph_of(3, [(0, 1)], **changes)
 
 
+def test_graphs_are_compared_by_identity():
+    graph, again = graph_of(3, [(0, 1)]), graph_of(3, [(0, 1)])
+    assert graph != again
+    assert len({graph, again}) == 2
+    assert GraphBatch.of(graph) == GraphBatch.of(graph) != GraphBatch.of(again)
+    assert len({GraphBatch.of(graph), GraphBatch.of(graph)}) == 1
+
+
 def test_a_cutoff_keeps_the_distances_up_to_it():
     chain = graph_of(5, [(0, 1), (1, 2), (2, 3), (3, 4)])
     assert chain.distances_NN(50)[0].tolist() == [0, 1, 2, 3, 4]

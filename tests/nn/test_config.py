@@ -23,6 +23,24 @@ def test_absent_keys_take_their_defaults():
     assert GHNConfig.from_dict(record) == GHNConfig(hid=8, max_shape=(8, 8, 11, 11), num_classes=10)
 
 
+@pytest.mark.parametrize(
+    ('version', 'rules', 'expected'),
+    [
+        (1, 'published', 'auto'),
+        (None, 'published', 'auto'),
+        (1, 'operators', 'operators'),
+        (1, None, 'auto'),
+        (2, 'published', 'published'),
+        (2, None, 'auto'),
+    ],
+)
+def test_rules_of_an_older_version_are_read_as_what_they_meant(version, rules, expected):
+    """Then, 'published' stood for the graph by operators too, where there was no published one."""
+    record = CONFIG.to_dict() | {'format_version': version, 'rules': rules}
+    found = GHNConfig.from_dict({key: value for key, value in record.items() if value is not None})
+    assert (found.rules, found.format_version) == (expected, FORMAT_VERSION)
+
+
 def test_a_newer_version_is_refused_with_the_way_out_whatever_else_it_holds():
     record = {**CONFIG.to_dict(), 'format_version': FORMAT_VERSION + 1, 'rotary': True}
     with pytest.raises(ConfigError, match='upgrade timm_ghn'):
@@ -58,6 +76,7 @@ def test_unknown_and_absent_keys_are_named():
         ('decoder', 'fc'),
         ('window', 'centre'),
         ('postprocess', 'orthogonal'),
+        ('rules', 'ghn3'),
         ('mean', (0.5, 0.5)),
         ('mean', (0.5, 0.5, float('nan'))),
         ('std', (0.5, 0.5, 0.0)),

@@ -58,7 +58,7 @@ def test_each_parameter_is_in_the_plan_once(name):
         every = [name for row in plan for name in (row.name, *row.aliases)]
         assert sorted(every) == sorted(name for name, _ in graph_case.model.named_parameters(remove_duplicate=False))
         for row in plan:
-            check_row(row, sum(map(len, graph.parts)))
+            check_row(row, len(graph))
         check_words(plan)
 
 
@@ -160,13 +160,21 @@ def test_the_bias_of_a_norm_comes_from_the_node_of_its_weight():
     assert (weight.request.kind, bias.request.kind) == (DecodeKind.WEIGHT_1D, DecodeKind.BIAS_1D)
 
 
-def test_rows_of_a_second_graph_are_numbered_behind_the_first():
+def test_what_the_published_rules_leave_out_is_kept_for_that_reason():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 10, 1))
-    graph = trace(model, input_size=SIZE)
-    rows = {row.name: row for row in plan_parameters(graph, CONFIG)}
-    assert rows['0.weight'].node == graph.node_of['0.weight'] < len(graph)
-    assert rows['1.weight'].node == len(graph) + graph.supplement.node_of['1.weight']
-    assert 'and another one of' in str(plan_parameters(graph, CONFIG))
+    plan = plan_parameters(trace(model, input_size=SIZE, rules='published'), CONFIG, head='predict')
+    assert {row.name: row.reason for row in plan.kept} == {
+        f'1.{key}': f'GroupNorm.{key} is left out by the published rules' for key in ('weight', 'bias')
+    }
+    assert plan.summary()['rules'] == 'published'
+
+
+def test_plans_are_compared_by_identity():
+    plan, _ = plan_of('plain')
+    again = plan_parameters(plan.graph, CONFIG)
+    assert plan != again
+    assert len({plan, again}) == 2
+    assert plan.rows == again.rows
 
 
 def test_what_cannot_be_predicted_is_kept_and_says_why():

@@ -100,8 +100,7 @@ def _tables(flow: Flow) -> frozenset[str]:
         is_multiplied = kind in COMPUTE and index in joins and len(flow.data_inputs(index)) == 1
         if flow.data[index] and (is_added or is_multiplied):
             found.update(joined.name for joined in flow.joining(index))
-    shapes = {info.name: info.shape for info in flow.recording.parameters}
-    return frozenset(name for name in found if len(shapes[name]) > 1 and not is_layer(flow.owner(name)))
+    return frozenset(name for name in found if len(flow.shapes[name]) > 1 and not is_layer(flow.owner(name)))
 
 
 def _layers_behind_product(flow: Flow) -> dict[int, int]:

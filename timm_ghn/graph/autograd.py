@@ -20,10 +20,12 @@ class Op:
         kernel_size: Saved kernel size of a pooling operator, if any.
         dims: Dimensions that a reduction reduces, if it saved them.
         rank: Number of dimensions of what a reduction reduces, if it saved them.
-        masks: Whether it multiplies by a tensor without a gradient, as dropout and stochastic depth do.
         kernel: Shape of a convolution's kernel, if it is computed.
         kernel_op: Index of the op that computes it.
         sizes: Shape of what a view rearranges.
+        kind: The operator's name: the class name up to ``Backward``.
+        parameters: Names of the parameters that it reads directly.
+        children: Indices of the ops that it reads, in order.
     """
 
     name: str
@@ -32,20 +34,18 @@ class Op:
     kernel_size: tuple[int, ...] | None = None
     dims: tuple[int, ...] | None = None
     rank: int | None = None
-    masks: bool = False
     kernel: tuple[int, ...] | None = None
     kernel_op: int | None = None
     sizes: tuple[int, ...] | None = None
+    kind: str = dataclasses.field(init=False, repr=False, compare=False)
+    parameters: tuple[str, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    children: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that it reads directly."""
-        return tuple(name for name in self.inputs if isinstance(name, str))
-
-    @property
-    def kind(self) -> str:
-        """The operator's name: the class name up to ``Backward``."""
-        return self.name.partition('Backward')[0]
+    def __post_init__(self) -> None:
+        # Asked for very often.
+        object.__setattr__(self, 'kind', self.name.partition('Backward')[0])
+        object.__setattr__(self, 'parameters', tuple(item for item in self.inputs if isinstance(item, str)))
+        object.__setattr__(self, 'children', tuple(item for item in self.inputs if isinstance(item, int)))
 
 
 def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op, ...], tuple[int, ...]]:
@@ -75,7 +75,9 @@ def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op,
                 reads_image = True
         op = _op(function, tuple(inputs), reads_image)
         if op.kind == 'Convolution' and (computes := function.next_functions[1][0]) in order:
-            op = dataclasses.replace(op, kernel=tuple(function._saved_weight.shape), kernel_op=order[computes])
+            # Not function._saved_weight: reading a saved tensor makes activation checkpointing recompute its block.
+            computed = computes._input_metadata[function.next_functions[1][1]]
+            op = dataclasses.replace(op, kernel=tuple(map(int, computed.shape)), kernel_op=order[computes])
         ops.append(op)
     return tuple(ops), tuple(dict.fromkeys(order[root] for root in roots))
 
@@ -92,15 +94,6 @@ def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
         # Negative dimensions are saved as unsigned 64-bit numbers.
         dims = None if saved is None else tuple((int(d) + 2**63) % 2**64 - 2**63 for d in saved)
         dims = tuple(range(rank)) if dims is None else tuple(d % rank for d in dims)
-    if name.startswith(('View', 'UnsafeView')):
+    if name.startswith(('ViewBackward', 'UnsafeViewBackward')):
         sizes = tuple(int(n) for n in function._saved_self_sym_sizes)
-    masks = _masks(function, name, inputs)
-    return Op(name, inputs, reads_image, kernel_size, dims, rank, masks, sizes=sizes)
-
-
-def _masks(function: Any, name: str, inputs: tuple[int | str, ...]) -> bool:
-    """Whether a product's other factor is a tensor (not a number) without a gradient."""
-    if not name.startswith('Mul') or len(inputs) != 1 or isinstance(inputs[0], str):
-        return False
-    factors = (getattr(function, '_saved_self', None), getattr(function, '_saved_other', None))
-    return any(isinstance(factor, Tensor) and factor.dim() > 0 and not factor.requires_grad for factor in factors)
+    return Op(name, inputs, reads_image, kernel_size, dims, rank, sizes=sizes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import nn
 
 from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.graph.attention import Attention
+from timm_ghn.graph.checks import flaws_of
 from timm_ghn.graph.flow import Flow
-from timm_ghn.graph.operators import needs_operator_rules, operator_draft
+from timm_ghn.graph.operators import joined_labels, operator_draft
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.rewrite import Draft, published_draft
+from timm_ghn.graph.rewrite import Draft, Label, published_draft
 from timm_ghn.graph.structure import Graph, Node, ParameterInfo
 from timm_ghn.graph.trace import Recording, record
 from timm_ghn.graph.vocabulary import (
-    ARCHITECTURAL,
     NO_ELEMENTS,
     NOT_FLOATING,
     encoded_position,
@@ -26,8 +27,8 @@ from timm_ghn.graph.vocabulary import (
     kept_reason,
 )
 
-#: Rule sets that :func:`trace` knows.
-RULES = ('published', 'operators')
+#: What :func:`trace` can be asked for: one of two rule sets, or the one that suits the network.
+RULES = ('auto', 'published', 'operators')
 
 
 def trace(
@@ -35,12 +36,16 @@ def trace(
     *,
     input_size: int | Sequence[int] | None = None,
     example_inputs: Any = None,
-    rules: str = 'published',
+    rules: str = 'auto',
 ) -> Graph:
     """Read the computational graph of a network, without computing anything.
 
     The forward pass runs on the meta device, in training mode. The model is left exactly as it was: its parameters,
     buffers, mode, attributes and the state of all random generators.
+
+    One network is traced at a time; other threads wait. Until the trace is done, the model must not be used elsewhere,
+    the process's default dtype is float32, and what other threads draw from the global random generators of Python,
+    NumPy and torch, they draw again afterwards: give such threads generators of their own.
 
     Args:
         model: Any network that takes a batch of images, on any device (the meta device included) and of any dtype.
@@ -48,85 +53,96 @@ def trace(
             of itself (timm's ``pretrained_cfg``, or its patch embedding), else 224.
         example_inputs: Arguments for a network that takes something else: a tensor, a tuple or a dictionary. Only
             shapes and dtypes of its tensors are read.
-        rules: 'published': the rules with which the published GHNs were trained, for the networks that their authors'
-            code can read; all others, such as those with subclasses of known layers, follow the operator rules.
-            'operators': the operator rules for every network.
+        rules: 'published': the graph that the reference's own code gives, accidents included, as the published GHNs
+            were trained on; what it leaves out is kept. 'operators': the graph that follows from the operators.
+            'auto': the published graph where there is one that is sound (:mod:`timm_ghn.graph.checks`) and reaches
+            every parameter that the other one reaches, else the one by the operators.
 
     Returns:
-        The graph, its nodes in topological order.
+        The graph, its nodes in topological order. Its ``rules`` are 'published' or 'operators'.
 
     Raises:
-        UnsupportedModelError: if the network cannot be run on the meta device, with the module that failed.
+        UnsupportedModelError: if the network cannot be run on the meta device, with the module that failed; or if
+            ``rules`` is 'published' and the reference cannot read the network.
         ConfigError: if ``rules`` is unknown.
     """
     if rules not in RULES:
         raise ConfigError(f'expected rules to be one of {", ".join(RULES)} (got {rules!r})')
-    recording = record(model, input_size=input_size, example_inputs=example_inputs)
-    reading = _Reading.of(recording)
-    if rules == 'published' and not needs_operator_rules(recording, reading.reached):
-        try:
-            draft, order, is_sorted = published_draft(recording)
-        except UnsupportedModelError:
-            pass  # a layer is used again behind itself: the published rules have no graph for it
-        else:
-            if is_sorted or not _uses_a_parameter_twice(recording):
-                return _supplemented(_published_graph(reading, draft, order), reading)
+    reading = _Reading(record(model, input_size=input_size, example_inputs=example_inputs))
+    if rules == 'operators':
+        return _operator_graph(reading)
+    try:
+        graph = _published_graph(reading)
+    except UnsupportedModelError:
+        if rules == 'published':
+            raise
+        return _operator_graph(reading)
+    if rules == 'published' or not (reading.left_out(graph.kept) or flaws_of(graph, reading.flow)):
+        return graph
     return _operator_graph(reading)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Reading:
     """What is known of a network, whatever the rules that make its graph.
 
     Attributes:
         recording: What the forward pass did.
-        flow: How data flows through it.
-        attention: What its attentions consist of.
-        reached: Parameters that the forward pass uses.
     """
 
     recording: Recording
-    flow: Flow
-    attention: Attention
-    reached: frozenset[str]
 
-    @classmethod
-    def of(cls, recording: Recording) -> _Reading:
-        flow = Flow.of(recording)
-        reached = frozenset(name for op in recording.ops for name in op.parameters)
-        return cls(recording, flow, Attention.of(flow), reached)
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """How data flows through the network."""
+        return Flow.of(self.recording)
 
-    def kept_reason(self, info: ParameterInfo) -> str:
+    @functools.cached_property
+    def attention(self) -> Attention:
+        """What its attentions consist of."""
+        return Attention.of(self.flow)
+
+    @functools.cached_property
+    def reached(self) -> frozenset[str]:
+        """Parameters that the forward pass uses."""
+        return frozenset(name for op in self.recording.ops for name in op.parameters)
+
+    def left_out(self, kept: Collection[str]) -> frozenset[str]:
+        """Which of some parameters the graph by the operators predicts."""
+        wanted = self.reached.intersection(kept)
+        if not wanted:
+            return frozenset()
+        flow = self.flow
+        sites: set[int] = set()  # ops that bring them to the data
+        stack = [index for index, op in enumerate(flow.ops) if not wanted.isdisjoint(op.parameters)]
+        seen = set(stack)
+        while stack:
+            index = stack.pop()
+            if flow.data[index]:
+                sites.add(index)
+            else:
+                stack += [reader for reader in flow.readers[index] if reader not in seen]
+                seen.update(flow.readers[index])
+        names = _first_names(self.recording.model)
+        labels = [label for index in sites for label in joined_labels(flow, self.attention, index)]
+        return frozenset(name for label in labels for name in (label.name, _norm_bias(label, names)) if name in wanted)
+
+    def kept_reason(self, info: ParameterInfo, *, left_out: bool) -> str:
         """Why no node predicts a parameter."""
         if info.numel == 0:
             return NO_ELEMENTS
         if not info.dtype.is_floating_point:
             return NOT_FLOATING
+        reached = info.name in self.reached
         return kept_reason(
             info.name,
             self.recording.owners[info.name],
             info.shape,
-            reached=info.name in self.reached,
-            table=info.name in self.attention.tables,
-            apart=info.name in self.flow.norms_apart,
+            reached=reached,
+            table=reached and info.name in self.attention.tables,
+            apart=reached and info.name in self.flow.norms_apart,
+            left_out=left_out,
         )
-
-
-def _uses_a_parameter_twice(recording: Recording) -> bool:
-    """Whether a layer is used several times: a cycle then is no accident of the published rules, as Swin's is."""
-    read = [name for op in recording.ops for name in set(op.parameters)]
-    return len(read) > len(set(read))
-
-
-def _supplemented(graph: Graph, reading: _Reading) -> Graph:
-    """Add the graph by the operator rules where it predicts parameters that the published rules leave out."""
-    if all(reason in ARCHITECTURAL for reason in graph.kept.values()):
-        return graph
-    supplement = _operator_graph(reading)
-    kept = {name: reason for name, reason in graph.kept.items() if name not in supplement.node_of}
-    if len(kept) == len(graph.kept):
-        return graph
-    return dataclasses.replace(graph, kept=kept, supplement=supplement)
 
 
 def _operator_graph(reading: _Reading) -> Graph:
@@ -155,8 +171,9 @@ def _own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.named_parameters() if '.' not in name or name in _REPARAMETRISED}
 
 
-def _published_graph(reading: _Reading, draft: Draft, order: list[int]) -> Graph:
+def _published_graph(reading: _Reading) -> Graph:
     """The classifier of a published graph is what stands at its last two positions."""
+    draft, order = published_draft(reading.recording)
     weights, biases = ((), ()) if _class_count(reading.recording.model) == 0 else _last_layer(draft, order)
     return _assemble(reading, draft, order, weights, biases, 'published')
 
@@ -167,8 +184,8 @@ def _last_layer(draft: Draft, order: list[int]) -> tuple[tuple[str, ...], tuple[
         return (), ()
     weight, bias = draft.labels[order[-2]], draft.labels[order[-1]]
     is_weight = weight.shape is not None and len(weight.shape) > 1 and set(weight.shape[2:]) <= {1}
-    weights = (weight.name,) if weight.is_parameter and '.weight' in weight.name and is_weight else ()
-    biases = (bias.name,) if bias.is_parameter and '.bias' in bias.name and bias.primitive is Primitive.BIAS else ()
+    weights = (weight.name,) if weight.is_parameter and '.weight' in weight.key and is_weight else ()
+    biases = (bias.name,) if bias.is_parameter and '.bias' in bias.key and bias.primitive is Primitive.BIAS else ()
     return weights, biases
 
 
@@ -187,7 +204,9 @@ def _assemble(
     position = {x: index for index, x in enumerate(order)}
     edges = [(position[x], position[s]) for x in order for s in sorted(draft.successors[x], key=position.__getitem__)]
     predicted = {name for node in nodes for name in (node.parameter, node.norm_bias) if name is not None}
-    kept = {info.name: reading.kept_reason(info) for info in recording.parameters if info.name not in predicted}
+    rest = [info for info in recording.parameters if info.name not in predicted]
+    left_out = reading.left_out([info.name for info in rest]) if rules == 'published' else frozenset()
+    kept = {info.name: reading.kept_reason(info, left_out=info.name in left_out) for info in rest}
     layers = metadata_classifier(model) or _output_layer(recording)
     of_head = {names[id(p)] for layer in layers for p in layer.parameters()} | {*weights, *biases}
     return Graph(
@@ -215,11 +234,15 @@ def _node(draft: Draft, x: int, names: dict[int, str], rules: str) -> Node:
         return Node(primitive, label.name, None, shape)
     if rules == 'operators' and primitive is Primitive.POS_ENC and label.shape is not None:
         shape = encoded_position(label.shape)
-    norm_bias = None
-    if primitive in (Primitive.BN, Primitive.LN):
-        bias = label.module._parameters.get('bias')
-        norm_bias = None if bias is None else names[id(bias)]
-    return Node(primitive, label.name, label.name, shape, norm_bias, label.kernel, label.blocks)
+    return Node(primitive, label.name, label.name, shape, _norm_bias(label, names), label.kernel, label.blocks)
+
+
+def _norm_bias(label: Label, names: dict[int, str]) -> str | None:
+    """Name of the bias that the node of a normalisation layer's weight predicts too."""
+    if label.module is None or label.primitive not in (Primitive.BN, Primitive.LN):
+        return None
+    bias = label.module._parameters.get('bias')
+    return None if bias is None else names[id(bias)]
 
 
 def _first_names(model: nn.Module) -> dict[int, str]:
@@ -256,7 +279,7 @@ def _output_layer(recording: Recording) -> tuple[nn.Module, ...]:
     index: int | None = recording.outputs[0]
     while index is not None:
         op = recording.ops[index]
-        below = [child for child in op.inputs if isinstance(child, int)]
+        below = op.children
         names = op.parameters or tuple(name for child in below for name in recording.ops[child].parameters)
         if names and (op.parameters or op.kind == 'Mm'):
             layer = recording.owners[names[0]]

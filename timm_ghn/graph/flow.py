@@ -65,7 +65,7 @@ class Flow:
         """Follow the data through a recording."""
         readers: list[list[int]] = [[] for _ in recording.ops]
         for index, op in enumerate(recording.ops):
-            for child in ops_of(op):
+            for child in op.children:
                 readers[child].append(index)
         order = _inputs_first(recording.ops)
         return cls(recording, order, tuple(map(tuple, readers)), _with_data(recording, order))
@@ -75,9 +75,14 @@ class Flow:
         """All ops of the recording."""
         return self.recording.ops
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter."""
+        return {info.name: info.shape for info in self.recording.parameters}
+
     def data_inputs(self, index: int) -> list[int]:
         """Ops with data that an op reads; one that it reads twice is there twice."""
-        return [child for child in ops_of(self.ops[index]) if self.data[child]]
+        return [child for child in self.ops[index].children if self.data[child]]
 
     def joining(self, index: int) -> list[Joined]:
         """Parameters that an op reads directly or through ops without data, each once."""
@@ -152,17 +157,12 @@ class Flow:
         return None
 
 
-def ops_of(op: Op) -> list[int]:
-    """Ops that an op reads."""
-    return [child for child in op.inputs if isinstance(child, int)]
-
-
 def _inputs_first(ops: Sequence[Op]) -> tuple[int, ...]:
     """Order in which every op comes behind its inputs."""
-    waiting = [len(set(ops_of(op))) for op in ops]
+    waiting = [len(set(op.children)) for op in ops]
     readers: list[list[int]] = [[] for _ in ops]
     for index, op in enumerate(ops):
-        for child in set(ops_of(op)):
+        for child in set(op.children):
             readers[child].append(index)
     order = [index for index, count in enumerate(waiting) if not count]
     for index in order:
@@ -185,10 +185,10 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
     weights: list[frozenset[str]] = [frozenset()] * len(ops)
     for index in order:
         op = ops[index]
-        data[index] = op.reads_image or any(data[child] for child in ops_of(op))
-        computes[index] = op.kind in COMPUTE or any(computes[child] for child in ops_of(op))
+        data[index] = op.reads_image or any(data[child] for child in op.children)
+        computes[index] = op.kind in COMPUTE or any(computes[child] for child in op.children)
         own = {name for name in op.parameters if len(shapes[name]) > 1}
-        weights[index] = frozenset(own).union(*(weights[child] for child in ops_of(op)))
+        weights[index] = frozenset(own).union(*(weights[child] for child in op.children))
     layers = {
         info.name for info in recording.parameters if len(info.shape) == 2 or is_layer(recording.owners[info.name])
     }
@@ -196,7 +196,7 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
         child
         for index, op in enumerate(ops)
         if data[index]
-        for child in ops_of(op)
+        for child in op.children
         if not data[child]
         and computes[child]
         and (len(weights[child]) > 1 or (op.kind == 'Add' and weights[child] & layers))
@@ -205,5 +205,5 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
         index = stack.pop()
         if not data[index] and computes[index]:
             data[index] = True
-            stack.extend(ops_of(ops[index]))
+            stack.extend(ops[index].children)
     return tuple(data)

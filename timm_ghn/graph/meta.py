@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from timm_ghn.errors import UnsupportedModelError
+
 
 @contextlib.contextmanager
 def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]:
@@ -18,6 +20,9 @@ def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]
 
     Floating-point tensors become float32, so that a model with mixed dtypes can be traced; all of them require a
     gradient, so that frozen parameters are seen too.
+
+    Raises:
+        UnsupportedModelError: if one of them is a nested tensor.
     """
     modules = list(model.modules())
     saved = [dict(module.__dict__) for module in modules]
@@ -51,7 +56,8 @@ def _collect(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
     for value in values:
         if isinstance(value, Tensor):
             if not value.is_meta and not isinstance(value, nn.Parameter):
-                found[id(value)] = value, value.detach().clone()
+                with contextlib.suppress(RuntimeError):  # quantised per channel: no copy, nor an operator in place
+                    found[id(value)] = value, (value.detach().clone(), None if _is_plain(value) else value._version)
         elif isinstance(value, (dict, list, set, collections.deque)) and id(value) not in found:
             found[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
             if not isinstance(value, set):
@@ -60,11 +66,18 @@ def _collect(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
             _collect(value, found)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor can be compared with another one; the others count their changes."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
 def _refill(container: Any, contents: Any) -> None:
     """Give a container or a tensor back what it held, keeping the object."""
     if isinstance(container, Tensor):
-        if not torch.equal(container, contents):
-            container.detach().copy_(contents)
+        values, version = contents
+        if not torch.equal(container, values) if version is None else container._version != version:
+            with torch.no_grad():  # detach() would give a sparse tensor of its own
+                container.copy_(values)
         return
     if _holds(container, contents):
         return
@@ -85,6 +98,8 @@ def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | No
     """A meta tensor of the same shape; the same one for the same (tied) tensor."""
     if value is None:
         return None
+    if value.is_nested:
+        raise UnsupportedModelError('a buffer or parameter is a nested tensor, which has no shape to trace with')
     if id(value) not in stand_in:
         dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
         meta = torch.empty(value.shape, dtype=dtype, device='meta')

@@ -11,14 +11,13 @@ chain of ops without data) brings in, or by itself where it is an op of the voca
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
 
 from timm_ghn.graph.attention import Attention
 from timm_ghn.graph.flow import COMPUTE, Flow
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.rewrite import Draft, Label, pool_shape
-from timm_ghn.graph.trace import Recording
-from timm_ghn.graph.vocabulary import is_published_exactly, operator_primitive, parameter_primitive, published_kind
+from timm_ghn.graph.vocabulary import operator_primitive, parameter_primitive
 
 #: Ops whose output lies in a fixed interval: what they scale is gated.
 GATES = frozenset({'Sigmoid', 'Hardsigmoid', 'Tanh', 'Hardtanh', 'Clamp', 'Softmax', 'SafeSoftmax'})
@@ -36,7 +35,6 @@ class OperatorRules:
         self.flow, self.attention = flow, attention
         self.recording = flow.recording
         self.ops = flow.ops
-        self.shapes = {info.name: info.shape for info in self.recording.parameters}
         self.draft = Draft([Label('input', primitive=Primitive.INPUT)])
         self.out: dict[int, frozenset[int]] = {}
         self.gated: list[tuple[int, frozenset[int]]] = []
@@ -93,18 +91,7 @@ class OperatorRules:
 
     def _insert_parameters(self, index: int, before: frozenset[int]) -> frozenset[int]:
         """Chain the parameters that an op brings in behind its data inputs: weights first, then biases."""
-        op = self.ops[index]
-        found: list[Label] = []
-        for joined in self.flow.joining(index):
-            name = joined.name
-            owner, shape = self.flow.owner(name), self.shapes[name]
-            table, unchanged = name in self.attention.tables, joined.unchanged
-            primitive = parameter_primitive(name, owner, shape, op.kind, table=table, unchanged=unchanged)
-            if primitive is None or name in self.flow.norms_apart:
-                continue
-            kernel = self.flow.kernel_of(index, joined, shape) if primitive is Primitive.CONV else None
-            blocks = self.flow.blocks_of(index, shape) if primitive is Primitive.POS_ENC else None
-            found.append(Label(name, owner, shape, primitive, kernel, blocks))
+        found = list(joined_labels(self.flow, self.attention, index))
         for label in sorted(found, key=lambda item: item.primitive is Primitive.BIAS):
             if label.primitive is Primitive.POS_ENC:
                 total = self._add(Label('PositionalAdd', primitive=Primitive.SUM), before)
@@ -238,7 +225,16 @@ def operator_draft(flow: Flow, attention: Attention) -> tuple[Draft, list[int]]:
     return draft, [0, *(x for x in order if x != 0)]
 
 
-def needs_operator_rules(recording: Recording, reached: frozenset[str]) -> bool:
-    """Whether the reference fails on a network: one with a subclass of a layer that it knows."""
-    owners: dict[int, nn.Module] = {id(recording.owners[name]): recording.owners[name] for name in reached}
-    return any(published_kind(owner) and not is_published_exactly(owner) for owner in owners.values())
+def joined_labels(flow: Flow, attention: Attention, index: int) -> Iterator[Label]:
+    """The parameters that an op brings to the data and that have a node, each with what it is."""
+    kind = flow.ops[index].kind
+    for joined in flow.joining(index):
+        name = joined.name
+        owner, shape = flow.owner(name), flow.shapes[name]
+        table, unchanged = name in attention.tables, joined.unchanged
+        primitive = parameter_primitive(name, owner, shape, kind, table=table, unchanged=unchanged)
+        if primitive is None or name in flow.norms_apart:
+            continue
+        kernel = flow.kernel_of(index, joined, shape) if primitive is Primitive.CONV else None
+        blocks = flow.blocks_of(index, shape) if primitive is Primitive.POS_ENC else None
+        yield Label(name, owner, shape, primitive, kernel, blocks)

@@ -24,7 +24,6 @@ def graph_to_dict(graph: Graph) -> dict[str, Any]:
             [info.name, info.shape, str(info.dtype).removeprefix('torch.'), info.owner, info.aliases]
             for info in graph.parameters
         ],
-        'supplement': None if graph.supplement is None else graph_to_dict(graph.supplement),
     }
 
 
@@ -35,7 +34,6 @@ def graph_from_dict(values: Mapping[str, Any]) -> Graph:
         CheckpointError: if the values are no graph.
     """
     try:
-        supplement = values['supplement']
         return Graph(
             **{
                 **values,
@@ -49,7 +47,6 @@ def graph_from_dict(values: Mapping[str, Any]) -> Graph:
                     for name, shape, dtype, owner, aliases in values['parameters']
                 ),
                 'input_size': _tuples(values['input_size']),
-                'supplement': None if supplement is None else graph_from_dict(supplement),
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

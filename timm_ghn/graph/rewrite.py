@@ -8,7 +8,7 @@ graph. :mod:`timm_ghn.graph.operators` holds the rules for all other networks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.trace import Recording
-from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_primitive
+from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_kind, published_primitive
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -34,6 +34,11 @@ class Label:
     def is_parameter(self) -> bool:
         """Whether it is a parameter."""
         return self.module is not None
+
+    @property
+    def key(self) -> str:
+        """The name by which the reference knows it: with a leading dot for a parameter of the model itself."""
+        return f'.{self.name}' if self.is_parameter and '.' not in self.name else self.name
 
 
 class Draft:
@@ -111,11 +116,11 @@ class Draft:
 def listing(recording: Recording) -> Draft:
     """The raw graph: each op is represented by the parameters that it reads, or else by itself.
 
-    Dropout and stochastic depth are left out, so that the rates of a network do not change its graph: some rules
-    count positions in the list.
+    Dropout and stochastic depth are products here, as in the reference: rules that count positions in the list see
+    them, and may take one for a gate.
     """
     ops = recording.ops
-    wanted = {index for index in _above_parameters(ops) if not ops[index].masks}
+    wanted = _above_parameters(ops)
     draft = Draft([])
     of_parameter: dict[str, int] = {}
     of_op: dict[int, tuple[int, int]] = {}
@@ -136,8 +141,6 @@ def listing(recording: Recording) -> Draft:
     for index, (entry, _) in of_op.items():
         for child in ops[index].inputs:
             if isinstance(child, int):
-                while ops[child].masks:
-                    (child,) = (below for below in ops[child].inputs if isinstance(below, int))
                 if child in of_op:
                     draft.connect(of_op[child][1], entry)
             elif 'bias' in child:
@@ -159,9 +162,8 @@ def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
     """Ops that depend on a parameter: what only depends on the image is not in the reference's autograd graph."""
     readers: list[list[int]] = [[] for _ in ops]
     for index, op in enumerate(ops):
-        for child in op.inputs:
-            if isinstance(child, int):
-                readers[child].append(index)
+        for child in op.children:
+            readers[child].append(index)
     stack = [index for index, op in enumerate(ops) if op.parameters]
     found = set(stack)
     while stack:
@@ -175,16 +177,15 @@ def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
 def filter_operators(draft: Draft) -> None:
     """Contract what is not in the vocabulary, and gates, means and sums that are not meant as such."""
     fan_in = {x: len(draft.predecessors[x]) for x in draft.order}
-    names = [draft.name(x).lower() for x in draft.order]
+    keys = {x: draft.labels[x].key for x in draft.order}
+    names = [key.lower() for key in keys.values()]
     gated = any('sigmoid' in name or 'swish' in name for name in names)
-    removed = {
-        x for index, x in enumerate(draft.order) if 'Mul' in draft.name(x) and not (gated and _is_gate(names, index))
-    }
-    removed |= _containing(draft, [draft.name(x) for x in draft.order if draft.labels[x].primitive is None])
+    removed = {x for index, x in enumerate(draft.order) if 'Mul' in keys[x] and not (gated and _is_gate(names, index))}
+    removed |= _containing(keys, [keys[x] for x in draft.order if draft.labels[x].primitive is None])
     rest = [x for x in draft.order if x not in removed]
     if gated:
-        names = [draft.name(x).lower() for x in rest]
-        removed |= {x for index, x in enumerate(rest) if 'Mean' in draft.name(x) and not _before_head(names, index)}
+        names = [keys[x].lower() for x in rest]
+        removed |= {x for index, x in enumerate(rest) if 'Mean' in keys[x] and not _before_head(names, index)}
     removed |= {x for x in rest if _joins(draft, x) and fan_in[x] <= 1}
     draft.contract(removed)
 
@@ -213,15 +214,12 @@ def _before_head(names: list[str], index: int) -> bool:
     return any(names[index - k].startswith(('classifier', 'fc', 'head')) for k in (1, 2))
 
 
-def _containing(draft: Draft, unknown: list[str]) -> set[int]:
-    """Positions of unknown names, and of names that contain one: the published filter matches substrings.
-
-    Only dotted names do, though: a model's own parameter 'w' would take every layer's weight out of the graph.
-    """
-    everything = '\n'.join(draft.name(x) for x in draft.order)
+def _containing(keys: Mapping[int, str], unknown: list[str]) -> set[int]:
+    """Positions of unknown names, and of names that contain one: the published filter matches substrings."""
+    everything = '\n'.join(keys.values())
     exact = set(unknown)
-    partial = [name for name in exact if '.' in name and everything.count(name) > unknown.count(name)]
-    return {x for x in draft.order if draft.name(x) in exact or any(name in draft.name(x) for name in partial)}
+    partial = [name for name in exact if everything.count(name) > unknown.count(name)]
+    return {x for x, key in keys.items() if key in exact or any(name in key for name in partial)}
 
 
 def filter_joins(draft: Draft) -> None:
@@ -275,7 +273,7 @@ class _PathCounter:
     def __init__(self, draft: Draft) -> None:
         order = draft.sort()
         if order is None:
-            raise UnsupportedModelError('the graph has a cycle: a layer is used again behind itself')
+            raise _used_again()
         self._rank = {x: rank for rank, x in enumerate(order)}
         self._order = order
         self._predecessors = [set(before) for before in draft.predecessors]
@@ -357,20 +355,21 @@ def rotate_squeezenet_head(draft: Draft, order: list[int], model: nn.Module) -> 
 RULES: tuple[Callable[[Draft], None], ...] = (filter_operators, insert_weights, route_values_through_softmax)
 
 
-def published_draft(recording: Recording) -> tuple[Draft, list[int], bool]:
+def published_draft(recording: Recording) -> tuple[Draft, list[int]]:
     """Apply the published rules.
 
     Returns:
-        The rewritten graph, its positions in order, and whether that order is topological. It is not where a rule
-        closed a cycle, as the Swin rule does on torchvision's second version: the reference then keeps the list's
-        order, and so the published graph of such a network is the cyclic one.
+        The rewritten graph and its positions in topological order; in the order of the list where a rule closed a
+        cycle, as the Swin rule does on torchvision's second version: the reference keeps that order, and so the
+        published graph of such a network is the cyclic one.
 
     Raises:
-        UnsupportedModelError: if a parameter that is used again behind itself makes the raw graph cyclic.
+        UnsupportedModelError: if the reference fails on a layer, or if one is used again behind itself.
     """
+    _expect_known_classes(recording)
     draft = listing(recording)
     if draft.sort() is None:
-        raise UnsupportedModelError('the graph has a cycle: a layer is used again behind itself')
+        raise _used_again()
     for rule in RULES:
         rule(draft)
     connect_swin_stages(draft, recording.model)
@@ -378,7 +377,31 @@ def published_draft(recording: Recording) -> tuple[Draft, list[int], bool]:
     add_input(draft)
     order = draft.sort()
     if order is None:
-        return draft, draft.order, False
+        readers = [name for op in recording.ops for name in set(op.parameters)]
+        if len(readers) > len(set(readers)):
+            raise _used_again()
+        return draft, draft.order
     order = add_positional_sum(draft, order)
     rotate_squeezenet_head(draft, order, recording.model)
-    return draft, order, True
+    return draft, order
+
+
+def _expect_known_classes(recording: Recording) -> None:
+    """Refuse a subclass of a layer that the reference knows: it takes it for one, and then does not find its class."""
+    for name in dict.fromkeys(name for op in recording.ops for name in op.parameters):
+        owner = recording.owners[name]
+        kind = published_kind(owner)
+        if kind is not None and kind != class_path(owner):
+            raise UnsupportedModelError(
+                f'the published rules have no graph for {type(recording.model).__name__}: they know {kind}, but not '
+                f"{class_path(owner)}, which holds '{name}'; {_WAY_OUT}"
+            )
+
+
+def _used_again() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f'the published rules have no graph for a network in which a layer is used again behind itself; {_WAY_OUT}'
+    )
+
+
+_WAY_OUT = "rules='auto' gives the graph by its operators"

@@ -64,7 +64,7 @@ class Node:
     blocks: tuple[int, int, int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """A network as a GHN reads it: a directed graph from the input to the output.
 
@@ -79,8 +79,10 @@ class Graph:
         kept: Reason for each parameter that no node of the graph predicts.
         input_size: (channels, height, width) of the image that the graph was traced with.
         num_classes: Number of classes of the classifier, None where it is not known or absent.
-        rules: Name of the rule set that shaped the graph.
-        supplement: The graph by the operator rules, where it predicts parameters that this one does not know.
+        rules: Name of the rule set that shaped the graph: 'published' or 'operators'.
+
+    Graphs are compared by identity: equal ones may list their nodes in different orders, and comparing that would be a
+    search.
     """
 
     nodes: tuple[Node, ...]
@@ -94,7 +96,6 @@ class Graph:
     input_size: tuple[int, int, int]
     num_classes: int | None
     rules: str
-    supplement: Graph | None = None
 
     def __post_init__(self) -> None:
         n = len(self.nodes)
@@ -165,11 +166,6 @@ class Graph:
     @functools.cached_property
     def _distances_NN(self) -> Tensor:
         return shortest_paths(len(self), self.edges_E2)
-
-    @property
-    def parts(self) -> tuple[Graph, ...]:
-        """The graphs to embed: this one and its supplement, if it has one. Rows are numbered through."""
-        return (self,) if self.supplement is None else (self, self.supplement)
 
     @functools.cached_property
     def node_of(self) -> dict[str, int]:

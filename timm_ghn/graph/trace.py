@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op, walk
@@ -29,6 +32,9 @@ DEFAULT_IMAGE_SIZE = 224
 
 #: Largest number of an input size; with much larger ones, torch cannot count the elements of a tensor.
 _MAX_SIDE = 2**16
+#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
+#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
+_TRACING = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +172,23 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def _no_reentrant_checkpointing() -> Iterator[None]:
+    """Run reentrantly checkpointed functions as they are: autograd does not see the parameters that they read."""
+    original, tracing = checkpoint.CheckpointFunction, threading.get_ident()
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if threading.get_ident() != tracing:
+            return original.apply(function, preserve_rng_state, *args)
+        return function(*args)
+
+    checkpoint.CheckpointFunction = types.SimpleNamespace(apply=apply)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original  # type: ignore[misc]
+
+
+@contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Record gradients in float32 whatever the caller has switched off or on, and leave no mark on what is global.
 
@@ -192,7 +215,8 @@ def _record(
     owners: Mapping[str, nn.Module],
 ) -> Recording:
     """Run the model once and list what it did."""
-    with _undisturbed(), on_meta(model, [info.name for info in parameters]) as names:
+    wanted = [info.name for info in parameters]
+    with _TRACING, _undisturbed(), _no_reentrant_checkpointing(), on_meta(model, wanted) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         tracker, mode = _ModuleTracker(), MetaMode()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from torch import nn
@@ -41,6 +42,7 @@ _TABLE = {
 }
 
 
+@functools.lru_cache(1024)
 def operator_primitive(kind: str) -> Primitive | None:
     """Primitive of an operator by its autograd name.
 
@@ -59,11 +61,6 @@ def class_path(module: nn.Module | type) -> str:
 def published_kind(module: nn.Module) -> str | None:
     """Class path of the nearest base class that the published GHNs know, None where there is none."""
     return next((path for kind in type(module).__mro__ if (path := class_path(kind)) in _TABLE), None)
-
-
-def is_published_exactly(module: nn.Module) -> bool:
-    """Whether the module's own class, not only a base class of it, is in the published table."""
-    return class_path(module) in _TABLE
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -232,7 +229,14 @@ _GAINS = ('alpha', 'beta', 'gamma', 'gain', 'scale', 'tau', 'temperature', 'v')
 
 
 def kept_reason(
-    name: str, module: nn.Module, shape: tuple[int, ...], *, reached: bool, table: bool = False, apart: bool = False
+    name: str,
+    module: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    reached: bool,
+    table: bool = False,
+    apart: bool = False,
+    left_out: bool = False,
 ) -> str:
     """Why no node of the graph predicts a parameter of floating-point numbers, in words for the plan.
 
@@ -243,10 +247,13 @@ def kept_reason(
         reached: Whether the forward pass uses it.
         table: Whether it is a table of relative positions, which enters the logits of an attention.
         apart: Whether it is the norm of a weight in weight normalisation.
+        left_out: Whether the graph by the operators has a node for it, and only the published one has none.
     """
     unused, token, gain, relative, axes, norm = ARCHITECTURAL[:6]
     if not reached:
         return unused
+    if left_out:
+        return f'{type(module).__name__}.{name.rpartition(".")[2]} is left out by the published rules'
     if table:
         return relative
     if apart:

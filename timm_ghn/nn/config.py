@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.graph.build import RULES
 from timm_ghn.nn.registry import known_gnns
 
 #: Version of the configuration format that this package writes. Raise it when a reader must know more than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,7 +46,8 @@ class GHNConfig:
         templates: Number of templates of the decoder 'templates'; unused by the others.
         codes: Size of its channel codes; unused by the others.
         smooth: Whether nodes are also described by numbers that vary smoothly with sizes and depth.
-        rules: Rule set that shapes the graphs that the GHN reads.
+        rules: Rules that shape the graphs that the GHN reads: 'auto', 'published' or 'operators', see
+            :func:`timm_ghn.trace`.
         postprocess: Post-processing that serves its predictions best before training: 'orth', 'noise' or 'none'.
         mean: Mean of the images in training, per channel.
         std: Standard deviation of the images in training, per channel.
@@ -68,7 +70,7 @@ class GHNConfig:
     smooth: bool = False
     templates: int = 32
     codes: int = 64
-    rules: str = 'published'
+    rules: str = 'auto'
     postprocess: str = 'orth'
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -91,6 +93,7 @@ class GHNConfig:
         _expect_one_of('gnn', self.gnn, known_gnns())
         _expect_one_of('decoder', self.decoder, DECODERS)
         _expect_one_of('window', self.window, WINDOWS)
+        _expect_one_of('rules', self.rules, RULES)
         _expect_one_of('postprocess', self.postprocess, POSTPROCESSING)
         if self.gnn == 'graphormer' and self.hid % self.heads:
             raise ConfigError(f'expected hid divisible by heads (got hid {self.hid}, heads {self.heads})')
@@ -103,8 +106,8 @@ class GHNConfig:
         for field in ('layernorm', 'weight_norm', 'smooth', 'trained'):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f'expected {field} to be true or false (got {getattr(self, field)!r})')
-        if not isinstance(self.rules, str) or not isinstance(self.name, (str, type(None))):
-            raise ConfigError(f'expected rules and name as text (got {self.rules!r} and {self.name!r})')
+        if not isinstance(self.name, (str, type(None))):
+            raise ConfigError(f'expected name as text (got {self.name!r})')
         self._check_images()
 
     def _check_images(self) -> None:
@@ -132,6 +135,8 @@ class GHNConfig:
         Raises:
             ConfigError: if a newer version of this package wrote it, if a key is unknown or a required one absent,
                 or if a value is out of range.
+
+        Records of older versions are read as what they meant; the result has the present version.
         """
         _expect_readable(record.get('format_version', FORMAT_VERSION))  # first: a newer one may have more keys
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -142,6 +147,8 @@ class GHNConfig:
         if absent:
             raise ConfigError(f'expected a GHN configuration to state {", ".join(absent)} (got {", ".join(record)})')
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in record.items()}
+        if values.pop('format_version', 1) == 1 and values.get('rules') == 'published':
+            values['rules'] = 'auto'  # in version 1, networks without a published graph had the one by operators
         return cls(**values)
 
 

@@ -45,8 +45,7 @@ class ParameterRow:
         owner: Class of the module that holds it.
         aliases: Its other names, when it is tied.
         role: 'weight', 'bias', 'norm weight', 'norm bias', 'position', 'head weight', 'head bias', or 'kept'.
-        node: Index of the graph node that predicts it, counted through the graph and its supplement; None when it is
-            kept.
+        node: Index of the graph node that predicts it, None when it is kept.
         request: What the GHN decodes for it.
         fit: How that is tiled and scaled to the parameter.
         reason: Why it keeps its own initialisation, None when it is predicted.
@@ -95,9 +94,9 @@ class ParameterRow:
         }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ParameterPlan:
-    """Every parameter of a model, exactly once.
+    """Every parameter of a model, exactly once. Plans are compared by identity, as their graphs are.
 
     Attributes:
         rows: In the order of ``model.named_parameters()``.
@@ -142,7 +141,6 @@ class ParameterPlan:
         return {
             'nodes': len(self.graph),
             'edges': len(self.graph.edges_E2),
-            'supplement_nodes': sum(len(part) for part in self.graph.parts[1:]),
             'rules': self.graph.rules,
             'tensors': len(self.rows),
             'elements': sum(row.numel for row in self.rows),
@@ -166,7 +164,6 @@ class ParameterPlan:
         table.append(
             f'{totals["predicted_tensors"]} of {totals["tensors"]} tensors and {totals["predicted_elements"]:,} of '
             f'{totals["elements"]:,} elements are predicted, from a graph of {totals["nodes"]} nodes'
-            + (f' and another one of {totals["supplement_nodes"]}' if totals['supplement_nodes'] else '')
         )
         return '\n'.join(table)
 
@@ -208,14 +205,12 @@ def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig) -> Paramete
         return _kept(info, NOT_FLOATING)
     if info.numel == 0:
         return _kept(info, NO_ELEMENTS)
-    part = graph if info.name in graph.node_of else graph.parts[-1]
-    index = part.node_of[info.name]
-    kind, role = _kind(info, part, index)
-    row = index if part is graph else len(graph) + index
-    node = part.nodes[index]
+    index = graph.node_of[info.name]
+    kind, role = _kind(info, graph, index)
+    node = graph.nodes[index]
     size, fit = fit_of(kind, info.shape, config, position=role == 'position', kernel=node.kernel, blocks=node.blocks)
-    request = DecodeRequest(kind, row, size)
-    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, row, request, fit)
+    request = DecodeRequest(kind, index, size)
+    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, index, request, fit)
 
 
 def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, str]:

@@ -49,8 +49,7 @@ def predict_parameters(ghn: GHN, blueprints: Sequence[Blueprint]) -> list[dict[s
     Returns:
         For each network its predicted parameters by name, all names of a tied one.
     """
-    parts = [part for blueprint in blueprints for part in blueprint.graph.parts]
-    embeddings_Nd = ghn.encode(parts)
+    embeddings_Nd = ghn.encode([blueprint.graph for blueprint in blueprints])
     requests, places = [], []
     offset = 0
     for which, blueprint in enumerate(blueprints):
@@ -60,7 +59,7 @@ def predict_parameters(ghn: GHN, blueprints: Sequence[Blueprint]) -> list[dict[s
                 # Whatever is fixed at random is that of the network alone.
                 requests.append(DecodeRequest(request.kind, request.node + offset, request.size, salt=request.node))
                 places.append((which, row))
-        offset += sum(map(len, blueprint.graph.parts))
+        offset += len(blueprint.graph)
     found: list[dict[str, Tensor]] = [{} for _ in blueprints]
     # Random tokens are those of the network alone as well: drawn in the order of its plan.
     generators = [torch.Generator().manual_seed(0) for _ in blueprints]

@@ -1,0 +1,100 @@
+"""A graph that is right has no flaw; each way of being wrong is seen, whatever rules made the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from networks import NETWORKS, SIZE, plain
+from torch import Tensor
+
+from timm_ghn import Graph, trace
+from timm_ghn.graph.checks import flaws_of
+from timm_ghn.graph.flow import Flow
+from timm_ghn.graph.trace import record
+
+
+@pytest.mark.parametrize(
+    ('name', 'rules'),
+    # By the operators, data is what has a gradient, which integer tokens have not.
+    [(name, rules) for name in NETWORKS for rules in ('auto', 'operators') if (name, rules) != ('tokens', 'operators')],
+)
+def test_a_right_graph_has_no_flaw(name, rules):
+    case = NETWORKS[name]()
+    flow = Flow.of(record(case.model, **case.options))
+    assert flaws_of(trace(case.model, rules=rules, **case.options), flow) == []
+
+
+@pytest.fixture(scope='module')
+def vit() -> tuple[Graph, Flow]:
+    with torch.device('meta'):
+        model = timm.create_model('test_vit')
+    return trace(model), Flow.of(record(model))
+
+
+def flaws(vit: tuple[Graph, Flow], edges: Tensor, **changes: object) -> str:
+    graph, flow = vit
+    return ' '.join(flaws_of(dataclasses.replace(graph, edges_E2=edges, **changes), flow))
+
+
+def test_a_graph_without_an_edge_to_the_classifier(vit):
+    graph, _ = vit
+    into_head = graph.edges_E2[:, 1] == graph.node_of['head.weight']
+    found = flaws(vit, graph.edges_E2[~into_head])
+    assert 'ends for 1 outputs' in found
+    assert 'not reached from the input: head.weight' in found
+    assert 'weights without an input: head.weight' in found
+
+
+def test_a_cycle(vit):
+    graph, _ = vit
+    qkv, norm = graph.node_of['blocks.0.attn.qkv.weight'], graph.node_of['blocks.1.norm1.weight']
+    assert 'cyclic' in flaws(vit, torch.cat([graph.edges_E2, torch.tensor([[norm, qkv]])]))
+
+
+def test_weights_in_another_order(vit):
+    """The attention's weights beside each other instead of behind each other."""
+    graph, _ = vit
+    proj, norm = graph.node_of['blocks.0.attn.proj.weight'], graph.node_of['blocks.1.norm1.weight']
+    swapped = graph.edges_E2.clone()
+    swapped[graph.edges_E2 == proj] = norm
+    swapped[graph.edges_E2 == norm] = proj
+    assert 'in the graph only' in flaws(vit, swapped)
+
+
+def test_a_weight_that_hangs_on_the_input(vit):
+    """A short cut around a layer leaves the order as it is; dropping the layer's input does not."""
+    graph, _ = vit
+    qkv = graph.node_of['blocks.0.attn.qkv.weight']
+    from_input = torch.tensor([[0, qkv]])
+    assert flaws(vit, torch.cat([graph.edges_E2, from_input])) == ''
+    rest = graph.edges_E2[graph.edges_E2[:, 1] != qkv]
+    assert 'behind a weight but not so in the graph' in flaws(vit, torch.cat([rest, from_input]))
+
+
+def test_a_classifier_that_is_not_found(vit):
+    graph, _ = vit
+    assert flaws(vit, graph.edges_E2, class_weights=()) == 'no classifier found for 1000 classes'
+    wrong = flaws(vit, graph.edges_E2, class_weights=('blocks.0.attn.proj.weight',))
+    assert 'head.weight of the classifier is no class weight' in wrong
+    assert 'classifier blocks.0.attn.proj.weight of shape' in wrong
+
+
+def test_one_of_two_classifiers_that_is_not_found():
+    with torch.device('meta'):
+        model = timm.create_model('deit_tiny_distilled_patch16_224', depth=1)
+    graph = trace(model)
+    one = dataclasses.replace(graph, class_weights=('head.weight',), class_biases=('head.bias',))
+    assert flaws_of(one, Flow.of(record(model))) == ['head_dist.weight of the classifier is no class weight']
+
+
+def test_a_second_input():
+    model = plain()
+    graph = trace(model, input_size=SIZE)
+    nodes = list(graph.nodes)
+    nodes[1] = dataclasses.replace(nodes[1], primitive=nodes[0].primitive)
+    assert '2 inputs' in ' '.join(
+        flaws_of(dataclasses.replace(graph, nodes=tuple(nodes)), Flow.of(record(model, input_size=SIZE)))
+    )
