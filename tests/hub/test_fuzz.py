@@ -10,6 +10,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -125,6 +126,12 @@ def expect_both(target: str, ended: dict[str, int]) -> None:
     assert bool(refused) != (target == 'kept'), ended
 
 
+@pytest.fixture(autouse=True)
+def _not_on_the_disk(monkeypatch):
+    """A conversion waits until it is on the disk; thousands of them need not."""
+    monkeypatch.setattr('timm_ghn.hub.convert.os.fsync', lambda _: None)
+
+
 @pytest.mark.parametrize('target', TARGETS)
 def test_a_few_hundred_cases(target, tmp_path, small_ghn, marker):
     expect_both(target, fuzz(target, tmp_path, small_ghn, marker, cases=FEW, seed=0))
@@ -162,13 +169,15 @@ def test_a_payload_that_runs_is_noticed(tmp_path, marker):
         (lambda: torch.ones(150_000_000), 'TooLargeError'),
         (lambda: {}['x'], 'KeyError'),
         (lambda: [None for _ in iter(int, 1)], 'TooSlowError|MemoryError'),
+        (lambda: time.sleep(60), 'TooSlowError'),
         (lambda: sys.exit(3), 'SystemExit'),
     ],
-    ids=['addresses', 'memory', 'crash', 'endless', 'exit'],
+    ids=['addresses', 'memory', 'crash', 'endless', 'waiting', 'exit'],
 )
 def test_what_must_not_happen_is_noticed(tmp_path, marker, monkeypatch, read, match):
     if 'TooSlow' in match:
         monkeypatch.setattr('fuzz.MAX_SECONDS', 0.5)
+        monkeypatch.setattr('fuzz.MAX_WAIT', 0.5)
     path = tmp_path / 'file'
     path.touch()
     torch.ones(1)  # the first operation of torch takes addresses for its threads
