@@ -159,12 +159,12 @@ class Times:
 
 def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
     """Time every stage by itself, and all of them in ghn_init; the model is on the meta device afterwards."""
-    from timm_ghn.params.fit import repeated, scaled
+    from timm_ghn.params.fit import scaled, write_repeated
     from timm_ghn.writable import check_finite, write_all_
 
     graph = timm_ghn.trace(model, rules=ghn.config.rules)
     plan = timm_ghn.plan_parameters(graph, ghn.config, head='predict')
-    requests = [row.request for row in plan.predicted]
+    requests, fits = [row.request for row in plan.predicted], {row.name: row.fit for row in plan.predicted}
     parameters = dict(model.named_parameters())
 
     def edges() -> None:
@@ -175,9 +175,8 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
     def fit() -> None:
         for index, tensor in decoded.items():
             row = plan.predicted[index]
-            values[row.name] = scaled(tensor, row.fit).to(row.dtype)
+            values[row.name] = scaled(tensor, row.fit).to(row.dtype).contiguous()
             check_finite(row.name, values[row.name])
-            values[row.name] = repeated(values[row.name], row.fit, row.shape).contiguous()
 
     with torch.no_grad():
         nodes = ghn.encode(graph.parts)
@@ -188,7 +187,10 @@ def measure(model: nn.Module, ghn: timm_ghn.GHN, machine: Machine) -> Times:
             'plan': lambda: timm_ghn.plan_parameters(graph, ghn.config, head='predict'),
             'encode': lambda: ghn.encode(graph.parts),
             'fit': fit,
-            'write': lambda: write_all_(parameters, values.items()),
+            'write': lambda: write_all_(
+                {row.name: parameters[row.name] for row in plan.predicted},
+                lambda name, target: write_repeated(target, values[name], fits[name]),
+            ),
             'decode': lambda: [None for _ in ghn.decode(nodes, requests)],
         }
         seconds = {}
