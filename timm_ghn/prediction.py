@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.requests import DecodeRequest
-from timm_ghn.params.fit import Fit, repeated, scaled
+from timm_ghn.params.fit import Fit, scaled, write_repeated
 from timm_ghn.params.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.postprocess import DEFAULT, PostProcess, process_, processed_layers
 from timm_ghn.version import __version__
@@ -77,8 +77,9 @@ def predict(
         GHNError: if the GHN cannot be loaded.
     """
     chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
-    values = _values(chosen, plan, seed)
-    state_dict = {name: values[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
+    decoded = _Decoded(chosen, plan, seed)
+    found = {row.name: decoded.tensor(row, chosen.device) for row in plan.predicted}
+    state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
 
 
@@ -159,10 +160,21 @@ def initialise(
     options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
     for row in plan.predicted:
         check_writable(row.name, parameters[row.name])
-    values = _values(chosen, plan, seed, parameters)
+    decoded = _Decoded(chosen, plan, seed)
+    finished: dict[str, Tensor] = {}
     if options is not None:
-        process_(values, processed_layers(plan, options), options)
-    write_all_(parameters, ((row.name, values.pop(row.name)) for row in plan.predicted))
+        layers = processed_layers(plan, options)
+        finished = {row.name: decoded.tensor(row, parameters[row.name].device) for row in layers}
+        process_(finished, layers, options)
+    rows = {row.name: row for row in plan.predicted}
+
+    def write(name: str, parameter: Tensor) -> None:
+        if name in finished:
+            parameter.copy_(finished.pop(name))
+        else:
+            decoded.write(rows[name], parameter)
+
+    write_all_({name: parameters[name] for name in rows}, write)
     return provenance(chosen, plan, head=head, seed=seed, postprocess=options)
 
 
@@ -195,45 +207,45 @@ def _prepare(
     return ghn, plan
 
 
-@torch.no_grad()
-def _values(
-    ghn: GHN, plan: ParameterPlan, seed: int, parameters: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Predicted tensors by name, finite, contiguous and each with memory of its own.
+class _Decoded:
+    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes.
 
     Args:
         ghn: The GHN.
         plan: Of the model.
-        seed: Draws the tokens without a position, in the order of the plan.
-        parameters: The model's, on whose devices the tensors are to be; by default they are where the GHN is.
+        seed: Of the tokens without a position, which are drawn when they are written.
+
+    Raises:
+        PredictionError: if a value is not finite in the dtype of its parameter.
     """
-    embeddings_Nd = ghn.encode(plan.graph)
-    if not bool(torch.isfinite(embeddings_Nd).all()):
-        raise PredictionError(
-            f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "
-            'the model was left as it was'
-        )
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for row, decoded in _decoded(ghn, embeddings_Nd, plan):
-        device = decoded.device if parameters is None else parameters[row.name].device
-        values = scaled(decoded, _fit(row)).to(row.dtype)
-        check_finite(f"values predicted for '{row.name}'", values)  # before they are repeated
-        tensor = repeated(values.to(device), _fit(row), row.shape, generator).contiguous()
-        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
-        found[row.name] = tensor.clone() if is_part else tensor
-    return found
 
+    @torch.no_grad()
+    def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._values: dict[str, Tensor] = {}
+        embeddings_Nd = ghn.encode(plan.graph)
+        if not bool(torch.isfinite(embeddings_Nd).all()):
+            raise PredictionError(
+                f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "
+                'the model was left as it was'
+            )
+        rows = plan.predicted
+        for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
+            row = rows[index]
+            values = scaled(decoded, _fit(row)).to(row.dtype).contiguous()
+            check_finite(f"values predicted for '{row.name}'", values)
+            self._values[row.name] = values
 
-def _decoded(ghn: GHN, embeddings_Nd: Tensor, plan: ParameterPlan) -> Iterator[tuple[ParameterRow, Tensor]]:
-    """Decode all that is predicted; positional embeddings come last, in the order of the plan."""
-    rows = [row for row in plan.predicted if row.role != 'position']
-    positions = [row for row in plan.predicted if row.role == 'position']
-    for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
-        yield rows[index], decoded
-    decoded_positions = dict(ghn.decode(embeddings_Nd, [_request(row) for row in positions]))
-    for index, row in enumerate(positions):
-        yield row, decoded_positions[index]
+    @torch.no_grad()
+    def write(self, row: ParameterRow, target: Tensor) -> None:
+        """Write a parameter in place, each once and in the order of the plan."""
+        write_repeated(target, self._values.pop(row.name), _fit(row), self._generator)
+
+    def tensor(self, row: ParameterRow, device: torch.device) -> Tensor:
+        """A parameter as a tensor of its own."""
+        target = torch.empty(row.shape, dtype=row.dtype, device=device)
+        self.write(row, target)
+        return target
 
 
 def _request(row: ParameterRow) -> DecodeRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -76,15 +76,14 @@ def check_finite(what: str, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def write_all_(parameters: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy values into parameters in place: all of them or, if anything fails or the user interrupts, none.
+def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], object]) -> None:
+    """Write parameters in place: all of them or, if anything fails or the user interrupts, none.
 
-    What a parameter held is kept until all are written. An iterator that gives its values away, as ``popitem`` does,
-    therefore takes the memory of the parameters once, not twice.
+    What a parameter held is kept until all are written, which takes the memory of the parameters once more.
 
     Args:
-        parameters: By name.
-        values: Names, and values of the same shape, of any dtype and on any device.
+        parameters: All that are to be written, by name.
+        write: Writes one of them in place.
 
     Raises:
         PredictionError: if a parameter cannot be written; all are what they were.
@@ -92,10 +91,9 @@ def write_all_(parameters: Mapping[str, Tensor], values: Iterable[tuple[str, Ten
     written: list[tuple[Tensor, Tensor]] = []
     name = ''
     try:
-        for name, value in values:
-            parameter = parameters[name]
+        for name, parameter in parameters.items():
             written.append((parameter, parameter.detach().clone()))
-            parameter.copy_(value)
+            write(name, parameter)
     except BaseException as error:
         _put_back(written)
         if not isinstance(error, Exception):

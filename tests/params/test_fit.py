@@ -11,7 +11,17 @@ from torch import Tensor
 
 from timm_ghn import GHNConfig
 from timm_ghn.nn.requests import DecodeKind
-from timm_ghn.params.fit import TOKEN_STD, Fit, fan_in_scale, fit_of, fitted, random_tokens, repeated, scaled
+from timm_ghn.params.fit import (
+    TOKEN_STD,
+    Fit,
+    fan_in_scale,
+    fit_of,
+    fitted,
+    random_tokens,
+    repeated,
+    scaled,
+    write_repeated,
+)
 
 CONFIG = GHNConfig(hid=8, max_shape=(8, 6, 7, 7), num_classes=10, heads=2)
 PLAIN = GHNConfig(hid=8, max_shape=(8, 6, 7, 7), num_classes=10, heads=2, weight_norm=False)
@@ -71,6 +81,11 @@ def activated(decoded: Tensor, kind: DecodeKind, shape: tuple[int, ...]) -> Tens
     return decoded * fan_in_scale(shape)
 
 
+def strided(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor whose elements lie in the opposite order in memory, with gaps."""
+    return torch.zeros(*reversed(shape), 2, dtype=dtype)[..., 0].permute(*reversed(range(len(shape))))
+
+
 KINDS = [
     *((DecodeKind.TENSOR, shape) for shape in TENSORS),
     *((DecodeKind.HEAD_WEIGHT, shape) for shape in [(10, 6), (3, 4), (25, 13), (12, 7, 1, 1), (10, 5, 1)]),
@@ -83,9 +98,25 @@ KINDS = [
 def test_a_parameter_repeats_what_was_decoded(kind, shape):
     decoded, fit = decoded_for(kind, shape)
     expected = literal(activated(decoded, kind, shape), shape)
-    before = decoded.clone()
     torch.testing.assert_close(fitted(decoded, fit, shape), expected, rtol=1e-6, atol=0)
-    assert torch.equal(decoded, before)
+
+
+@pytest.mark.parametrize(('kind', 'shape'), KINDS, ids=lambda value: getattr(value, 'value', str(value)))
+def test_a_parameter_is_written_without_a_temporary_of_its_size(kind, shape):
+    decoded, fit = decoded_for(kind, shape)
+    values = scaled(decoded, fit)
+    before, expected = values.clone(), repeated(values, fit, shape)
+    for target in (torch.full(shape, torch.nan), strided(shape)):
+        write_repeated(target, values, fit)
+        assert torch.equal(target, expected)
+    double = torch.zeros(shape).double()
+    write_repeated(double, values, fit)
+    assert torch.equal(double, expected.double())
+    memory = torch.full((*shape, 2), torch.nan)
+    write_repeated(memory[..., 0], values, fit)
+    assert bool(memory[..., 1].isnan().all())
+    assert torch.equal(memory[..., 0], expected)
+    assert torch.equal(values, before)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

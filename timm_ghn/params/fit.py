@@ -188,3 +188,36 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
         torch.randn(1, count, positions.shape[2], generator=generator, dtype=torch.float32, device='cpu') * TOKEN_STD
     )
     return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
+
+
+def write_repeated(target: Tensor, values: Tensor, fit: Fit, generator: torch.Generator | None = None) -> None:
+    """Write what :func:`repeated` gives into a parameter in place, without a temporary of its size.
+
+    Args:
+        target: The parameter, of any floating dtype and on any device.
+        values: From :func:`scaled`.
+        fit: From :func:`fit_of`.
+        generator: On the CPU; draws the tokens without a position.
+    """
+    flat = not fit.columns and target.is_contiguous()
+    if fit.tokens is not None or not (flat or fit.columns):
+        target.copy_(repeated(values, fit, tuple(target.shape), generator))
+    elif flat:
+        _copy_repeated(target.view(-1), values.to(target), (fit.rows,))
+    else:
+        _copy_repeated(target, _with_axes(values.to(target), target.dim()), (fit.rows, fit.columns))
+
+
+def _copy_repeated(target: Tensor, values: Tensor, periods: tuple[int, ...]) -> None:
+    """Copy values to wherever they recur in the first axes of a tensor, the last of these axes first."""
+    if not periods:
+        target.copy_(values)
+        return
+    axis, period = len(periods) - 1, periods[-1]
+    rest = target.shape[axis] % period
+    whole = target.shape[axis] - rest
+    if whole:
+        recurring = target.narrow(axis, 0, whole).unflatten(axis, (-1, period))
+        _copy_repeated(recurring, values.unsqueeze(axis), periods[:-1])
+    if rest:
+        _copy_repeated(target.narrow(axis, whole, rest), values.narrow(axis, 0, rest), periods[:-1])
