@@ -30,10 +30,6 @@ TRACE_BATCH = 2
 
 DEFAULT_IMAGE_SIZE = 224
 
-#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
-#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
-_TRACING = threading.RLock()
-
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
@@ -202,6 +198,11 @@ def _undisturbed() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+
+#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
+#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
+_TRACING = threading.RLock()
 
 
 def _record(
