@@ -16,7 +16,6 @@ from variants import GHN3
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.nn import GHN, GHNConfig, storage as storage_module
-from timm_ghn.nn.config import FORMAT_VERSION
 from timm_ghn.nn.storage import read_ghn, read_json, save_ghn
 
 
@@ -67,7 +66,7 @@ def test_the_mixin_saves_and_loads_the_same_form(ghn, tmp_path):
     assert {'config.json', 'model.safetensors'} <= {path.name for path in (tmp_path / 'ghn').iterdir()}
     expect_same(GHN.from_pretrained(tmp_path / 'ghn'), ghn)
     expect_same(read_ghn(tmp_path / 'ghn'), ghn)
-    assert json.loads((tmp_path / 'ghn/config.json').read_text())['format_version'] == FORMAT_VERSION
+    assert json.loads((tmp_path / 'ghn/config.json').read_text())['format_version'] == GHNConfig.format_version
 
 
 def test_float64_is_kept_on_disk_and_read_on_request(ghn, tmp_path):
@@ -149,7 +148,7 @@ def test_whoever_may_read_the_configuration_may_read_the_weights(folder):
 
 
 def test_a_configuration_of_a_newer_version_says_to_upgrade(folder):
-    edit(folder, format_version=FORMAT_VERSION + 1, a_key_of_the_future=1)
+    edit(folder, format_version=GHNConfig.format_version + 1, a_key_of_the_future=1)
     with pytest.raises(ConfigError, match=r'newer timm_ghn.*upgrade'):
         read_ghn(folder)
 

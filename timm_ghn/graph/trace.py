@@ -32,9 +32,6 @@ DEFAULT_IMAGE_SIZE = 224
 
 #: Largest number of an input size; with much larger ones, torch cannot count the elements of a tensor.
 _MAX_SIDE = 2**16
-#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
-#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
-_TRACING = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +202,11 @@ def _undisturbed() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+
+#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
+#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
+_TRACING = threading.RLock()
 
 
 def _record(
