@@ -345,7 +345,7 @@ def report(args: argparse.Namespace, errors: dict[Cell, str]) -> None:
     with stem.with_suffix('.jsonl').open('w', encoding='utf-8') as file:
         for cell, epochs in sorted(curves.items()):
             keep = ('epoch', 'train_loss', 'val_loss', 'val_top1')
-            rows = [{key: round(epoch[key], 4) for key in keep if key in epoch} for epoch in epochs]
+            rows = [{key: round(epoch[key], 4) for key in keep if epoch.get(key) is not None} for epoch in epochs]
             file.write(json.dumps({**dataclasses.asdict(cell), 'epochs': rows}) + '\n')
     text = [
         f'# Initialisations after fine-tuning, {args.name}',
