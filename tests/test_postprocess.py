@@ -246,12 +246,11 @@ def test_the_share_counts_the_same_for_any_architecture():
         assert [row.name for row in processed_layers(plan, NAMED['orth'])] == expected
 
 
-@pytest.mark.parametrize('rules', ['published', 'operators'])
 @pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'mvitv2_tiny', 'deit_tiny_distilled_patch16_224'])
-def test_layers_do_not_depend_on_the_ghn(name, rules):
+def test_layers_do_not_depend_on_the_ghn(name):
     with torch.device('meta'):
         model = timm.create_model(name)
-    graph = trace(model, rules=rules)
+    graph = trace(model)
     plans = [plan_parameters(graph, config, head=head) for config in TINY.values() for head in ('keep', 'predict')]
     found = [[row.name for row in layers(plan)] for plan in plans]
     assert all(names == found[0] for names in found)

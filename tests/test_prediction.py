@@ -508,8 +508,8 @@ def test_a_ghn_without_values_is_refused():
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        ({'input_size': 10**9}, r'numbers from 1 to 65536 \(got 1000000000\)'),
-        ({'input_size': (3, 2**16, 2**16 + 1)}, r'numbers from 1 to 65536 \(got \(3, 65536, 65537\)\)'),
+        ({'input_size': 10**9}, r'numbers from 1 to 1048576 \(got 1000000000\)'),
+        ({'input_size': (3, 2**20, 2**20 + 1)}, r'numbers from 1 to 1048576 \(got \(3, 1048576, 1048577\)\)'),
         ({'input_size': True}, r'expected input_size to be a side.*\(got True\)'),
         ({'example_inputs': 5}, r'expected example_inputs to be a tensor, a tuple .* a dictionary .*\(got 5\)'),
         ({'example_inputs': 'image'}, r"expected example_inputs to be a tensor.*\(got 'image'\)"),

@@ -29,12 +29,12 @@ FIRST = {
     'densenet': ['a7894c', 'cd8fbb', '636e49'],
     'mobilenet': ['df2a2a', 'f914a0', 'c144ae'],
     'efficientnet': ['6da36b', 'd29cb2', '937038'],
-    'convnext': ['82ee14', '7ca576', 'b451ca'],
-    'vit': ['823373', '48a33c', 'e66ced'],
+    'convnext': ['a8a646', '7ca576', 'a8e65c'],
+    'vit': ['823373', 'c2ed2a', 'e66ced'],
     'vit_pooled': ['dfe372', 'cb179b', '9ee049'],
     'swin': ['01424b', 'f97394', 'ea7b18'],
     'mixer': ['079f67', '886c2b', '48c0d4'],
-    'poolformer': ['7cefbc', 'e9646f', 'ee7d24'],
+    'poolformer': ['7cefbc', 'e9646f', '94948d'],
     'caformer': ['f0e5e6', '9238ed', 'd55cdf'],
 }
 

@@ -31,7 +31,7 @@ TRACE_BATCH = 2
 DEFAULT_IMAGE_SIZE = 224
 
 #: Largest number of an input size; with much larger ones, torch cannot count the elements of a tensor.
-_MAX_SIDE = 2**16
+_MAX_SIDE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
