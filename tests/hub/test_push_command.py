@@ -194,7 +194,7 @@ def test_the_readme_about_the_hub_runs(run, hub: HubServer, monkeypatch, tmp_pat
     for command in commands:
         if command.startswith('finetune '):
             command = command.replace('--model resnet18', '--model test_resnet').replace('uoft-cs/cifar10', str(data))
-            command = command.replace('--shots 100', '--shots 10') + ' --epochs 1 --batch-size 10'
+            command = command.replace('--shots 100', '--shots 9') + ' --epochs 1 --batch-size 10'
         code_of_exit, _, err = run(command)
         assert code_of_exit == 0, (command, err)
     names: dict[str, object] = {}

@@ -323,7 +323,7 @@ def test_a_number_of_an_earlier_step_is_not_that_of_the_weights(hub: HubServer, 
     load_ghn(trained / 'ghn').push_to_hub(REPO, token=TOKEN, results=tmp_path)
     card = card_of(hub)
     assert card.data.eval_results is None
-    assert '(step 2, 30 images' in card.text
+    assert '(step 2, 6 images' in card.text
     unfinished = [line for line in lines if line['kind'] != 'end']
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in unfinished))
     with pytest.raises(ConfigError, match='no end'):
