@@ -246,7 +246,7 @@ def test_the_share_counts_the_same_for_any_architecture():
         assert [row.name for row in processed_layers(plan, NAMED['orth'])] == expected
 
 
-@pytest.mark.parametrize('rules', ['published', 'operators'])
+@pytest.mark.parametrize('rules', ['auto', 'operators'])
 @pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'mvitv2_tiny', 'deit_tiny_distilled_patch16_224'])
 def test_layers_do_not_depend_on_the_ghn(name, rules):
     with torch.device('meta'):
