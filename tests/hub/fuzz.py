@@ -22,10 +22,10 @@ MAX_MEMORY = 500_000_000
 MAX_GROWTH = 4
 #: Addresses that a case may take, in bytes: a stop before the machine is out of memory.
 MAX_ADDRESSES = 2 << 30
-#: Longest that a case may take, in seconds of this process; a sound case takes milliseconds.
+#: Longest that a case may compute, in seconds; a sound case takes milliseconds.
 MAX_SECONDS = 10.0
-#: Longest that it may wait, in seconds of the clock: the machine may be busy.
-MAX_WAIT = 120.0
+#: Longest that it may wait, in seconds of the clock: the machine may be busy, or short of memory.
+MAX_WAIT = 600.0
 
 #: What an executed payload would do.
 EVENTS = ('os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'subprocess.Popen', 'pickle.find_class')
@@ -77,7 +77,7 @@ def limits() -> Iterator[None]:
     """Bound the memory of this process, and watch for executed payloads."""
     pages = int(Path('/proc/self/statm').read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    old = {kind: signal.signal(kind, _ring) for kind in (signal.SIGALRM, signal.SIGPROF)}
+    old = {kind: signal.signal(kind, _ring) for kind in (signal.SIGALRM, signal.SIGVTALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_ADDRESSES, hard))
     CANARY.watching = True
     CANARY.sung.clear()
@@ -99,12 +99,12 @@ def case_limits(size: int) -> Iterator[None]:
     """
     before = resident('VmRSS')
     forget_peak()
-    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
     signal.setitimer(signal.ITIMER_REAL, MAX_WAIT)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     taken = resident('VmHWM') - before
     if taken > MAX_GROWTH * size + MAX_MEMORY:
