@@ -302,6 +302,15 @@ def test_the_card_names_the_ghn_that_training_began_with_and_no_folder(trained, 
     assert 'someone' not in card
 
 
+def test_results_of_an_older_format_version_are_of_the_same_ghn(trained, tmp_path):
+    lines = (trained / 'results.jsonl').read_text().splitlines()
+    first = json.loads(lines[0])
+    first['config']['format_version'] = 1
+    results = tmp_path / 'results.jsonl'
+    results.write_text('\n'.join([json.dumps(first), *lines[1:]]) + '\n')
+    MetaTraining.read(results).check_of(load_ghn(trained / 'ghn').config)
+
+
 def test_results_are_given_or_lie_beside_a_ghn_that_did_not_change(hub: HubServer, trained, small_ghn, tmp_path):
     changed(load_ghn(trained / 'ghn')).push_to_hub(REPO, token=TOKEN)
     assert 'Trained with' not in card_of(hub).text

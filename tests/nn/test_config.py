@@ -24,21 +24,21 @@ def test_absent_keys_take_their_defaults():
 
 
 @pytest.mark.parametrize(
-    ('version', 'rules', 'expected'),
+    ('version', 'rules', 'expected', 'becomes'),
     [
-        (1, 'published', 'auto'),
-        (None, 'published', 'auto'),
-        (1, 'operators', 'operators'),
-        (1, None, 'auto'),
-        (2, 'published', 'published'),
-        (2, None, 'auto'),
+        (1, 'published', 'auto', 2),
+        (None, 'published', 'auto', 2),
+        (1, 'operators', 'operators', 1),
+        (1, None, 'auto', 1),
+        (2, 'published', 'published', 2),
+        (2, None, 'auto', 2),
     ],
 )
-def test_rules_of_an_older_version_are_read_as_what_they_meant(version, rules, expected):
+def test_rules_of_an_older_version_are_read_as_what_they_meant(version, rules, expected, becomes):
     """Then, 'published' stood for the graph by operators too, where there was no published one."""
     record = CONFIG.to_dict() | {'format_version': version, 'rules': rules}
     found = GHNConfig.from_dict({key: value for key, value in record.items() if value is not None})
-    assert (found.rules, found.format_version) == (expected, FORMAT_VERSION)
+    assert (found.rules, found.format_version) == (expected, becomes)
 
 
 def test_a_newer_version_is_refused_with_the_way_out_whatever_else_it_holds():

@@ -136,7 +136,7 @@ class GHNConfig:
             ConfigError: if a newer version of this package wrote it, if a key is unknown or a required one absent,
                 or if a value is out of range.
 
-        Records of older versions are read as what they meant; the result has the present version.
+        What meant something else in an older version is read as that, and has the present version then.
         """
         _expect_readable(record.get('format_version', FORMAT_VERSION))  # first: a newer one may have more keys
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -147,8 +147,9 @@ class GHNConfig:
         if absent:
             raise ConfigError(f'expected a GHN configuration to state {", ".join(absent)} (got {", ".join(record)})')
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in record.items()}
-        if values.pop('format_version', 1) == 1 and values.get('rules') == 'published':
-            values['rules'] = 'auto'  # in version 1, networks without a published graph had the one by operators
+        if values.get('format_version', 1) == 1 and values.get('rules') == 'published':
+            # In version 1, networks without a published graph had the one by operators.
+            values |= {'rules': 'auto', 'format_version': FORMAT_VERSION}
         return cls(**values)
 
 
