@@ -306,6 +306,26 @@ def test_a_layer_scale_is_transparent_and_kept():
     assert graph.kept == {'gamma': 'layer scale or gain'}
 
 
+def test_positions_that_are_added_to_a_slice_in_place_are_positions():
+    """As NaFlexViT adds them; what other values a slice takes are no positions."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 10)
+            self.pos_embed, self.border = nn.Parameter(torch.zeros(1, 16, 8)), nn.Parameter(torch.zeros(1, 16, 8))
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).transpose(1, 2)
+            x[:, :16].index_add_(0, torch.arange(len(x), device=x.device), self.pos_embed.expand(len(x), -1, -1))
+            x[:, 16:32] = self.border
+            return self.head(x.mean(1))
+
+    graph = trace(Tokens(), input_size=64, rules='operators')
+    assert graph.nodes[graph.node_of['pos_embed']].primitive is Primitive.POS_ENC
+    assert 'border' in graph.kept
+
+
 def test_a_sum_has_different_inputs():
     """x + x is one input, x + 1 too."""
     graph = read(lambda net, x: net.b(net.a(x) + net.a(x).detach() + 1), a=conv(3), b=conv())

@@ -166,7 +166,9 @@ def parameter_primitive(
     if len(shape) == 1 and kind in _ADDS and 'bias' in leaf:
         return Primitive.BIAS
     if positional_size(shape) is not None:
-        return Primitive.POS_ENC if kind == 'Add' else None
+        # Positions may be added to slices in place, of which autograd of some versions of torch tells no more.
+        in_place = kind in ('CopySlices', 'IndexAdd') and 'pos' in leaf
+        return Primitive.POS_ENC if kind == 'Add' or in_place else None
     return None
 
 
