@@ -10,6 +10,7 @@ from pathlib import Path
 from timm_ghn.errors import GHNNotFoundError
 from timm_ghn.hub.catalogue import known_ghns, refused_ghns
 from timm_ghn.hub.entry import DEFAULT as DEFAULT, REPO, GHNEntry
+from timm_ghn.text import printable
 
 _FILES = ('.safetensors', '.pt', '.pth', '.pkl', '.joblib', '.bin', '.json', '.gz')
 
@@ -53,8 +54,8 @@ def locate(name_or_path: str | os.PathLike[str]) -> Place:
     near = difflib.get_close_matches(name, [DEFAULT, *known], n=1, cutoff=0.5)
     hint = f'Did you mean {near[0]!r}? ' if near else ''
     raise GHNNotFoundError(
-        f'no GHN has the name {name!r}. {hint}Known are {", ".join(known)}, and {DEFAULT!r} for the default; '
-        "a path and 'user/repository' of the Hub are taken as well"
+        f'no GHN has the name {printable(name)!r}. {hint}Known are {", ".join(known)}, and {DEFAULT!r} for the '
+        "default; a path and 'user/repository' of the Hub are taken as well"
     )
 
 
