@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from timm_ghn.errors import GHNError
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.recipes import read_recipe
-from timm_ghn.results import read_results, versions
+from timm_ghn.runs.recipes import read_recipe
+from timm_ghn.runs.results import read_results, versions
 
 RESULTS = Path(__file__).resolve().parent / 'results'
 MODELS = ('test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit')

@@ -48,7 +48,13 @@ from torch import nn
 import timm_ghn
 from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.nn import DecodeKind
-from timm_ghn.postprocess import PostProcess, correlation_spread, orthogonalised, postprocess_, processed_layers
+from timm_ghn.prediction.postprocess import (
+    PostProcess,
+    correlation_spread,
+    orthogonalised,
+    postprocess_,
+    processed_layers,
+)
 
 #: torchvision's networks that are compared: the reference reads these.
 COMPARED = ('resnet18', 'resnet50', 'vit_b_16', 'convnext_base', 'swin_t', 'efficientnet_b0', 'densenet121')

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import timm_ghn
 from timm_ghn import Graph
-from timm_ghn.graph.structure import GraphBatch
+from timm_ghn.graph.graph import GraphBatch
 from timm_ghn.nn.gated import GatedGNN, plan_traversal
 from timm_ghn.ops import Edges, aggregate
 from timm_ghn.ops.backends import BACKENDS, choose_backend

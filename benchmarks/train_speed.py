@@ -28,8 +28,8 @@ from torch import Tensor
 
 import timm_ghn
 from timm_ghn import GHN
-from timm_ghn.recipes import read_recipe
-from timm_ghn.train.architectures import Architecture
+from timm_ghn.architectures.architecture import Architecture
+from timm_ghn.runs.recipes import read_recipe
 from timm_ghn.train.blueprints import Blueprints, use_batch_statistics_
 from timm_ghn.train.options import TrainOptions
 from timm_ghn.train.step import predict_parameters, sum_gradients, train_step

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny import TINY, make_ghn
 
-from timm_ghn import GHN, cli
+from timm_ghn import GHN
+from timm_ghn.cli import main as cli
 from timm_ghn.ops import backends
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long

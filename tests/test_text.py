@@ -8,7 +8,7 @@ import re
 import pytest
 
 from timm_ghn import errors
-from timm_ghn.report import aligned
+from timm_ghn.cli.tables import aligned
 from timm_ghn.text import LIMIT, LONGEST, Markdown, code, markdown, printable
 
 #: Names as a file could hold them: terminal sequences, line ends, text that runs backwards, markup, megabytes.

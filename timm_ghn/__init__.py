@@ -3,8 +3,7 @@
 Importing this package makes GHNs a pretrained-weight source of timm: ``timm.create_model('resnet50.ghn')``.
 """
 
-from timm_ghn import source as source
-from timm_ghn.batchnorm import batch_statistics as batch_statistics, calibrate_batchnorm_ as calibrate_batchnorm_
+from timm_ghn import timm_source as timm_source
 from timm_ghn.errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -17,18 +16,22 @@ from timm_ghn.errors import (
     UnsupportedModelError as UnsupportedModelError,
 )
 from timm_ghn.graph.build import trace as trace
-from timm_ghn.graph.structure import Graph as Graph
+from timm_ghn.graph.graph import Graph as Graph
 from timm_ghn.hub.catalogue import list_ghns as list_ghns
 from timm_ghn.hub.default import set_default_ghn as set_default_ghn
 from timm_ghn.hub.load import load_ghn as load_ghn
 from timm_ghn.hub.register import register_ghn as register_ghn
 from timm_ghn.nn.config import GHNConfig as GHNConfig
 from timm_ghn.nn.ghn import GHN as GHN
-from timm_ghn.params.plan import ParameterPlan as ParameterPlan, plan_parameters as plan_parameters
-from timm_ghn.postprocess import PostProcess as PostProcess, postprocess_ as postprocess_
-from timm_ghn.prediction import Prediction as Prediction, ghn_init as ghn_init, predict as predict
+from timm_ghn.prediction.batchnorm import (
+    batch_statistics as batch_statistics,
+    calibrate_batchnorm_ as calibrate_batchnorm_,
+)
+from timm_ghn.prediction.plan import ParameterPlan as ParameterPlan, plan_parameters as plan_parameters
+from timm_ghn.prediction.postprocess import PostProcess as PostProcess, postprocess_ as postprocess_
+from timm_ghn.prediction.predict import Prediction as Prediction, ghn_init as ghn_init, predict as predict
 from timm_ghn.publish.push import push_to_hub as push_to_hub
-from timm_ghn.source import register as register, unregister as unregister
+from timm_ghn.timm_source import register as register, unregister as unregister
 from timm_ghn.version import __version__ as __version__
 
 register()

@@ -2,6 +2,6 @@
 
 import sys
 
-from timm_ghn.cli import main
+from timm_ghn.cli.main import main
 
 sys.exit(main())

@@ -14,14 +14,15 @@ import torch
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
 
-from timm_ghn import checkpoints, load_ghn, predict
+from timm_ghn import load_ghn, predict
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from timm_ghn.finetune import loop
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import build, loaders
-from timm_ghn.results import read_results
+from timm_ghn.runs import checkpoints
+from timm_ghn.runs.results import read_results
 
 GHN_NAME = 'ghn_tiny'
 
@@ -378,7 +379,7 @@ def test_a_start_is_that_of_ghn_init_or_timm(base, init, model):
     raw = start.state_dict()[name]
     if init == GHN_NAME:
         if model == 'test_resnet':
-            from timm_ghn.small_images import adapt_to_small_images_
+            from timm_ghn.architectures.small_images import adapt_to_small_images_
 
             adapt_to_small_images_(start, 32)
         raw = predict(start, load_ghn(GHN_NAME), input_size=32).state_dict[name]

@@ -9,7 +9,7 @@ import pytest
 from timm_ghn import PostProcess
 from timm_ghn.errors import ConfigError
 from timm_ghn.finetune.options import GROUPS, FinetuneOptions
-from timm_ghn.recipes import add_arguments, options_of, read_recipe
+from timm_ghn.runs.recipes import add_arguments, options_of, read_recipe
 from timm_ghn.train.evaluate import EvaluateOptions
 from timm_ghn.train.options import TrainOptions
 

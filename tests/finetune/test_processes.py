@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm_ghn.data.splits import load_splits
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import build, loaders
-from timm_ghn.results import read_results
+from timm_ghn.runs.results import read_results
 
 #: accelerate launch starts several processes on a CPU only under this name.
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1', '--mixed_precision', 'no',
@@ -191,7 +191,7 @@ def test_processes_that_accelerate_does_not_start_are_missed(folder, tmp_path):
 def test_a_full_disk_ends_the_run_with_what_was_finished(folder, tmp_path):
     output = tmp_path / 'out'
     limited = (
-        'import resource, sys; from timm_ghn.cli import main; '
+        'import resource, sys; from timm_ghn.cli.main import main; '
         'resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); sys.exit(main(["finetune", *sys.argv[1:]]))'
     )
     # The weights of this model fit, its optimiser's state does not.

@@ -15,7 +15,7 @@ from timm_ghn import Graph, plan_parameters, trace
 from timm_ghn.graph import Primitive
 from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.trace import record
-from timm_ghn.params.fit import fan_in_scale
+from timm_ghn.prediction.fit import fan_in_scale
 
 SIZE = 16
 CONFIG = TINY['graphormer']

@@ -9,8 +9,8 @@ import pytest
 import torch
 from variants import VARIANTS
 
+from timm_ghn.graph.graph import Graph, Node
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.structure import Graph, Node
 from timm_ghn.nn import GHN, GHNConfig
 
 

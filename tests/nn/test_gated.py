@@ -15,7 +15,7 @@ from tiny import TINY, make_ghn as make_tiny
 from variants import VARIANTS
 
 from timm_ghn import predict, trace
-from timm_ghn.graph.structure import GraphBatch
+from timm_ghn.graph.graph import GraphBatch
 from timm_ghn.nn import gated
 from timm_ghn.nn.gated import GatedGNN, plan_traversal
 from timm_ghn.ops import use_backend

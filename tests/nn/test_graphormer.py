@@ -9,7 +9,7 @@ import pytest
 import torch
 from variants import GHN3, VARIANTS
 
-from timm_ghn.graph.structure import GraphBatch
+from timm_ghn.graph.graph import GraphBatch
 
 GRAPHORMERS = [name for name, config in VARIANTS.items() if config.gnn == 'graphormer']
 

@@ -6,7 +6,7 @@ import literal
 import pytest
 import torch
 
-from timm_ghn.graph.structure import NO_SHAPE
+from timm_ghn.graph.graph import NO_SHAPE
 from timm_ghn.nn import GHNConfig
 from timm_ghn.nn.shape_encoder import (
     ShapeEncoder,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from timm_ghn import GHN, GHNConfig, predict
+from timm_ghn.architectures.samplers import TimmSampler
 from timm_ghn.train.blueprints import Blueprints
-from timm_ghn.train.samplers import TimmSampler
 from timm_ghn.train.step import accuracies_of, predict_parameters, train_step
 
 SMALL = {'hid': 16, 'layers': 1, 'heads': 4, 'num_classes': 10, 'rules': 'operators'}

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from tiny import TINY, make_ghn
 
 from timm_ghn import load_ghn
+from timm_ghn.architectures import architecture as architectures
+from timm_ghn.architectures.samplers import NamesSampler, families_of
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
-from timm_ghn.recipes import add_arguments, options_of
-from timm_ghn.results import read_results
-from timm_ghn.train import architectures, loop
+from timm_ghn.runs.recipes import add_arguments, options_of
+from timm_ghn.runs.results import read_results
+from timm_ghn.train import loop
 from timm_ghn.train.evaluate import EvaluateOptions, evaluate
 from timm_ghn.train.loop import train
 from timm_ghn.train.options import GROUPS, TrainOptions
-from timm_ghn.train.samplers import NamesSampler, families_of
 from timm_ghn.train.step import Outcome
 
 CHEAP = {

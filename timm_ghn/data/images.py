@@ -21,7 +21,7 @@ from torchvision import transforms
 from timm_ghn.data.splits import Split
 from timm_ghn.errors import ConfigError, DataError
 from timm_ghn.generators import kept_generators
-from timm_ghn.recipes import NOT_NEGATIVE, POSITIVE, PROPORTION, Options, option
+from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, PROPORTION, Options, option
 
 #: Label of an image that cannot be decoded; losses and metrics leave it out.
 NO_LABEL = -100

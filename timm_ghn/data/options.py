@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from timm_ghn.errors import ConfigError
-from timm_ghn.recipes import Options, option
+from timm_ghn.runs.recipes import Options, option
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_ghn.batchnorm import calibrate_batchnorm_
 from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import DataError, PredictionError, TrainingError
+from timm_ghn.files import write_state_dict
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.push import check_start, check_target, push_when_done
 from timm_ghn.finetune.setup import (
@@ -49,9 +49,9 @@ from timm_ghn.finetune.setup import (
     updates_per_epoch,
 )
 from timm_ghn.nn.precision import sum_dtype
-from timm_ghn.output import write_state_dict
-from timm_ghn.results import CURVES, RESULTS, plot_curves, read_results, versions
-from timm_ghn.runs import CHECKPOINTS, Run, build_accelerator, exclusive_output, local_arguments, undisturbed
+from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
+from timm_ghn.runs.results import CURVES, RESULTS, plot_curves, read_results, versions
+from timm_ghn.runs.run import CHECKPOINTS, Run, build_accelerator, exclusive_output, local_arguments, undisturbed
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'

@@ -16,15 +16,15 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from timm_ghn.architectures.small_images import adapt_to_small_images_, check_reads, size_arguments
+from timm_ghn.architectures.timm_models import build_timm_model, check_model_name, check_side
 from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_transform, train_transform
 from timm_ghn.data.splits import Split, Splits
 from timm_ghn.errors import ConfigError
 from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
-from timm_ghn.postprocess import postprocess_
-from timm_ghn.prediction import initialise
-from timm_ghn.small_images import adapt_to_small_images_, check_reads, size_arguments
-from timm_ghn.timm_models import build_timm_model, check_model_name, check_side
+from timm_ghn.prediction.postprocess import postprocess_
+from timm_ghn.prediction.predict import initialise
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

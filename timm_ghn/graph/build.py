@@ -14,10 +14,10 @@ from timm_ghn.errors import ConfigError, UnsupportedModelError
 from timm_ghn.graph.attention import Attention
 from timm_ghn.graph.checks import flaws_of
 from timm_ghn.graph.flow import Flow
+from timm_ghn.graph.graph import Graph, Node, ParameterInfo
 from timm_ghn.graph.operators import joined_labels, operator_draft
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.rewrite import Draft, Label, published_draft
-from timm_ghn.graph.structure import Graph, Node, ParameterInfo
+from timm_ghn.graph.published import Draft, Label, published_draft
 from timm_ghn.graph.trace import Recording, record
 from timm_ghn.graph.vocabulary import (
     NO_ELEMENTS,

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from torch import argsort
 
 from timm_ghn.graph.flow import Flow
+from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.structure import Graph
 
 WEIGHTS = frozenset(
     {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from timm_ghn.graph.attention import Attention
 from timm_ghn.graph.flow import COMPUTE, Flow
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.rewrite import Draft, Label, pool_shape
+from timm_ghn.graph.published import Draft, Label, pool_shape
 from timm_ghn.graph.vocabulary import operator_primitive, parameter_primitive
 
 #: Ops whose output lies in a fixed interval: what they scale is gated.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from timm_ghn.errors import CheckpointError
+from timm_ghn.graph.graph import Graph, Node, ParameterInfo
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.structure import Graph, Node, ParameterInfo
 
 
 def graph_to_dict(graph: Graph) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from torch.utils import checkpoint
 
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op, walk
+from timm_ghn.graph.graph import ParameterInfo
 from timm_ghn.graph.meta import MetaMode, on_meta, to_meta
-from timm_ghn.graph.structure import ParameterInfo
 
 #: Batch size of the traced forward pass; the published graphs were made with it.
 TRACE_BATCH = 2

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.graph.structure import Graph
+from timm_ghn.graph.graph import Graph
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear
 

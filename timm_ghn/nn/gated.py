@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from timm_ghn.graph.structure import GraphBatch
+from timm_ghn.graph.graph import GraphBatch
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, linear_of
 from timm_ghn.nn.registry import register_gnn

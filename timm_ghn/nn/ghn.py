@@ -13,8 +13,8 @@ from huggingface_hub import CommitInfo, PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.graph.graph import Graph, GraphBatch
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.structure import Graph, GraphBatch
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.decoders import (
     CHUNK_ELEMENTS,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_ghn.graph.structure import Graph, GraphBatch
+from timm_ghn.graph.graph import Graph, GraphBatch
 from timm_ghn.nn.config import MAX_DISTANCE, GHNConfig
 from timm_ghn.nn.precision import apply_layer_norm, apply_linear, linear, linear_of, look_up
 from timm_ghn.nn.registry import register_gnn

@@ -20,7 +20,7 @@ def register_gnn(name: str) -> Callable[[ModuleType], ModuleType]:
     """Class decorator: make a graph network available as ``GHNConfig(gnn=name)``.
 
     The class is built as ``cls(config)`` and maps node features (N, d) and a
-    :class:`~timm_ghn.graph.structure.GraphBatch` of N nodes to node features (N, d).
+    :class:`~timm_ghn.graph.graph.GraphBatch` of N nodes to node features (N, d).
 
     Raises:
         ConfigError: if another class has this name.

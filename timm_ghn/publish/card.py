@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.hub.entry import REPO
-from timm_ghn.postprocess import NAMED, PostProcess
+from timm_ghn.prediction.postprocess import NAMED, PostProcess
 from timm_ghn.publish.facts import Facts, Training, entry_of
 from timm_ghn.text import Markdown, code, markdown, printable
 from timm_ghn.version import __version__

@@ -17,12 +17,12 @@ from timm_ghn.errors import ConfigError, GHNError, UnsupportedModelError
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.params.plan import plan_parameters
-from timm_ghn.postprocess import NAMED, PostProcess, postprocess_
-from timm_ghn.prediction import Prediction, ghn_init
-from timm_ghn.results import RESULTS, read_results
-from timm_ghn.source import DEFAULT_TAG
+from timm_ghn.prediction.plan import plan_parameters
+from timm_ghn.prediction.postprocess import NAMED, PostProcess, postprocess_
+from timm_ghn.prediction.predict import Prediction, ghn_init
+from timm_ghn.runs.results import RESULTS, read_results
 from timm_ghn.text import printable
+from timm_ghn.timm_source import DEFAULT_TAG
 
 #: Weights that a fine-tuning run leaves, and the entry of its last line that says how good they are; None: the file.
 WEIGHTS = {'model_best.safetensors': None, 'model.safetensors': 'val_top1', 'model_ema.safetensors': 'ema_top1'}
@@ -37,7 +37,7 @@ _PROVENANCE: dict[str, Any] = {
 
 
 def check_provenance(found: object) -> dict[str, Any]:
-    """Facts about a prediction, as :func:`timm_ghn.prediction.provenance` gives them, from whoever says so.
+    """Facts about a prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them, from whoever says so.
 
     Raises:
         ConfigError: if they are something else.
@@ -166,8 +166,8 @@ class Facts:
         input_size: (channels, height, width).
         num_classes: Outputs of the classifier; 0 for none.
         parameters: Number of elements of all parameters.
-        provenance: Facts about the prediction, as :func:`timm_ghn.prediction.provenance` gives them; None if the
-            weights are not known to be predicted.
+        provenance: Facts about the prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them; None if
+            the weights are not known to be predicted.
         raw: Whether the weights are certain to be what was predicted, without training.
         training: The fine-tuning run that the weights come from.
         license: Identifier of the licence, as the Hub writes it.

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf, split_model_name_tag
 from torch import Tensor, nn
 
+from timm_ghn.architectures.timm_models import build_timm_model
 from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
-from timm_ghn.output import write_state_dict
+from timm_ghn.files import write_state_dict
+from timm_ghn.prediction.checks import check_finite
 from timm_ghn.publish.facts import WEIGHTS, Facts, Training, check_provenance, read_header
 from timm_ghn.publish.send import CONFIG_FILE, WEIGHTS_FILE
-from timm_ghn.timm_models import build_timm_model
-from timm_ghn.writable import check_finite
 
 #: Entries of a pretrained cfg that describe weights which somebody else trained.
 _OF_OTHER_WEIGHTS = (

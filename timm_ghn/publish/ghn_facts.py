@@ -17,7 +17,7 @@ from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.publish.facts import RunRecord, entry_of
 from timm_ghn.publish.send import WEIGHTS_FILE
-from timm_ghn.results import RESULTS, read_results
+from timm_ghn.runs.results import RESULTS, read_results
 from timm_ghn.text import printable
 
 #: Groups of networks that a training run evaluates on.

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.prediction import Prediction
+from timm_ghn.prediction.predict import Prediction
 from timm_ghn.publish.card import model_card, save_card
 from timm_ghn.publish.facts import Facts, Training, entry_of, provenance_of
 from timm_ghn.publish.files import check_loads, check_model, read_source, write_config, write_model

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.errors import CheckpointError
 from timm_ghn.graph.build import trace
+from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.records import graph_from_dict, graph_to_dict
-from timm_ghn.graph.structure import Graph
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.storage import replacing
-from timm_ghn.params.plan import ANY_GHN, ParameterPlan, plan_parameters
-from timm_ghn.train.architectures import Architecture
+from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, plan_parameters
 from timm_ghn.version import __version__
 
 #: Blueprints that are kept in memory.

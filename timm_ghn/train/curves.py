@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ghn.errors import ConfigError
-from timm_ghn.results import points
+from timm_ghn.runs.results import points
 
 #: Curves by the kind of the lines and the key that hold them.
 _CURVES = (
@@ -21,13 +21,13 @@ def plot_training(lines: Sequence[dict[str, Any]], path: Path, title: str, *, ch
     """Draw the accuracy of predicted networks over the steps; False where matplotlib is not installed.
 
     Args:
-        lines: Of the log, see :func:`timm_ghn.results.read_results`.
+        lines: Of the log, see :func:`timm_ghn.runs.results.read_results`.
         path: The picture; one that exists is replaced.
         title: Stands above it.
         chance: Accuracy of guessing, in percent.
     """
     try:
-        from timm_ghn.picture import new_figure
+        from timm_ghn.plots import new_figure
     except ConfigError:
         return False
     figure = new_figure((7.5, 4), title)

@@ -10,21 +10,21 @@ from typing import Any
 
 from tqdm import tqdm
 
+from timm_ghn.architectures.architecture import Architecture
+from timm_ghn.architectures.families import FAMILIES
+from timm_ghn.architectures.samplers import NamesSampler, TimmSampler, evaluation_set, timm_parts
 from timm_ghn.data.memory import evaluation_batches, load_images
 from timm_ghn.data.options import DataOptions
 from timm_ghn.data.splits import load_splits
 from timm_ghn.devices import device_of
 from timm_ghn.errors import ConfigError
+from timm_ghn.files import check_output
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.output import check_output
-from timm_ghn.picture import SUFFIXES
-from timm_ghn.recipes import NOT_NEGATIVE, POSITIVE, option, read_recipe
-from timm_ghn.results import to_json
-from timm_ghn.train.architectures import Architecture
+from timm_ghn.plots import SUFFIXES
+from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, option, read_recipe
+from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprints
-from timm_ghn.train.families import FAMILIES
 from timm_ghn.train.options import TrainOptions
-from timm_ghn.train.samplers import NamesSampler, TimmSampler, evaluation_set, timm_parts
 from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
@@ -164,7 +164,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
 
 def _plot(rows: Sequence[Evaluation], path: Path, chance: float) -> None:
     """A point for each network, by family."""
-    from timm_ghn.picture import new_figure
+    from timm_ghn.plots import new_figure
 
     families: dict[str, list[float]] = {}
     for row in rows:

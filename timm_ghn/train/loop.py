@@ -26,6 +26,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_ghn.architectures.architecture import Architecture
+from timm_ghn.architectures.pool import Pool
+from timm_ghn.architectures.samplers import (
+    ArchitectureSampler,
+    NamesSampler,
+    TimmSampler,
+    evaluation_set,
+    parts_of,
+    timm_parts,
+)
 from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images, training_batch
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, TrainingError
@@ -33,14 +43,11 @@ from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.nn.storage import save_ghn
-from timm_ghn.results import CURVES, RESULTS, read_results, versions
-from timm_ghn.runs import Run, build_accelerator, exclusive_output, local_arguments, undisturbed
-from timm_ghn.train.architectures import Architecture
+from timm_ghn.runs.results import CURVES, RESULTS, read_results, versions
+from timm_ghn.runs.run import Run, build_accelerator, exclusive_output, local_arguments, undisturbed
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.curves import plot_training
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
-from timm_ghn.train.pool import Pool
-from timm_ghn.train.samplers import ArchitectureSampler, NamesSampler, TimmSampler, evaluation_set, parts_of, timm_parts
 from timm_ghn.train.step import accuracies_of, sum_gradients, train_step
 
 #: Folder of the trained GHN: its averaged weights, where there are any.

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from timm_ghn.architectures.families import FAMILIES, HELD_OUT
+from timm_ghn.architectures.samplers import ArchitectureSampler, build_sampler, families_of
 from timm_ghn.data.memory import AUGMENTATIONS
 from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.recipes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, option, read_yaml
-from timm_ghn.train.families import FAMILIES, HELD_OUT
-from timm_ghn.train.samplers import ArchitectureSampler, build_sampler, families_of
+from timm_ghn.runs.recipes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, option, read_yaml
 
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'name': 'GHN', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
@@ -54,7 +54,8 @@ class TrainOptions(DataOptions):
 
     sampler: str = option('timm', 'source of architectures: timm, names or mix')
     sampler_args: Any = option(
-        None, "its options (see timm_ghn.train.samplers): in a recipe a mapping, else YAML like '{families: [vgg]}'"
+        None,
+        "its options (see timm_ghn.architectures.samplers): in a recipe a mapping, else YAML like '{families: [vgg]}'",
     )
     held_out: tuple[str, ...] | None = option(
         None, 'families to evaluate on that are never trained, comma-separated (default: of the sampler timm)'

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.requests import DecodeRequest
-from timm_ghn.params.fit import fitted
+from timm_ghn.prediction.fit import fitted
 from timm_ghn.train.blueprints import Blueprint
 
 

@@ -1,0 +1,126 @@
+"""Norms of predicted torchvision networks beside published ones: ``timm-ghn verify`` goes through them all."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from timm_ghn import register_ghn
+from timm_ghn.analysis import norms
+from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.hub import catalogue
+from timm_ghn.hub.catalogue import known_ghns
+from timm_ghn.hub.default import EMBEDDED
+
+NUMBER = re.compile(r'[+-]?\d+\.\d{4}')
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    monkeypatch.setattr(catalogue, '_registered', {})
+
+
+@pytest.fixture
+def verify(call_cli):
+    """Verify the GHN of a file: exit code, the cells of each network's row, the last line, the errors."""
+
+    def run(path: Path, published: dict[str, float]) -> tuple[int, dict[str, list[str]], str, str]:
+        register_ghn('random', path, norms=published, overwrite=True)
+        code, out, err = call_cli('verify random')
+        rows = [line.split(maxsplit=4) for line in out.splitlines() if NUMBER.search(line)]
+        return code, {arch: cells for arch, *cells in rows}, ''.join(out.splitlines()[-1:]), err
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(golden):
+    return golden / 'checkpoints' / 'ghn3tm8.pt'
+
+
+def reference_norms(golden: Path) -> dict[str, float]:
+    """Norms over all parameters that the reference predicted, of the networks of which it predicted every value."""
+    found = {}
+    for file in sorted((golden / 'predictions' / 'ghn3tm8').glob('torchvision--*.json')):
+        record = json.loads(file.read_text())
+        parameters = record['parameters'].values()
+        if all(parameter['predicted'] and not parameter.get('random') for parameter in parameters):
+            found[record['architecture']] = math.hypot(*(parameter['norm'] for parameter in parameters))
+    return found
+
+
+@pytest.mark.parametrize(
+    ('arch', 'side'),
+    [('inception_v3', 299), ('resnet50', 224), ('efficientnet_b3', 300), ('vit_b_16', 224), ('vit_h_14', 224)],
+)
+def test_the_side_of_the_image_is_that_of_the_weights(arch, side):
+    assert norms.image_side(arch) == side
+
+
+def test_verify_agrees_with_what_the_reference_predicted(verify, golden, checkpoint):
+    published = {arch: reference_norms(golden)[arch] for arch in ('squeezenet1_1', 'inception_v3', 'resnet18')}
+    code, rows, last, err = verify(checkpoint, published)
+    assert {arch: row[3] for arch, row in rows.items()} == dict.fromkeys(published, 'yes')
+    assert (code, last, err) == (0, '3 of 3 norms agree', '')
+    code, rows, last, _ = verify(
+        checkpoint, {**published, 'inception_v3': published['inception_v3'] + 2 * norms.NORM_TOLERANCE}
+    )
+    assert [arch for arch, row in rows.items() if row[3] == 'NO'] == ['inception_v3']
+    assert (code, last) == (1, '2 of 3 norms agree')
+
+
+def test_a_network_that_fails_is_a_row_with_its_reason(verify, monkeypatch):
+    def norm(arch: str, ghn: object) -> float:
+        if arch == 'resnet18':
+            raise UnsupportedModelError('not\nto be traced')
+        if arch == 'resnet34':
+            raise RuntimeError('no memory')
+        return 2.0
+
+    monkeypatch.setattr(norms, 'predicted_norm', norm)
+    code, rows, last, err = verify(
+        known_ghns()[EMBEDDED].folder, {'resnet18': 1.0, 'resnet34': 1.5, 'resnet50': 2.0, 'alexnet': 3.0}
+    )
+    assert rows == {
+        'resnet18': ['1.0000', '-', '-', 'FAILED: not to be traced'],
+        'resnet34': ['1.5000', '-', '-', 'FAILED: no memory'],
+        'resnet50': ['2.0000', '2.0000', '+0.0000', 'yes'],
+        'alexnet': ['3.0000', '2.0000', '-1.0000', 'NO'],
+    }
+    assert (code, last, err) == (1, '1 of 4 norms agree', '')
+
+
+def test_rows_are_printed_as_they_come(verify, monkeypatch):
+    def norm(arch: str, ghn: object) -> float:
+        if arch == 'resnet18':
+            raise KeyboardInterrupt
+        return 2.0
+
+    monkeypatch.setattr(norms, 'predicted_norm', norm)
+    code, rows, _, err = verify(known_ghns()[EMBEDDED].folder, {'alexnet': 2.0, 'resnet18': 1.0})
+    assert (code, list(rows)) == (130, ['alexnet'])
+    assert err == 'timm-ghn: error: interrupted\n'
+
+
+def test_only_classification_networks_have_norms(verify):
+    code, rows, _, err = verify(known_ghns()[EMBEDDED].folder, {'retinanet_resnet50_fpn': 1.0})
+    assert (code, rows) == (2, {})
+    assert "torchvision has no network 'retinanet_resnet50_fpn'" in err
+
+
+@pytest.mark.slow
+def test_verify_goes_through_all_published_networks(verify, golden, checkpoint):
+    reference = reference_norms(golden)
+    names = known_ghns()['ghn3_tm8'].norms
+    assert len(names) == 74
+    code, rows, last, err = verify(checkpoint, {arch: reference.get(arch, 1.0) for arch in names})
+    known = sorted(reference.keys() & names.keys())
+    assert len(known) > 20
+    assert list(rows) == list(names)
+    assert not [row for row in rows.values() if not all(NUMBER.fullmatch(cell) for cell in row[:3])]
+    assert sorted(arch for arch, row in rows.items() if row[3] == 'yes') == known
+    assert (code, last, err) == (1, f'{len(known)} of 74 norms agree', '')

@@ -1,0 +1,105 @@
+"""The benchmark runs and reports what it measured; nothing here looks at the numbers but what is computed from them."""
+
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / 'benchmarks' / 'predict.py'
+#: Says 12.5 seconds as a whole and 2 without the graph, whatever the network.
+OTHER = """
+import sys
+for number, network in enumerate(sys.stdin):
+    print(12.5 + number, 2 + number, flush=True)
+"""
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return runpy.run_path(str(SCRIPT))
+
+
+def other(code: str) -> str:
+    return f'{sys.executable} -c {shlex.quote(code)}'
+
+
+def test_tables_of_every_part_are_written(benchmark, tmp_path, capsys):
+    out = tmp_path / 'tables.md'
+    parts = ['compare', 'tag', 'speed', 'memory', 'load', 'imports']
+    options = ['--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--repeat', '1', '--device', 'cpu']
+    benchmark['main']([*options, '--parts', *parts, '--compare', other(OTHER), '--out', str(out)])
+    text = out.read_text()
+    titles = ('side by side', "timm's tag, post-processing", 'speed, milliseconds and share', 'memory of a prediction')
+    for title in (*titles, 'loading from our own format', 'Import of timm_ghn beyond'):
+        assert title in text
+    rows = [line.split(' | ') for line in text.splitlines() if line.startswith('| test_resnet')]
+    assert len(rows) == 4
+    assert (rows[0][2], rows[0][5]) == ('13.500 (13.500)', '3.000 (3.000)')  # the first run does not count
+    assert f'--compare COMMAND --out {out}' in text
+    captured = capsys.readouterr()
+    assert text.strip() == captured.out.strip()
+    assert [line.split(' |')[0] for line in captured.err.splitlines() if line.startswith('| ')] == [
+        '| ghn_tiny',
+        '| `ghn_tiny`',
+        '| the tag `X.ghn_tiny`',
+    ]
+
+
+def test_both_implementations_take_turns(benchmark, monkeypatch):
+    turns = []
+
+    class Other:
+        def __init__(self, command: str, ghn: str) -> None:
+            turns.append((command, ghn))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            turns.append('end')
+
+        def predict_once(self, network: str):
+            turns.append('other')
+            return benchmark['Seconds'](float(len(turns)), 1.0)
+
+    def ours(model, ghn, machine):
+        turns.append('ours')
+        return benchmark['Seconds'](1.0, 0.5)
+
+    monkeypatch.setitem(benchmark['compare'].__globals__, 'Other', Other)
+    monkeypatch.setitem(benchmark['compare'].__globals__, 'predict_once', ours)
+    machine = benchmark['Machine']('cpu', 3, 1, 1)
+    (row,) = benchmark['compare']('ghn_tiny', ['test_resnet'], 'command', machine)
+    assert turns == [('command', 'ghn_tiny'), *['ours', 'other'] * 4, 'end']
+    assert [run.whole for run in row.others] == [5, 7, 9]
+    assert (row.ratio(), row.ratio('prediction')) == (5, 2)
+    assert row.ratio('whole', max) == 9
+
+
+def test_a_command_that_says_nothing_is_named(benchmark):
+    with pytest.raises(SystemExit, match='expected two numbers of seconds from .*ghn_tiny'):
+        benchmark['main'](
+            ['--parts', 'compare', '--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--compare', other('')]
+        )
+
+
+def test_a_comparison_needs_a_command(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark['main'](['--parts', 'compare'])
+    assert 'the part compare needs --compare COMMAND' in capsys.readouterr().err
+
+
+def test_the_script_is_itself_such_a_command():
+    command = [sys.executable, str(SCRIPT), '--seconds', 'ghn_tiny', '--device', 'cpu']
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, input='test_resnet\ntest_resnet\n', capture_output=True, text=True, check=True, env=environment
+    )
+    seconds = [[float(number) for number in line.split()] for line in done.stdout.splitlines()]
+    assert [len(numbers) for numbers in seconds] == [2, 2]
+    assert min(whole - prediction for whole, prediction in seconds) > 0

@@ -1,0 +1,205 @@
+"""``timm-ghn push``, and the README's section about the Hub, run against a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer
+from pictures import make_dataset, save_dataset
+from safetensors.torch import load, load_file, save_file
+from timm_versions import TIMM_RECORDS
+
+from timm_ghn import load_ghn
+from timm_ghn.cli import main as cli
+from timm_ghn.files import write_state_dict
+from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.nn.storage import save_ghn
+
+pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
+
+README = (Path(__file__).resolve().parents[2] / 'README.md').read_text(encoding='utf-8')
+REPO = 'user/test.ghn'
+
+
+@pytest.fixture
+def run(hub: HubServer, monkeypatch, tmp_path, capsys):
+    """Run a command as the user whose token is in the environment; gives code, output and errors."""
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    monkeypatch.chdir(tmp_path)
+
+    def do(line: str) -> tuple[int, str, str]:
+        code = cli.main(shlex.split(line))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return do
+
+
+def test_what_was_predicted_is_pushed(run, hub: HubServer):
+    assert run(f'predict test_vit --ghn {EMBEDDED} --num-classes 4 --img-size 96 --seed 2 -o out.safetensors')[0] == 0
+    code, out, _ = run(f'push out.safetensors {REPO} --private --message hello')
+    assert code == 0
+    assert out == f'{hub.endpoint}/{REPO}/commit/{hub.repo(REPO)["refs"]["main"]}\n'
+    assert hub.commits(REPO)[1:] == ['hello']
+    assert hub.repo(REPO)['private']
+    sent, written = load(hub.files(REPO)['model.safetensors']), load_file('out.safetensors')
+    assert sent.keys() == written.keys()
+    assert all(torch.equal(sent[name], written[name]) for name in sent)
+    card = hub.files(REPO)['README.md'].decode()
+    assert '**predicted, no training**' in card
+    assert '| seed | 2 |' in card
+    size = [96, 96] if TIMM_RECORDS else 96
+    assert json.loads(hub.files(REPO)['config.json'])['model_args']['img_size'] == size
+    assert run(f'push out.safetensors {REPO}')[0] == 0
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_the_help_has_an_example(run, capsys):
+    with pytest.raises(SystemExit):
+        run('push --help')
+    assert 'example: timm-ghn push out.safetensors' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_a_branch_and_a_pull_request(run, hub: HubServer):
+    run(f'predict test_vit --ghn {EMBEDDED} -o out.safetensors')
+    assert run(f'push out.safetensors {REPO} --revision v1 --license mit')[0] == 0
+    code, out, _ = run(f'push out.safetensors {REPO} --create-pr')
+    assert code == 0
+    assert out == f'{hub.endpoint}/{REPO}/discussions/1\n'
+    assert hub.files(REPO) == {}
+    assert hub.files(REPO, 'v1').keys() == hub.files(REPO, 'refs/pr/1').keys() != set()
+
+
+def header_of_nothing(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path)
+
+
+def other_weights(path: Path) -> None:
+    write_state_dict({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': {}})
+
+
+def unknown_model(path: Path) -> None:
+    write_state_dict({}, path, {'architecture': 'test_nothing', 'provenance': {}})
+
+
+def no_safetensors(path: Path) -> None:
+    path.write_bytes(b'\x80\x02cos\nsystem\n')
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder_of_pipes(path: Path) -> None:
+    path.mkdir()
+    for name in ('config.json', 'model.safetensors', 'model_best.safetensors', 'results.jsonl'):
+        os.mkfifo(path / name)
+
+
+def header_of_lists(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': '[' * 10**5})
+
+
+def facts_of_another_kind(path: Path) -> None:
+    model = timm.create_model('test_vit')
+    save_file(dict(model.state_dict()), path, {'architecture': 'test_vit', 'provenance': '{"origin": [1]}'})
+
+
+def weights_of_another_kind(path: Path) -> None:
+    """A tensor of a type that this torch does not have."""
+    header = json.dumps({
+        '__metadata__': {'architecture': 'test_vit', 'provenance': '{}'},
+        'a': {'dtype': 'F4', 'shape': [2], 'data_offsets': [0, 1]},
+    }).encode()  # fmt: skip
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + b'\0')
+
+
+def size_of_a_slip(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': '{}', 'img_size': '1000000000'})
+
+
+def no_results(path: Path) -> None:
+    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'timm_ghn': '{}'})
+
+
+@pytest.mark.parametrize(
+    ('write', 'message'),
+    [
+        (None, 'there is no file'),
+        (header_of_nothing, 'does not say what it holds'),
+        (other_weights, 'does not hold the weights of test_vit'),
+        (unknown_model, 'timm has no model'),
+        (no_safetensors, 'expected a safetensors file'),
+        (pipe, 'is no regular file'),
+        (folder_of_pipes, 'is no regular file'),
+        (header_of_lists, 'facts about a prediction'),
+        (facts_of_another_kind, 'expected origin'),
+        (weights_of_another_kind, 'out.safetensors'),
+        (size_of_a_slip, 'at most 16,384 pixels'),
+        (no_results, 'expected the output folder of a fine-tuning run'),
+        (lambda path: path.mkdir(), 'there is no file'),
+    ],
+)
+def test_what_cannot_be_pushed_is_told_in_one_line(run, hub: HubServer, write, message):
+    if write is not None:
+        write(Path('out.safetensors'))
+    code, out, err = run(f'push out.safetensors {REPO}')
+    assert (code, out) == (2, '')
+    assert message in err
+    assert err.count('\n') == 1
+    assert not hub.requests
+
+
+def test_a_stem_that_timm_does_not_build_is_refused(run, hub: HubServer, tmp_path):
+    model = timm.create_model('test_resnet', num_classes=2)
+    facts = {'arguments': {'dataset': 'colours'}, 'stem': ['conv1: stride 2 -> 1'], 'data_config': {}}
+    header = {'architecture': 'test_resnet', 'num_classes': 2, 'timm_ghn': json.dumps(facts)}
+    write_state_dict(model.state_dict(), tmp_path / 'model.safetensors', header)
+    lines = [{'kind': 'run', **facts}, {'kind': 'epoch', 'epoch': 1, 'val_top1': 50.0, 'best_top1': 50.0}]
+    (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    code, _, err = run(f'push model.safetensors {REPO}')
+    assert code == 2
+    assert '--small-stem off' in err
+    assert not hub.requests
+
+
+def test_a_failure_is_told_in_one_line_without_the_token(run, hub: HubServer, monkeypatch):
+    run(f'predict test_vit --ghn {EMBEDDED} -o out.safetensors')
+    monkeypatch.setenv('HF_TOKEN', 'hf_reader')
+    code, out, err = run(f'push out.safetensors {REPO}')
+    assert (code, out) == (2, '')
+    assert '403' in err
+    assert 'write access' in err
+    assert 'hf_reader' not in err
+    assert err.strip().count('\n') == 0
+
+
+def test_the_readme_about_the_hub_runs(run, hub: HubServer, monkeypatch, tmp_path):
+    monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
+    section = README.partition('\n## Use it from the Hub\n')[2].partition('\n## ')[0]
+    commands = [
+        line.partition(' ')[2].partition('  #')[0] for line in section.splitlines() if re.match('timm-ghn ', line)
+    ]
+    (code,) = re.findall(r'^```py\n(.*?)^```', section, flags=re.MULTILINE | re.DOTALL)
+    assert [command.split()[0] for command in commands] == ['predict', 'push', 'finetune', 'push']
+    # What the reader has: a data set, and a GHN that was trained. One epoch of a small model will do here.
+    data = save_dataset(tmp_path / 'images', make_dataset(30), make_dataset(9, seed=1))
+    save_ghn(load_ghn(EMBEDDED), tmp_path / 'train-out' / 'ghn')
+    for command in commands:
+        if command.startswith('finetune '):
+            command = command.replace('--model resnet18', '--model test_resnet').replace('uoft-cs/cifar10', str(data))
+            command = command.replace('--shots 100', '--shots 9') + ' --epochs 1 --batch-size 10'
+        code_of_exit, _, err = run(command)
+        assert code_of_exit == 0, (command, err)
+    names: dict[str, object] = {}
+    exec(code, names)
+    for name in ('resnet18.ghn', 'resnet18.cifar10', 'my-ghn', 'ghn'):
+        assert hub.files(f'user/{name}').keys() == {'config.json', 'model.safetensors', 'README.md'}
+    assert names['model'].num_classes == 10

@@ -1,0 +1,111 @@
+"""What the measures say of weights whose diversity is known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from tiny import TINY, make_ghn
+from torch import Tensor
+
+from timm_ghn import PostProcess, ghn_init, predict
+from timm_ghn.prediction.diversity import KINDS, compare, diversity, measure
+from timm_ghn.prediction.postprocess import layers
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('shape', [(12, 30), (30, 12), (8, 2, 3, 3), (6, 1, 5)])
+def test_the_measures_are_those_of_their_definitions(shape):
+    weight = randn(*shape)
+    matrix = weight.flatten(1).double()
+    found = measure('w', weight)
+    singular = torch.linalg.svdvals(matrix)
+    spectrum = torch.linalg.eigvalsh(torch.corrcoef(matrix)).flip(0)[: min(matrix.shape)]
+    assert found.shape == shape
+    assert found.channels == shape[0]
+    assert found.stable_rank == pytest.approx((singular.square().sum() / singular[0] ** 2).item(), rel=1e-4)
+    assert found.relative_rank == pytest.approx(found.stable_rank / min(matrix.shape))
+    torch.testing.assert_close(torch.tensor(found.spectrum, dtype=torch.float64), spectrum, rtol=1e-4, atol=1e-5)
+    assert sum(found.spectrum) == pytest.approx(shape[0], rel=1e-4)
+    assert found.effective_rank == pytest.approx((spectrum.sum() ** 2 / spectrum.square().sum()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('copies', [1, 2, 5])
+def test_repeated_channels_are_duplicates_whatever_their_length(copies):
+    weight = torch.cat([(1 + i) * randn(10, 40) for i in range(copies)])
+    found = measure('w', weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))])
+    assert found.duplicates == pytest.approx(1 - 1 / copies)
+    assert len(found.spectrum) == min(weight.shape)
+    assert sum(value > 1e-3 for value in found.spectrum) == 10
+
+
+def test_opposite_channels_are_no_duplicates_and_channels_of_zeros_are():
+    weight = torch.cat((randn(4, 9), -randn(4, 9), torch.zeros(3, 9)))
+    assert measure('w', weight).duplicates == pytest.approx(2 / 11)
+
+
+def test_duplicates_are_found_across_chunks():
+    weight = randn(1500, 60)
+    weight[1400] = weight[900]
+    weight[1401] = weight[1400]
+    assert measure('w', weight).duplicates == pytest.approx(2 / 1500)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+def test_the_scale_and_the_dtype_do_not_matter(dtype, scale):
+    weight = (randn(7, 11).double() * (scale if dtype in (torch.float32, torch.float64) else 1)).to(dtype)
+    expected = measure('w', weight.double() / scale)
+    found = measure('w', weight)
+    for key, value in expected.to_dict().items():
+        assert found.to_dict()[key] == pytest.approx(value, rel=1e-3)
+
+
+def test_weights_without_diversity_have_a_measure_too():
+    zeros, constant, single = measure('w', torch.zeros(4, 3)), measure('w', torch.ones(4, 3)), measure('w', randn(5, 1))
+    assert zeros.to_dict() == {'duplicates': 0.75, 'stable_rank': 0, 'relative_rank': 0, 'effective_rank': 0}
+    assert constant.to_dict() == pytest.approx(
+        {'duplicates': 0.75, 'stable_rank': 1, 'relative_rank': 1 / 3, 'effective_rank': 0}
+    )
+    assert single.effective_rank == 0
+
+
+def test_orthogonalisation_gives_the_largest_stable_rank():
+    ghn = make_ghn(TINY['graphormer'])
+    raw, processed = timm.create_model('test_resnet'), timm.create_model('test_resnet')
+    plan = predict(raw, ghn).plan
+    ghn_init(raw, ghn, postprocess=None)
+    ghn_init(processed, ghn, postprocess=PostProcess(layer=0))
+    for before, after in zip(diversity(raw, plan)[:-1], diversity(processed, plan)[:-1], strict=True):
+        assert after.relative_rank == pytest.approx(1, rel=1e-4)
+        assert before.relative_rank < 0.9
+        assert after.duplicates == 0
+
+
+@pytest.mark.parametrize('options', [PostProcess(layer=3), None])
+def test_a_comparison_measures_what_initialising_gives(options):
+    ghn = make_ghn(TINY['graphormer'])
+    model = timm.create_model('test_vit')
+    prediction = predict(model, ghn)
+    found = list(compare(prediction.state_dict, dict(model.named_parameters()), prediction.plan, options))
+    random = diversity(model, prediction.plan)
+    processed = diversity(ghn_init(model, ghn, postprocess=options), prediction.plan)
+    assert [comparison.number for comparison in found] == list(range(1, len(layers(prediction.plan)) + 1))
+    assert tuple(comparison.weights['postprocessed'] for comparison in found) == processed
+    assert tuple(comparison.weights['random'] for comparison in found) == random
+    assert tuple(c.weights['predicted'] for c in found) == diversity(prediction.state_dict, prediction.plan)
+    for comparison in found:
+        assert json.loads(json.dumps(comparison.to_dict())) == comparison.to_dict()
+        assert set(KINDS) <= comparison.to_dict().keys()
+
+
+def test_a_classifier_that_is_kept_is_left_out():
+    model = timm.create_model('test_vit', num_classes=7)
+    prediction = predict(model, make_ghn(TINY['gated']))
+    found = list(compare(prediction.state_dict, dict(model.named_parameters()), prediction.plan, None))
+    assert len(found) == len(layers(prediction.plan)) - 1

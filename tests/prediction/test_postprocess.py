@@ -1,0 +1,463 @@
+"""Noise and orthogonalisation are those of the paper, and leave all but the chosen layers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings, strategies as st
+from networks import NETWORKS, SIZE, plain
+from tiny import TINY, make_ghn, snapshot
+from torch import Tensor, nn
+
+import timm_ghn
+from timm_ghn import ConfigError, PostProcess, PredictionError, UnsupportedModelError, ghn_init, plan_parameters, trace
+from timm_ghn.prediction.postprocess import (
+    NAMED,
+    RECIPES,
+    correlation_spread,
+    layers,
+    orthogonalised,
+    postprocess_,
+    processed,
+    processed_layers,
+)
+
+SHAPES = (
+    (8, 8), (16, 4), (4, 16), (8, 4, 3), (6, 5, 3, 3), (32, 1, 3, 3), (5, 1, 7, 7), (2, 3, 2, 2, 2), (2, 3, 1, 2, 1, 2),
+    (1, 9), (64, 3, 4, 4), (100, 30),
+)  # fmt: skip
+EVERYTHING = PostProcess(layer=1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def published(weight: Tensor, beta: float, max_size: int, orth: bool, noise: Tensor) -> Tensor:
+    """Section 8 of the specification, literally: the correlation matrix is formed."""
+    weight = weight.clone()
+    matrix = weight.reshape(len(weight), -1)
+    wide = matrix.shape[0] < matrix.shape[1]
+    if beta > 0:
+        spread = torch.corrcoef(matrix.t() if wide else matrix).std()
+        weight[max_size:, max_size:] += beta * spread * noise
+    if orth:
+        matrix = weight.reshape(len(weight), -1)
+        q, r = torch.linalg.qr(matrix.t() if wide else matrix)
+        q = q * r.diagonal().sign()
+        weight = (q.t() if wide else q).reshape(weight.shape)
+    return weight
+
+
+# -- one weight
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(('orth', 'beta', 'max_size'), [(True, 0, 0), (False, 0.3, 0), (True, 0.3, 0), (True, 0.3, 2)])
+def test_a_weight_is_processed_as_the_paper_does(shape, dtype, orth, beta, max_size):
+    weight = torch.randn(shape, generator=seeded(), dtype=dtype)
+    noise = torch.randn(weight[max_size:, max_size:].shape, generator=seeded(1), dtype=dtype)
+    options = PostProcess(orth=orth, beta=beta, max_size=max_size)
+    found = processed(weight, options, seeded(1))
+    assert (found.dtype, found.shape) == (dtype, weight.shape)
+    single_column = math.prod(shape) == max(shape)  # the paper divides by 0: no noise
+    expected = published(weight, 0 if single_column else beta, max_size, orth, noise)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_without_noise_the_result_is_that_of_the_paper_bit_for_bit():
+    for shape in SHAPES:
+        weight = torch.randn(shape, generator=seeded())
+        expected = published(weight, 0, 0, True, torch.empty(0))
+        assert torch.equal(processed(weight, PostProcess(beta=0), seeded()), expected)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_singular_values_become_1_and_keep_keeps_the_norm(shape):
+    weight = 7 * torch.randn(shape, generator=seeded(), dtype=torch.float64)
+    unit = processed(weight, PostProcess(), seeded()).flatten(1)
+    kept = processed(weight, PostProcess(scale='keep'), seeded()).flatten(1)
+    torch.testing.assert_close(torch.linalg.svdvals(unit), torch.ones(min(unit.shape), dtype=torch.float64))
+    torch.testing.assert_close(kept.norm(), weight.norm())
+    torch.testing.assert_close(kept / kept.norm(), unit / unit.norm())
+
+
+@pytest.mark.parametrize('shape', [shape for shape in SHAPES if math.prod(shape) != max(shape)])
+@pytest.mark.parametrize('offset', [0.0, 1.0, 30.0])
+def test_the_spread_is_that_of_all_correlations(shape, offset):
+    weight = torch.randn(shape, generator=seeded(), dtype=torch.float64)
+    weight += offset * torch.randn(shape[1:], generator=seeded(1), dtype=torch.float64)
+    matrix = weight.flatten(1)
+    matrix = matrix.t() if matrix.shape[0] < matrix.shape[1] else matrix
+    expected = torch.corrcoef(matrix).std().item()
+    assert correlation_spread(weight) == pytest.approx(expected, rel=1e-9)
+    assert correlation_spread(weight.float()) == pytest.approx(expected, rel=2e-3)
+
+
+def test_rows_without_variance_count_as_uncorrelated_with_everything():
+    weight = torch.randn(12, 5, generator=seeded())
+    weight[3], weight[7] = 0.1, 0.0
+    correlations = torch.corrcoef(weight.double()).nan_to_num(0)
+    correlations[[3, 7]] = correlations[:, [3, 7]] = 0
+    assert correlation_spread(weight) == pytest.approx(correlations.std().item(), rel=1e-5)
+    assert correlation_spread(torch.full((4, 3), 0.1)) == 0
+    assert correlation_spread(torch.randn(9, 1, 1, 1)) == 0, 'a single column'
+    assert correlation_spread(torch.randn(1, 1)) == 0
+
+
+def test_a_dependent_column_is_finite_and_a_zero_weight_stays_zero():
+    repeated = torch.randn(4, 3, 3, 3, generator=seeded()).repeat(8, 1, 1, 1)
+    found = orthogonalised(repeated).flatten(1)
+    assert bool(found.isfinite().all())
+    assert torch.equal(orthogonalised(torch.zeros(6, 4)), torch.zeros(6, 4))
+    weight = torch.randn(6, 4, generator=seeded())
+    weight[:, 2] = 0
+    found = orthogonalised(weight)
+    torch.testing.assert_close(found.t() @ found, torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0])))
+
+
+def test_noise_tells_repeated_channels_apart():
+    repeated = torch.randn(16, 16, generator=seeded()).repeat(4, 4)
+    found = processed(repeated, PostProcess(orth=False), seeded())
+    assert len(found.unique(dim=0)) == 64
+    torch.testing.assert_close(found, repeated, rtol=0, atol=1e-3)
+
+
+def test_noise_is_added_beyond_the_channels_that_are_not_repeated():
+    weight = torch.randn(8, 8, generator=seeded())
+    changed = processed(weight, PostProcess(orth=False, max_size=4), seeded()) != weight
+    assert bool(changed[4:, 4:].all())
+    assert not bool(changed[:4].any() or changed[:, :4].any())
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=2, max_size=5),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    kind=st.sampled_from(['normal', 'constant', 'zero', 'largest', 'smallest', 'extremes', 'repeated', 'one']),
+    scale=st.sampled_from(['unit', 'keep']),
+    orth=st.booleans(),
+    beta=st.sampled_from([0.0, 3e-5, 1.0, 1e30, 1e300]),
+    max_size=st.integers(0, 3),
+)
+def test_what_is_written_is_finite(shape, dtype, kind, scale, orth, beta, max_size):
+    weight = torch.randn(shape, generator=seeded(), dtype=torch.float64)
+    info = torch.finfo(dtype)
+    if kind == 'constant':
+        weight.fill_(0.1)
+    elif kind == 'zero':
+        weight.zero_()
+    elif kind in ('largest', 'extremes'):
+        weight = weight.sign() * info.max
+        if kind == 'extremes':
+            weight.view(-1)[::2] = info.smallest_normal
+    elif kind == 'smallest':
+        weight = weight.sign() * info.smallest_normal / 4
+    elif kind == 'repeated':
+        weight[:] = weight[:1].clone()
+    elif kind == 'one':
+        weight.zero_().view(-1)[-1] = 1
+    weight = weight.to(dtype)
+    assert bool(weight.isfinite().all())
+    options = PostProcess(orth=orth, beta=beta, max_size=max_size, scale=scale)
+    before = weight.clone()
+    found = processed(weight, options, seeded())
+    assert (found.dtype, found.shape, found.device) == (weight.dtype, weight.shape, weight.device)
+    assert bool(found.isfinite().all())
+    assert torch.equal(weight, before), 'the weight itself stays'
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_low_precision_is_the_rounded_result_of_float32(dtype):
+    weight = torch.randn(6, 5, 3, 3, generator=seeded()).to(dtype)
+    expected = processed(weight.float(), PostProcess(), seeded(1)).to(dtype)
+    assert torch.equal(processed(weight, PostProcess(), seeded(1)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_device_does_not_matter(shape):
+    weight = torch.randn(shape, generator=seeded())
+    for options in (PostProcess(orth=False, beta=0.3), PostProcess(beta=0.3), PostProcess(beta=0, scale='keep')):
+        found = processed(weight.cuda(), options, seeded(1))
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), processed(weight, options, seeded(1)), rtol=1e-4, atol=1e-4)
+    for extreme in (torch.zeros(shape), torch.full(shape, 3e38), torch.full(shape, 1e-40), torch.ones(shape).half()):
+        for scale in ('unit', 'keep'):
+            assert bool(processed(extreme.cuda(), PostProcess(scale=scale), seeded()).isfinite().all())
+
+
+# -- which layers
+
+
+def plan_of(model: nn.Module) -> timm_ghn.ParameterPlan:
+    size = SIZE if isinstance(model, nn.Sequential) else None
+    return plan_parameters(trace(model, input_size=size), TINY['gated'])
+
+
+@pytest.mark.parametrize('source', ['timm', 'torchvision'])
+@pytest.mark.parametrize(
+    ('name', 'count', 'first'),
+    [
+        ('resnet50', 54, {'timm': 'layer3.3.conv3.weight', 'torchvision': 'layer3.3.conv3.weight'}),
+        (
+            'convnext_base',
+            113,
+            {'timm': 'stages.2.blocks.24.conv_dw.weight', 'torchvision': 'features.5.24.block.0.weight'},
+        ),
+    ],
+)
+def test_the_numbers_of_the_paper_mean_its_layers(source, name, count, first):
+    with torch.device('meta'):
+        model = timm.create_model(name) if source == 'timm' else torchvision.models.get_model(name, weights=None)
+    plan = plan_of(model)
+    found = processed_layers(plan, RECIPES[name])
+    assert len(layers(plan)) == count
+    assert found[0].name == first[source]
+    assert len(found) == count - RECIPES[name].layer, 'the classifier is left out'
+    assert RECIPES[name].beta == 3e-5
+
+
+@pytest.mark.parametrize(
+    ('layer', 'first'),
+    [(0, 1), (1, 1), (2, 2), (37, 37), (54, 54), (999, 999), (0.0, 1), (0.5, 28), (0.68, 37), (0.7, 38), (1.0, 55)],
+)
+def test_a_share_of_the_depth_stays(layer, first):
+    assert PostProcess(layer=layer).first(54) == first
+
+
+def test_a_share_is_not_lost_to_rounding():
+    assert 0.29 * 100 < 29
+    assert PostProcess(layer=0.29).first(100) == 30
+
+
+def test_the_share_counts_the_same_for_any_architecture():
+    for name in ('test_resnet', 'test_vit', 'test_convnext'):
+        plan = plan_of(timm.create_model(name))
+        counted = layers(plan)
+        expected = [row.name for row in counted[int(0.7 * len(counted)) :] if row.name not in plan.graph.classifier]
+        assert [row.name for row in processed_layers(plan, NAMED['orth'])] == expected
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'mvitv2_tiny', 'deit_tiny_distilled_patch16_224'])
+def test_layers_do_not_depend_on_the_ghn(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    graph = trace(model)
+    plans = [plan_parameters(graph, config, head=head) for config in TINY.values() for head in ('keep', 'predict')]
+    found = [[row.name for row in layers(plan)] for plan in plans]
+    assert all(names == found[0] for names in found)
+    assert found[0] == [row.name for row in layers(plan_of(model))]
+    assert not [name for name in found[0] if not name.endswith('weight')], 'no tokens, no tables of positions'
+
+
+def test_the_joint_projection_of_an_attention_counts():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(SIZE * SIZE, 8), layer, nn.Flatten(), nn.Linear(24, 1000))
+    names = [row.name for row in layers(plan_of(model))]
+    assert names[1:3] == ['2.self_attn.in_proj_weight', '2.self_attn.out_proj.weight']
+
+
+def test_a_weight_that_is_computed_is_processed_where_it_is_stored():
+    plan = plan_of(NETWORKS['reparametrised']().model)
+    assert 'body.0.parametrizations.weight.original1' in {row.name for row in layers(plan)}
+
+
+# -- a model
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext', 'test_efficientnet'])
+def test_all_but_the_chosen_layers_stays_bit_for_bit(name):
+    model = timm.create_model(name)
+    before = snapshot(model)
+    state = [(id(p), p.requires_grad, p.dtype, p.stride()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    assert postprocess_(model, EVERYTHING) is model
+    after = snapshot(model)
+    plan = plan_of(model)
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {row.name for row in processed_layers(plan, EVERYTHING)}
+    assert changed
+    assert not [name for name in changed if name in plan.graph.classifier or len(after[name].shape) < 2]
+    assert state == [(id(p), p.requires_grad, p.dtype, p.stride()) for p in model.parameters()]
+    assert modes == [module.training for module in model.modules()]
+
+
+def test_the_same_seed_gives_the_same_weights_and_the_global_generators_are_left_alone():
+    model = plain()
+    before = snapshot(model)
+    state = torch.get_rng_state()
+
+    def run(**options: int) -> Tensor:
+        model.load_state_dict(before)
+        return postprocess_(model, PostProcess(beta=0.1, **options), input_size=SIZE).body[0].weight.detach().clone()
+
+    assert torch.equal(run(), run())
+    assert not torch.equal(run(), run(seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_is_drawn_layer_by_layer_from_the_generator():
+    model = plain()
+    before = snapshot(model)
+    postprocess_(model, PostProcess(orth=False, beta=0.5, layer=1), input_size=SIZE, generator=seeded(5))
+    generator = seeded(5)
+    for name in ('body.0.weight', 'body.3.weight'):
+        noise = torch.randn(before[name].shape, generator=generator)
+        expected = published(before[name], 0.5, 0, False, noise)
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_any_network_is_processed_or_left_as_it_is(name):
+    case = NETWORKS[name]()
+    before = snapshot(case.model)
+    postprocess_(case.model, EVERYTHING, **case.options)
+    after = snapshot(case.model)
+    plan = plan_parameters(trace(case.model, **case.options), TINY['gated'])
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed <= {row.name for row in processed_layers(plan, EVERYTHING)}
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+
+
+def test_a_tied_weight_is_processed_once():
+    body = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    body[4].weight = body[2].weight
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), body, nn.Linear(8, 1000))
+    weight = body[2].weight.detach().clone()
+    postprocess_(model, PostProcess(orth=False, beta=0.5, layer=2), input_size=SIZE)
+    assert body[4].weight is body[2].weight
+    assert torch.equal(body[2].weight, processed(weight, PostProcess(orth=False, beta=0.5), seeded()))
+
+
+def test_memory_formats_stay():
+    model = plain().to(memory_format=torch.channels_last)
+    other = plain()
+    other.load_state_dict(model.state_dict())
+    strides = [p.stride() for p in model.parameters()]
+    postprocess_(model, EVERYTHING, input_size=SIZE)
+    postprocess_(other, EVERYTHING, input_size=SIZE)
+    assert [p.stride() for p in model.parameters()] == strides
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(
+    'options', [None, PostProcess(orth=False, beta=0), PostProcess(layer=99), PostProcess(layer=1.0)]
+)
+def test_nothing_to_do_changes_nothing(options):
+    model = plain()
+    before = snapshot(model)
+    postprocess_(model, options, input_size=SIZE)
+    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_named_before_any_is_written(value):
+    model = plain()
+    with torch.no_grad():
+        model.body[3].weight[0, 0, 0, 0] = value
+    before = snapshot(model)
+    with pytest.raises(PredictionError, match=r"'body\.3\.weight' are not finite"):
+        postprocess_(model, EVERYTHING, input_size=SIZE)
+    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_weight_that_cannot_be_written_is_refused_before_any_is():
+    model = plain()
+    model.body[3].weight = nn.Parameter(torch.zeros(1, 4, 3, 3).expand(8, 4, 3, 3))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"'body\.3\.weight' share their memory"):
+        postprocess_(model, EVERYTHING, input_size=SIZE)
+    assert torch.equal(model.body[0].weight, before['body.0.weight'])
+    with pytest.raises(UnsupportedModelError, match='meta device'):
+        postprocess_(plain().to('meta'), EVERYTHING, input_size=SIZE)
+
+
+def test_an_interruption_puts_back_what_was_post_processed(monkeypatch):
+    """The last weight is interrupted while it is computed."""
+    calls = []
+
+    def interrupted(weight: Tensor, *args: object) -> Tensor:
+        calls.append(weight)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return processed(weight, *args)
+
+    monkeypatch.setattr(timm_ghn.prediction.postprocess, 'processed', interrupted)
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        postprocess_(model, EVERYTHING, input_size=SIZE)
+    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
+
+
+def test_a_weight_of_a_dtype_that_nothing_can_be_computed_in_is_refused():
+    model = plain()
+    model.body[3].to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModelError, match=r"'body\.3\.weight' is in torch\.float8_e4m3fn; expected"):
+        postprocess_(model, EVERYTHING, input_size=SIZE)
+
+
+def test_the_plan_of_another_model_is_refused():
+    with pytest.raises(ConfigError, match=r"the plan of this model \(got one with 'conv1\.0\.weight'"):
+        postprocess_(plain(), EVERYTHING, plan=plan_of(timm.create_model('test_resnet')))
+
+
+# -- initialising
+
+
+@pytest.mark.parametrize('options', ['orth', 'noise', PostProcess(layer=2, scale='keep', seed=3)])
+def test_initialising_is_predicting_and_post_processing(options):
+    ghn = make_ghn(TINY['graphormer'])
+    model, other = timm.create_model('test_vit'), timm.create_model('test_vit')
+    other.load_state_dict(model.state_dict())
+    ghn_init(model, ghn, postprocess=options)
+    other.load_state_dict(timm_ghn.predict(other, ghn).state_dict, strict=False)
+    assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    postprocess_(other, options)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('recommended', ['orth', 'noise', 'none'])
+def test_the_ghn_recommends_what_is_done_by_default(recommended):
+    ghn = make_ghn(dataclasses.replace(TINY['graphormer'], postprocess=recommended))
+    model, other = timm.create_model('test_resnet'), timm.create_model('test_resnet')
+    ghn_init(model, ghn)
+    ghn_init(other, ghn, postprocess=recommended)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    ghn_init(other, ghn, postprocess=None)
+    same = all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert same is (recommended == 'none')
+
+
+def test_a_named_post_processing_takes_the_seed_of_the_call():
+    assert PostProcess.of('noise', seed=3) == dataclasses.replace(NAMED['noise'], seed=3)
+    assert PostProcess.of(PostProcess(seed=1), seed=3).seed == 1
+
+
+def test_an_unknown_post_processing_changes_nothing():
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"'noise', 'none', None or a PostProcess \(got 'orthogonal'\)"):
+        ghn_init(model, make_ghn(TINY['gated']), input_size=SIZE, postprocess='orthogonal')
+    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'orth': 1}, {'beta': -1e-5}, {'beta': math.nan}, {'beta': math.inf}, {'beta': '3e-5'}, {'beta': True},
+        {'layer': -1}, {'layer': 1.5}, {'layer': -0.1}, {'layer': math.nan}, {'layer': True}, {'layer': '0.7'},
+        {'max_size': -1}, {'max_size': 0.5}, {'seed': 0.5}, {'seed': 2**64}, {'scale': 'none'},
+    ],
+)  # fmt: skip
+def test_options_are_checked(options):
+    with pytest.raises(ConfigError, match=rf'expected {next(iter(options))} .*\(got '):
+        PostProcess(**options)

@@ -1,0 +1,588 @@
+"""Predicting leaves a model alone; initialising writes what was predicted, all of it or nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import operator
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from networks import NETWORKS, SIZE, plain
+from tiny import TINY, make_ghn, snapshot
+from torch import Tensor, nn
+
+import timm_ghn
+from timm_ghn import (
+    GHN,
+    ConfigError,
+    Graph,
+    PredictionError,
+    UnsupportedModelError,
+    ghn_init,
+    plan_parameters,
+    predict,
+    trace,
+)
+from timm_ghn.prediction.fit import fitted
+
+CASES = pytest.mark.parametrize('name', NETWORKS)
+VISION = ('test_resnet', 'test_vit', 'test_efficientnet_gn', 'test_convnext')
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def from_graph(ghn: GHN, graph: Graph, embeddings_Nd: Tensor | None = None) -> dict[str, Tensor]:
+    """The prediction, from the parts of the package: embed, decode, fit."""
+    plan = plan_parameters(graph, ghn.config, head='predict')
+    with torch.no_grad():
+        embeddings_Nd = ghn.encode(graph) if embeddings_Nd is None else embeddings_Nd
+        decoded = dict(ghn.decode(embeddings_Nd, [row.request for row in plan.predicted]))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        row.name: fitted(decoded[index], row.fit, row.shape, generator).to(row.dtype)
+        for index, row in enumerate(plan.predicted)
+    }
+
+
+# -- any network
+
+
+@CASES
+def test_a_prediction_fits_the_model_and_initialising_writes_it(name, ghn):
+    case = NETWORKS[name]()
+    before, flags = snapshot(case.model), [module.training for module in case.model.modules()]
+    identities = {name: (id(p), p.requires_grad, p.dtype, p.device) for name, p in case.model.named_parameters()}
+    prediction = predict(case.model, ghn, **case.options)
+    assert equal(snapshot(case.model), before), 'predicting writes nothing'
+    names = {name for row in prediction.plan.predicted for name in (row.name, *row.aliases)}
+    assert prediction.state_dict.keys() == names
+    assert all(bool(tensor.isfinite().all()) for tensor in prediction.state_dict.values())
+    assert ghn_init(case.model, ghn, postprocess=None, **case.options) is case.model
+    after = snapshot(case.model)
+    first_names = {row.name for row in prediction.plan.predicted}
+    assert equal(
+        {n: tensor for n, tensor in after.items() if n in first_names}, _only(prediction.state_dict, first_names)
+    )
+    kept = before.keys() - first_names
+    assert equal(_only(after, kept), _only(before, kept)), 'buffers and kept parameters stay'
+    assert [module.training for module in case.model.modules()] == flags
+    assert identities == {
+        name: (id(p), p.requires_grad, p.dtype, p.device) for name, p in case.model.named_parameters()
+    }
+
+
+def _only(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+@CASES
+def test_a_prediction_is_what_the_parts_of_the_package_give(name, ghn):
+    case = NETWORKS[name]()
+    prediction = predict(case.model, ghn, head='predict', **case.options)
+    expected = from_graph(ghn, trace(case.model, **case.options))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(prediction.state_dict[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+@CASES
+def test_a_prediction_can_be_loaded_into_another_copy(name, ghn):
+    case = NETWORKS[name]()
+    prediction = predict(case.model, ghn, **case.options)
+    copied = copy.deepcopy(case.model) if name not in ('hooked',) else NETWORKS[name]().model
+    result = copied.load_state_dict(prediction.state_dict, strict=False)
+    assert not result.unexpected_keys
+    aliases = {alias for row in prediction.plan for alias in row.aliases}
+    assert set(result.missing_keys) <= {row.name for row in prediction.plan.kept} | aliases | {
+        key for key, _ in copied.named_buffers()
+    }
+    ghn_init(case.model, ghn, postprocess=None, **case.options)
+    parameters = dict(case.model.named_parameters())
+    for row in prediction.plan.predicted:
+        assert torch.equal(dict(copied.named_parameters())[row.name], parameters[row.name])
+
+
+@CASES
+def test_the_same_call_gives_the_same_prediction_and_draws_nothing_from_the_global_generators(name, ghn):
+    case = NETWORKS[name]()
+
+    def states() -> tuple[object, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    first = predict(case.model, ghn, **case.options)
+    torch.rand(3), np.random.rand(3), random.random()
+    after = states()
+    second = predict(case.model, ghn, **case.options)
+    ghn_init(case.model, ghn, **case.options)
+    assert states() == after != before
+    assert equal(first.state_dict, second.state_dict)
+    assert first.provenance == second.provenance
+
+
+@CASES
+def test_a_model_on_the_meta_device_gets_real_parameters(name, ghn):
+    case = NETWORKS[name]()
+    with torch.device('meta'):
+        model = NETWORKS[name]().model
+    prediction = predict(model, ghn, **case.options)
+    assert all(tensor.device.type == 'cpu' for tensor in prediction.state_dict.values())
+    assert equal(prediction.state_dict, predict(case.model, ghn, **case.options).state_dict)
+
+
+# -- symmetries
+
+
+@pytest.mark.parametrize('name', VISION)
+def test_the_order_of_the_nodes_does_not_matter(name, ghn):
+    graph = trace(timm.create_model(name))
+    order = torch.randperm(len(graph), generator=torch.Generator().manual_seed(0)).tolist()
+    expected, permuted = from_graph(ghn, graph), from_graph(ghn, graph.permute(order))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(permuted[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_gives_what_each_graph_gives_alone(ghn):
+    graphs = [trace(timm.create_model(name)) for name in VISION]
+    with torch.no_grad():
+        rows = ghn.encode(graphs).split([len(graph) for graph in graphs])
+    for graph, embeddings_Nd in zip(graphs, rows, strict=True):
+        alone = from_graph(ghn, graph)
+        for key, tensor in from_graph(ghn, graph, embeddings_Nd).items():
+            torch.testing.assert_close(tensor, alone[key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_seed_draws_the_tokens_without_a_place_and_nothing_else(ghn):
+    model = timm.create_model('test_vit')
+    first, second = (predict(model, ghn, seed=seed).state_dict for seed in (0, 1))
+    assert {key for key, tensor in first.items() if not torch.equal(tensor, second[key])} == {'pos_embed'}
+    assert torch.equal(first['pos_embed'][:, 1:], second['pos_embed'][:, 1:])
+    ghn_init(model, ghn, seed=1)
+    assert torch.equal(model.pos_embed, second['pos_embed'])
+
+
+def test_equal_layers_at_different_places_get_different_weights(ghn):
+    """A GHN reads the graph and not only the shape of a parameter."""
+    prediction = predict(timm.create_model('test_vit', depth=3), ghn).state_dict
+    assert not torch.equal(prediction['blocks.0.attn.qkv.weight'], prediction['blocks.2.attn.qkv.weight'])
+
+
+def test_tied_parameters_stay_tied_and_are_written_once(ghn):
+    case = NETWORKS['tied']()
+    prediction = predict(case.model, ghn, head='predict', **case.options)
+    assert prediction.state_dict['body.3.weight'] is prediction.state_dict['body.5.weight']
+    ghn_init(case.model, ghn, head='predict', postprocess=None, **case.options)
+    assert case.model.body[3].weight is case.model.body[5].weight
+    assert torch.equal(case.model.body[5].weight, prediction.state_dict['body.3.weight'])
+
+
+def test_a_model_in_lower_precision_gets_the_rounded_prediction(ghn):
+    exact = predict(plain(), ghn, input_size=SIZE).state_dict
+    mixed = predict(NETWORKS['mixed dtypes']().model, ghn, input_size=SIZE).state_dict
+    assert {key: tensor.dtype for key, tensor in mixed.items() if '.1.' in key} == {
+        'body.1.weight': torch.bfloat16,
+        'body.1.bias': torch.bfloat16,
+    }
+    for key, tensor in exact.items():
+        assert torch.equal(tensor.to(mixed[key].dtype), mixed[key])
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_prediction_does_not_depend_on_the_context(context, ghn):
+    model = timm.create_model('test_vit')
+    expected = predict(model, ghn).state_dict
+    with context():
+        found = predict(model, ghn).state_dict
+        assert equal(found, expected)
+        ghn_init(model, ghn)
+    assert torch.equal(model.pos_embed, expected['pos_embed'])
+    assert all(p.grad_fn is None and p.requires_grad for p in model.parameters())
+    assert not any(tensor.requires_grad for tensor in found.values())
+
+
+@pytest.mark.parametrize('where', ['default device', 'autocast', 'default dtype'])
+def test_a_prediction_does_not_depend_on_global_settings(where, ghn):
+    model, other = timm.create_model('test_vit'), timm.create_model('test_vit')
+    other.load_state_dict(model.state_dict())
+    expected = predict(model, ghn).state_dict
+    ghn_init(model, ghn)
+    if where == 'default dtype':
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = predict(other, ghn).state_dict
+            ghn_init(other, ghn)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    else:
+        with torch.device('meta') if where == 'default device' else torch.autocast('cpu', dtype=torch.bfloat16):
+            found = predict(other, ghn).state_dict
+            ghn_init(other, ghn)
+    assert equal(found, expected)
+    assert equal(snapshot(other), snapshot(model))
+
+
+def test_the_embedded_ghn_can_be_loaded_and_used_under_the_meta_device():
+    model = plain()
+    with torch.device('meta'):
+        found = predict(model, timm_ghn.load_ghn('ghn_tiny'), input_size=SIZE).state_dict
+    assert equal(found, predict(model, 'ghn_tiny', input_size=SIZE).state_dict)
+
+
+def test_the_initialised_network_computes_and_learns(ghn):
+    model = ghn_init(timm.create_model('test_vit'), ghn)
+    out = model(torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)))
+    assert bool(out.isfinite().all())
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# -- head
+
+
+@pytest.mark.parametrize(
+    ('classes', 'head', 'written'),
+    [
+        (1000, 'auto', True),
+        (1000, 'keep', False),
+        (10, 'auto', False),
+        (10, 'predict', True),
+        (1500, 'predict', True),
+        (10, 'keep', False),
+    ],
+)
+def test_the_head_is_written_as_asked(classes, head, written, ghn):
+    model = plain(classes)
+    before = snapshot(model)
+    ghn_init(model, ghn, head=head, input_size=SIZE)
+    changed = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
+    assert ({'head.weight', 'head.bias'} <= changed) is written
+    assert {name for name, _ in model.body.named_parameters(prefix='body')} <= changed
+
+
+def test_more_classes_than_the_ghn_knows_repeat_its_rows(ghn):
+    weight = predict(plain(1500), ghn, head='predict', input_size=SIZE).state_dict['head.weight']
+    assert torch.equal(weight[1000:], weight[:500])
+
+
+def test_an_unknown_wish_for_the_head_changes_nothing(ghn):
+    model = plain()
+    before = snapshot(model)
+    for call in (predict, ghn_init):
+        with pytest.raises(ConfigError, match='expected head to be one of'):
+            call(model, ghn, head='maybe', input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+# -- all or nothing
+
+
+BROKEN = ('embed.weight', 'decoder_1d.last.weight', 'decoder.last.weight', 'decoder.class_predictor.weight')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('part', BROKEN)
+def test_a_prediction_that_is_not_finite_changes_nothing(part, value):
+    ghn = make_ghn(TINY['graphormer'])
+    with torch.no_grad():
+        operator.attrgetter(part)(ghn).fill_(value)
+    model = timm.create_model('test_vit')
+    before = snapshot(model)
+    for call in (predict, ghn_init):
+        with pytest.raises(PredictionError, match='not finite'):
+            call(model, ghn)
+    assert equal(snapshot(model), before)
+
+
+def test_a_value_that_the_dtype_of_the_model_cannot_hold_changes_nothing():
+    """Finite in float32, infinite in float16: the positional embedding is written without a scale."""
+    ghn = make_ghn(TINY['graphormer'])
+    with torch.no_grad():
+        ghn.decoder.last.bias.fill_(1e5)
+    model = timm.create_model('test_vit')
+    assert bool(predict(model, ghn).state_dict['pos_embed'].isfinite().all())
+    model = model.half()
+    before = snapshot(model)
+    for call in (predict, ghn_init):
+        with pytest.raises(PredictionError, match="'pos_embed' are not finite in torch.float16"):
+            call(model, ghn)
+    assert equal(snapshot(model), before)
+
+
+def test_a_model_without_storage_says_how_to_get_it(ghn):
+    with torch.device('meta'):
+        model = plain()
+    with pytest.raises(UnsupportedModelError, match=r"'body\.0\.weight' is on the meta device.*to_empty.*assign=True"):
+        ghn_init(model, ghn, input_size=SIZE)
+    model.load_state_dict(predict(model, ghn, input_size=SIZE).state_dict, strict=False, assign=True)
+    assert model.body[0].weight.device.type == 'cpu'
+    half = plain()
+    half.head.to('meta')
+    before = half.body[0].weight.detach().clone()
+    with pytest.raises(UnsupportedModelError, match=r"'head\.weight' is on the meta device"):
+        ghn_init(half, ghn, input_size=SIZE)
+    assert torch.equal(half.body[0].weight, before)
+
+
+def test_parameters_that_share_memory_within_are_refused_before_any_is_written(ghn):
+    model = plain()
+    model.head.bias = nn.Parameter(torch.zeros(1).expand(1000))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"'head\.bias' share their memory"):
+        ghn_init(model, ghn, input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+def test_a_model_made_in_inference_mode_can_be_written_there(ghn):
+    with torch.inference_mode():
+        model = plain()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"'body\.0\.weight' was made in inference mode"):
+        ghn_init(model, ghn, input_size=SIZE)
+    assert equal(snapshot(model), before)
+    with torch.inference_mode():
+        ghn_init(model, ghn, input_size=SIZE)
+    assert torch.equal(model.head.bias, predict(model, ghn, input_size=SIZE).state_dict['head.bias'])
+
+
+def test_a_model_with_nothing_to_predict_is_refused(ghn):
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gamma
+
+    for call in (predict, ghn_init):
+        with pytest.raises(UnsupportedModelError, match='no parameter that a GHN could predict'):
+            call(Scale(), ghn, input_size=SIZE)
+
+
+def test_a_model_that_cannot_be_traced_is_left_alone(ghn):
+    model = plain()
+    model.head = nn.Linear(9, 10)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="module 'head'"):
+        ghn_init(model, ghn, input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+class Refusing(Tensor):
+    """A parameter that does not let itself be written, as distributed and quantised ones may not."""
+
+    failure: BaseException | None = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_ and cls.failure is not None and isinstance(args[0], cls):
+            raise cls.failure
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def refusing(model: nn.Module, failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Let the last parameter refuse, when all others have been written."""
+    model.head.bias = nn.Parameter(model.head.bias.detach().clone().as_subclass(Refusing))
+    monkeypatch.setattr(Refusing, 'failure', failure)
+    return model
+
+
+FAILURES = (
+    NotImplementedError('mixed tensors'),
+    torch.OutOfMemoryError('out of memory\nand a page of advice'),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize('failure', FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize('postprocess', ['orth', None])
+def test_what_was_written_is_put_back_where_a_parameter_cannot_be_written(failure, postprocess, monkeypatch):
+    model = refusing(plain(), failure, monkeypatch)
+    before = snapshot(model)
+    words = r"'head\.bias' cannot be written \(" + type(failure).__name__ + r'.*\); the model was left as it was'
+    with pytest.raises(PredictionError, match=words) as caught:
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE, postprocess=postprocess)
+    assert caught.value.__cause__ is failure
+    assert 'advice' not in str(caught.value)
+    assert equal(snapshot(model), before)
+
+
+def test_what_was_written_is_put_back_where_the_user_interrupts_even_again(monkeypatch):
+    model = refusing(plain(), KeyboardInterrupt(), monkeypatch)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+def test_an_interruption_of_post_processing_leaves_the_model_as_it_was(monkeypatch):
+    def interrupted(weight: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timm_ghn.prediction.postprocess, 'orthogonalised', interrupted)
+    model = timm.create_model('test_vit')
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, make_ghn(TINY['graphormer']))
+    assert equal(snapshot(model), before)
+
+
+def test_parameters_that_share_memory_are_put_back_in_the_opposite_order(monkeypatch):
+    model = plain()
+    model.body[1].bias = nn.Parameter(model.body[1].weight.detach())
+    refusing(model, RuntimeError('no'), monkeypatch)
+    before = snapshot(model)
+    with pytest.raises(PredictionError, match='was left as it was'):
+        ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
+    assert equal(snapshot(model), before)
+
+
+@pytest.mark.filterwarnings('default')  # torch's own
+def test_a_distributed_parameter_is_refused_and_the_others_are_put_back(tmp_path, ghn):
+    distributed = pytest.importorskip('torch.distributed')
+    tensors = pytest.importorskip('torch.distributed.tensor')
+    distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh('cpu', (1,))
+        model = plain()
+        model.head.bias = nn.Parameter(tensors.distribute_tensor(model.head.bias.detach(), mesh))
+        before = {name: tensor for name, tensor in snapshot(model).items() if name != 'head.bias'}
+        bias = model.head.bias.full_tensor().clone()
+        with pytest.raises(PredictionError, match=r"'head\.bias' cannot be written .*DTensor"):
+            ghn_init(model, ghn, input_size=SIZE)
+        assert equal(_only(snapshot(model), set(before)), before)
+        assert torch.equal(model.head.bias.full_tensor(), bias)
+    finally:
+        distributed.destroy_process_group()
+
+
+# -- what is asked for
+
+
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dtype_that_nothing_can_be_computed_in_is_named(dtype, ghn):
+    model = plain()
+    model.head.to(dtype)
+    before = model.body[0].weight.detach().clone()
+    for call in (predict, ghn_init):
+        with pytest.raises(UnsupportedModelError, match=rf"'head\.weight' is in {dtype}; expected .*torch\.bfloat16"):
+            call(model, ghn, input_size=SIZE)
+    assert torch.equal(model.body[0].weight, before)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+@pytest.mark.parametrize(
+    ('device', 'words'),
+    [
+        ('meta', "the device 'meta' holds no values"),
+        (torch.device('meta'), "the device 'meta' holds no values"),
+        ('nowhere', "the device 'nowhere' cannot be used"),
+        (99, "the device '99' cannot be used"),
+        ({}, "the device '{}' cannot be used"),
+    ],
+)
+def test_a_device_that_cannot_be_used_leaves_ghn_and_model_alone(device, words, call, ghn):
+    model = plain()
+    before, weights = snapshot(model), snapshot(ghn)
+    for chosen in (ghn, 'ghn_tiny'):
+        with pytest.raises(ConfigError, match=words):
+            call(model, chosen, input_size=SIZE, device=device)
+    assert equal(snapshot(model), before)
+    assert equal(snapshot(ghn), weights)
+
+
+def test_a_ghn_without_values_is_refused():
+    with torch.device('meta'):
+        empty = GHN(TINY['graphormer'])
+    for call in (predict, ghn_init):
+        with pytest.raises(ConfigError, match="the GHN 'tiny-ghn3' is on the meta device"):
+            call(plain(), empty, input_size=SIZE)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'input_size': 10**9}, r'numbers from 1 to 1048576 \(got 1000000000\)'),
+        ({'input_size': (3, 2**20, 2**20 + 1)}, r'numbers from 1 to 1048576 \(got \(3, 1048576, 1048577\)\)'),
+        ({'input_size': True}, r'expected input_size to be a side.*\(got True\)'),
+        ({'example_inputs': 5}, r'expected example_inputs to be a tensor, a tuple .* a dictionary .*\(got 5\)'),
+        ({'example_inputs': 'image'}, r"expected example_inputs to be a tensor.*\(got 'image'\)"),
+    ],
+)
+def test_inputs_that_make_no_sense_are_refused(options, words, call, ghn):
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=words):
+        call(model, ghn, **options)
+    assert equal(snapshot(model), before)
+
+
+# -- provenance
+
+
+def test_a_prediction_says_where_it_comes_from(ghn):
+    model = timm.create_model('test_vit')
+    prediction = predict(model, ghn, input_size=160, seed=3, head='keep')
+    facts = json.loads(json.dumps(prediction.provenance))
+    plan = prediction.plan
+    assert facts == {
+        'ghn': ghn.config.name,
+        'trained': True,
+        'origin': None,
+        'timm_ghn': timm_ghn.__version__,
+        'rules': 'operators',
+        'input_size': [3, 160, 160],
+        'mean': list(ghn.config.mean),
+        'std': list(ghn.config.std),
+        'head': 'keep',
+        'seed': 3,
+        'postprocess': None,
+        'tensors': len(list(model.parameters())),
+        'predicted_tensors': len(plan.predicted),
+        'elements': sum(p.numel() for p in model.parameters()),
+        'predicted_elements': sum(row.numel for row in plan.predicted),
+    }
+
+
+def test_a_ghn_can_be_named():
+    model = plain()
+    by_name = predict(model, 'ghn_tiny', input_size=SIZE)
+    assert by_name.provenance['ghn'] == 'ghn_tiny'
+    assert by_name.provenance['trained'] is True
+    ghn = timm_ghn.load_ghn('ghn_tiny')
+    assert equal(by_name.state_dict, predict(model, ghn, input_size=SIZE).state_dict)
+
+
+def test_predicting_does_not_change_the_ghn(ghn):
+    before, mode = snapshot(ghn), ghn.training
+    predict(timm.create_model('test_vit'), ghn)
+    assert equal(snapshot(ghn), before)
+    assert ghn.training == mode
+    assert all(p.grad is None for p in ghn.parameters())
+
+
+def test_the_rules_are_those_of_the_ghn_or_those_that_are_asked_for():
+    own = make_ghn(dataclasses.replace(TINY['graphormer'], rules='operators'))
+    assert predict(plain(), own, input_size=SIZE).provenance['rules'] == 'operators'
+    assert predict(plain(), make_ghn(TINY['graphormer']), input_size=SIZE).provenance['rules'] == 'published'
+    found = predict(plain(), make_ghn(TINY['graphormer']), input_size=SIZE, rules='operators')
+    assert found.provenance['rules'] == 'operators'
+    model = ghn_init(plain(), make_ghn(TINY['graphormer']), input_size=SIZE, postprocess=None, rules='operators')
+    expected = predict(model, own, input_size=SIZE).state_dict
+    assert equal(expected, found.state_dict)
+    assert equal(_only(snapshot(model), set(expected)), expected)
+
+
+@pytest.mark.parametrize('call', [predict, ghn_init])
+def test_rules_that_nobody_knows_change_nothing(call, ghn):
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="expected rules to be one of .*got 'mine'"):
+        call(model, ghn, input_size=SIZE, rules='mine')
+    assert equal(snapshot(model), before)

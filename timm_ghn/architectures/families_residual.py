@@ -1,0 +1,330 @@
+"""Families of residual convolutional networks: ResNet, pre-activation ResNet, RegNet, norm-free."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from timm.layers import BatchNormAct2d, GroupNorm, GroupNormAct, StdConv2d, create_conv2d
+from timm.models.nfnet import NfCfg, NormFreeNet
+from timm.models.regnet import RegNet, RegNetCfg, generate_regnet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
+from torch import nn
+
+from timm_ghn.architectures.architecture import Architecture, register_family
+from timm_ghn.architectures.cost import Limits
+from timm_ghn.architectures.draws import (
+    affordable,
+    chance,
+    choose,
+    draw_depths,
+    draw_ratios,
+    round_to,
+    stage_sides,
+    stage_widths,
+)
+
+#: Groups of a group normalisation; widths are multiples of 8.
+GROUPS = 8
+
+#: Stride of the first convolution and what pools behind it, with the total stride.
+_STEMS = (((1, 'none'), 1), ((2, 'none'), 2), ((1, 'max'), 2), ((2, 'max'), 4))
+
+
+#: How the last map is pooled: nearly all networks of timm average.
+_POOLINGS = (*['avg'] * 8, 'max', 'catavgmax')
+
+
+def set_convolution(convolution: nn.Conv2d, *, kernel: int, stride: int) -> None:
+    """Give a convolution the middle of its kernel and another stride, as for small images."""
+    cut = (convolution.kernel_size[0] - kernel) // 2
+    if cut > 0:
+        middle = convolution.weight.detach()[..., cut : cut + kernel, cut : cut + kernel].clone()
+        convolution.weight = nn.Parameter(middle)
+        convolution.kernel_size = (kernel, kernel)
+        convolution.padding = (kernel // 2, kernel // 2)
+    convolution.stride = (stride, stride)
+
+
+def _draw_stem(rng: np.random.Generator, limits: Limits, *, after: int) -> dict[str, Any]:
+    stride, pool = affordable(rng, limits, _STEMS, after=after)
+    stem = choose(rng, ('plain', 'plain', 'deep', 'tiered'))
+    kernel = choose(rng, (3, 5, 7) if stride > 1 else (3, 3, 3, 5)) if stem == 'plain' else 3
+    return {'stem': stem, 'stem_kernel': kernel, 'stem_stride': stride, 'stem_pool': pool}
+
+
+def _total_stride(stem: dict[str, Any]) -> int:
+    return int(stem['stem_stride']) * (1 if stem['stem_pool'] == 'none' else 2)
+
+
+def draw_resnet_basic(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """Two 3x3 convolutions per block."""
+    stem = _draw_stem(rng, limits, after=8)
+    depths = draw_depths(rng, 4, 3)
+    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
+    widths = stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=18)
+    return {**stem, 'depths': depths, 'widths': widths, **_draw_resnet_details(rng, stem, widths[0])}
+
+
+def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """1x1, 3x3 (in groups: ResNeXt) and 1x1 convolutions per block; widths are those of a block's 3x3."""
+    stem = _draw_stem(rng, limits, after=8)
+    depths = draw_depths(rng, 4, 3)
+    cardinality, base_width = choose(rng, ((1, 64), (1, 64), (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
+    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
+    ratio = cardinality * base_width / 64
+    per_block = 8 * ratio + 9 * ratio * ratio / cardinality
+    multiple = 16 if base_width == 4 else 8
+    widths = stage_widths(
+        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=multiple
+    )
+    details = _draw_resnet_details(rng, stem, widths[0])
+    if cardinality > 1:
+        details['norm'] = 'batch'
+    return {
+        **stem,
+        'depths': depths,
+        'widths': widths,
+        'cardinality': cardinality,
+        'base_width': base_width,
+        **details,
+    }
+
+
+def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: int) -> dict[str, Any]:
+    norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.15) else 'batch'
+    if stem['stem_pool'] == 'max' and chance(rng, 0.2):
+        stem['stem_pool'] = 'convolution'
+    return {
+        'stem_width': round_to(width * choose(rng, (0.5, 1, 1, 2)), 16),
+        'norm': norm,
+        'act': choose(rng, ('relu', 'relu', 'relu', 'silu', 'gelu')),
+        'squeeze_excite': chance(rng, 0.25),
+        'average_down': chance(rng, 0.25),
+        'pooling': choose(rng, _POOLINGS),
+    }
+
+
+@register_family('resnet_basic')
+@register_family('resnet_bottleneck')
+def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
+    """timm's ResNet."""
+    options = architecture.options
+    block: Any = BasicBlock if architecture.family == 'resnet_basic' else Bottleneck
+    model: Any = ResNet(
+        block,
+        layers=options['depths'],
+        channels=options['widths'],
+        num_classes=architecture.num_classes,
+        in_chans=architecture.in_chans,
+        global_pool=options['pooling'],
+        cardinality=options.get('cardinality', 1),
+        base_width=options.get('base_width', 64),
+        # The class gives another width than 64 to deep stems only; the plain one is put in its place below.
+        stem_type='deep_tiered' if options['stem'] == 'tiered' else 'deep',
+        stem_width=options['stem_width'] // 2,
+        replace_stem_pool=options['stem_pool'] == 'convolution',
+        avg_down=options['average_down'],
+        act_layer=options['act'],
+        norm_layer=partial(GroupNorm, num_groups=GROUPS) if options['norm'] == 'group' else nn.BatchNorm2d,
+        block_args={'attn_layer': 'se'} if options['squeeze_excite'] else {},
+        device=device,
+    )
+    kernel, stride = options['stem_kernel'], options['stem_stride']
+    if options['stem'] == 'plain':
+        model.conv1 = nn.Conv2d(
+            architecture.in_chans,
+            options['stem_width'],
+            kernel,
+            stride=stride,
+            padding=kernel // 2,
+            bias=False,
+            device=device,
+        )
+        nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
+    else:
+        model.conv1[0].stride = (stride, stride)
+    if options['stem_pool'] == 'none':
+        model.maxpool = nn.Identity()
+    return cast(nn.Module, model)
+
+
+def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """Norm and activation before each convolution; with group norm, the weights are standardised (BiT)."""
+    stem = _draw_stem(rng, limits, after=8)
+    depths = draw_depths(rng, 4, 3)
+    basic = chance(rng, 0.4)
+    ratio = choose(rng, (0.25, 0.25, 0.5))
+    per_block = 18.0 if basic else 2 * ratio + 9 * ratio * ratio
+    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
+    widths = stage_widths(
+        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=8 if basic else 32
+    )
+    norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.35) else 'batch'
+    return {
+        **stem,
+        'depths': depths,
+        'widths': widths,
+        'basic': basic,
+        'bottle_ratio': ratio,
+        'stem_width': round_to(widths[0] * choose(rng, (0.5, 1) if basic else (0.25, 0.5)), 16),
+        'norm': norm,
+        'act': choose(rng, ('relu', 'relu', 'silu', 'gelu')),
+        'average_down': chance(rng, 0.25),
+        'pooling': choose(rng, _POOLINGS),
+    }
+
+
+@register_family('resnetv2')
+def build_resnetv2(architecture: Architecture, device: torch.device) -> nn.Module:
+    """timm's ResNetV2."""
+    options = architecture.options
+    group = options['norm'] == 'group'
+    model: Any = ResNetV2(
+        layers=list(options['depths']),
+        channels=options['widths'],
+        num_classes=architecture.num_classes,
+        in_chans=architecture.in_chans,
+        global_pool=options['pooling'],
+        stem_chs=options['stem_width'],
+        stem_type={'plain': '', 'deep': 'deep', 'tiered': 'tiered'}[options['stem']],
+        avg_down=options['average_down'],
+        basic=options['basic'],
+        bottle_ratio=1.0 if options['basic'] else options['bottle_ratio'],
+        act_layer=options['act'],
+        norm_layer=partial(GroupNormAct, num_groups=GROUPS) if group else BatchNormAct2d,
+        conv_layer=StdConv2d if group else create_conv2d,
+        device=device,
+    )
+    first = model.stem.conv if options['stem'] == 'plain' else model.stem.conv1
+    set_convolution(first, kernel=options['stem_kernel'], stride=options['stem_stride'])
+    if options['stem_pool'] == 'none':
+        model.stem.pool = nn.Identity()
+    return cast(nn.Module, model)
+
+
+def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """X, Y (squeeze-excite), V (pre-activation) and Z (inverted bottleneck), by the parameters of arXiv 2003.13678."""
+    kind = choose(rng, ('x', 'y', 'v', 'z'))
+    stride = affordable(rng, limits, ((1, 1), (2, 2)), after=16)
+    expansion = 4.0 if kind == 'z' else 1.0
+    group_size = choose(rng, (4, 8, 8, 16, 24, 32))
+    sides = stage_sides(limits.image_size, (2 * stride, 2, 2, 2))
+    for _ in range(100):
+        depth = choose(rng, range(4, 15))
+        wm = choose(rng, (1.5, 1.75, 2.0, 2.25, 2.5, 2.75))
+        widths = stage_widths(
+            rng,
+            limits,
+            tuple(wm**stage for stage in range(4)),
+            depths=(max(1, depth // 4),) * 4,
+            sides=sides,
+            per_block=2 * expansion + 9 * expansion * group_size / 64,
+        )
+        wa = round(widths[0] * (wm**3 - 1) / (depth - 1), 2)
+        # The class has four stages, no more and no less.
+        if generate_regnet(wa, widths[0], wm, depth, group_size)[1] == 4:
+            break
+    return {
+        'kind': kind,
+        'stem_stride': stride,
+        'stem_width': round_to(min(widths[0], 64) * choose(rng, (0.5, 1)), 8),
+        'depth': depth,
+        'w0': widths[0],
+        'wa': wa,
+        'wm': wm,
+        'group_size': group_size,
+        'expansion': expansion,
+        'average_down': kind in 'xyv' and chance(rng, 0.25),
+        'act': choose(rng, ('relu', 'relu', 'silu')),
+        'norm': 'batch',
+    }
+
+
+@register_family('regnet')
+def build_regnet(architecture: Architecture, device: torch.device) -> nn.Module:
+    """timm's RegNet."""
+    options = architecture.options
+    kind = options['kind']
+    config = RegNetCfg(
+        depth=options['depth'],
+        w0=options['w0'],
+        wa=options['wa'],
+        wm=options['wm'],
+        group_size=options['group_size'],
+        bottle_ratio=options['expansion'],
+        se_ratio=0.0 if kind == 'x' else 0.25,
+        stem_width=options['stem_width'],
+        downsample=None if kind == 'z' else 'avg' if options['average_down'] else 'conv1x1',
+        linear_out=kind == 'z',
+        preact=kind == 'v',
+        act_layer=options['act'],
+    )
+    model: Any = RegNet(config, in_chans=architecture.in_chans, num_classes=architecture.num_classes, device=device)
+    first = model.stem if kind == 'v' else model.stem.conv
+    set_convolution(first, kernel=3, stride=options['stem_stride'])
+    return cast(nn.Module, model)
+
+
+def draw_nfnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """Scaled, standardised convolutions and no norms: NF-ResNet, NF-RegNet-like and NFNet blocks."""
+    stem_stride, pool = affordable(
+        rng, limits, (((1, False), 2), ((2, False), 4), ((1, True), 2), ((2, True), 4)), after=8
+    )
+    depths = draw_depths(rng, 4, 3)
+    ratio = choose(rng, (0.25, 0.5, 1.0))
+    group_size = choose(rng, (None, None, 8, 16))
+    extra = chance(rng, 0.25)
+    sides = stage_sides(limits.image_size, (stem_stride * 2, 2, 2, 2))
+    spatial = 9 * ratio * (ratio if group_size is None else group_size / 64) * (2 if extra else 1)
+    widths = stage_widths(
+        rng,
+        limits,
+        draw_ratios(rng, 4),
+        depths=depths,
+        sides=sides,
+        per_block=2 * ratio + spatial,
+        # So that the 3x3 convolutions have whole groups.
+        multiple=round((group_size or 8) / ratio),
+    )
+    return {
+        'stem': choose(rng, ('deep', '3x3', '7x7') if stem_stride > 1 else ('deep', '3x3')),
+        'stem_stride': stem_stride,
+        'stem_pool': pool,
+        'stem_width': round_to(widths[0] * choose(rng, (0.5, 1)), 16),
+        'depths': depths,
+        'widths': widths,
+        'bottle_ratio': ratio,
+        'group_size': group_size,
+        'extra_convolution': extra,
+        'squeeze_excite': chance(rng, 0.35),
+        'act': choose(rng, ('relu', 'silu', 'gelu')),
+        'norm': 'none',
+    }
+
+
+@register_family('nfnet')
+def build_nfnet(architecture: Architecture, device: torch.device) -> nn.Module:
+    """timm's NormFreeNet."""
+    options = architecture.options
+    config = NfCfg(
+        depths=options['depths'],
+        channels=options['widths'],
+        stem_type=options['stem'] + ('_pool' if options['stem_pool'] else ''),
+        stem_chs=options['stem_width'],
+        group_size=options['group_size'],
+        attn_layer='se' if options['squeeze_excite'] else None,
+        attn_kwargs={'rd_ratio': 0.25} if options['squeeze_excite'] else None,
+        bottle_ratio=options['bottle_ratio'],
+        extra_conv=options['extra_convolution'],
+        act_layer=options['act'],
+    )
+    model: Any = NormFreeNet(
+        config, num_classes=architecture.num_classes, in_chans=architecture.in_chans, device=device
+    )
+    first = model.stem.conv1 if options['stem'] == 'deep' else model.stem.conv
+    first.stride = (options['stem_stride'],) * 2
+    return cast(nn.Module, model)

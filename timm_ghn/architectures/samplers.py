@@ -1,0 +1,344 @@
+"""Sources of architectures behind one interface: a seed in, architectures out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+from timm_ghn.architectures.architecture import SPLITS, Architecture, register_family
+from timm_ghn.architectures.cost import Limits, cost_of, count_parameters
+from timm_ghn.architectures.families import FAMILIES, TRAIN_FAMILIES
+from timm_ghn.architectures.small_images import adapt_to_small_images_, size_arguments
+from timm_ghn.errors import ConfigError
+from timm_ghn.runs.recipes import converted
+
+
+class ArchitectureSampler(Protocol):
+    """A source of architectures.
+
+    A sampler is a frozen record that can be pickled. It keeps no state: what it draws depends on the generator alone,
+    so that each worker process, each with its own generator, can have its copy.
+    """
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """Draw an architecture; all randomness comes from ``rng``."""
+        ...
+
+
+_SAMPLERS: dict[str, type[Any]] = {}
+SamplerType = TypeVar('SamplerType', bound=type[Any])
+
+
+def register_sampler(name: str) -> Callable[[SamplerType], SamplerType]:
+    """Class decorator: make a dataclass of an :class:`ArchitectureSampler` known by name.
+
+    Raises:
+        ConfigError: if another class has this name.
+    """
+
+    def register(cls: SamplerType) -> SamplerType:
+        if name in _SAMPLERS:
+            raise ConfigError(f'expected a new name for a sampler (got {name!r}, which is {_SAMPLERS[name].__name__})')
+        _SAMPLERS[name] = cls
+        return cls
+
+    return register
+
+
+def known_samplers() -> tuple[str, ...]:
+    """Names of all registered samplers."""
+    return tuple(sorted(_SAMPLERS))
+
+
+def build_sampler(name: str, options: Mapping[str, Any]) -> ArchitectureSampler:
+    """Make the sampler that a configuration names.
+
+    Args:
+        name: One of :func:`known_samplers`.
+        options: Fields of its dataclass, in the types of its annotations; lists may stand for tuples.
+
+    Raises:
+        ConfigError: if nothing has this name, or an option is unknown, missing or wrong.
+    """
+    if not isinstance(name, str) or name not in _SAMPLERS:
+        raise ConfigError(f'expected a sampler among {", ".join(known_samplers())} (got {name!r})')
+    cls = _SAMPLERS[name]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    missing = {
+        key
+        for key, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    } - set(options)
+    if unknown := set(options) - set(fields):
+        raise ConfigError(f'sampler {name!r} knows the options {sorted(fields)} (got {sorted(map(str, unknown))})')
+    if missing:
+        raise ConfigError(f'sampler {name!r} needs the options {sorted(missing)}')
+    sampler: ArchitectureSampler = cls(**converted(cls, options))
+    return sampler
+
+
+def stream(sampler: ArchitectureSampler, seed: int, *, worker: int = 0) -> Iterator[Architecture]:
+    """Architectures without end: the same ones for the same seed and worker, others for every other worker."""
+    rng = np.random.default_rng([seed, worker])
+    while True:
+        yield sampler.sample(rng)
+
+
+@register_sampler('timm')
+@dataclasses.dataclass(frozen=True)
+class TimmSampler:
+    """Random members of timm's families, within a budget.
+
+    A family is drawn first, uniformly; then options, until they fit.
+
+    Attributes:
+        families: Names of :data:`~timm_ghn.architectures.families.FAMILIES`.
+        image_size: Side of the images in pixels.
+        num_classes: Number of classes.
+        in_chans: Channels of the images.
+        parameters: Fewest and most parameters.
+        macs: Most multiply-accumulates for one image.
+        activations: Most elements that layers write for one image; None for any number.
+        smallest_map: Fewest positions of a map that a batch normalisation reads, see
+            :class:`~timm_ghn.architectures.cost.Limits`.
+        split: Which designs may be drawn, see :attr:`Architecture.split`; None for all.
+        attempts: How often options are drawn before giving up.
+
+    Raises:
+        ConfigError: if a name is unknown or a limit excludes everything.
+    """
+
+    families: tuple[str, ...] = TRAIN_FAMILIES
+    image_size: int = Architecture.image_size
+    num_classes: int = Architecture.num_classes
+    in_chans: int = Architecture.in_chans
+    parameters: tuple[int, int] = Limits.parameters
+    macs: int = Limits.macs
+    activations: int | None = Limits.activations
+    smallest_map: int = Limits.smallest_map
+    split: str | None = 'train'
+    attempts: int = 200
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.families if name not in FAMILIES]
+        if unknown or not self.families or len(set(self.families)) < len(self.families):
+            raise ConfigError(f'expected distinct families among {", ".join(FAMILIES)} (got {self.families})')
+        if self.split is not None and self.split not in SPLITS:
+            raise ConfigError(f'expected split to be one of {", ".join(SPLITS)}, or None (got {self.split!r})')
+        if self.attempts < 1:
+            raise ConfigError(f'expected attempts to be at least 1 (got {self.attempts})')
+        _ = self.limits
+
+    @property
+    def limits(self) -> Limits:
+        """What a network may cost."""
+        return Limits(self.image_size, self.parameters, self.macs, self.activations, self.smallest_map)
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """Draw an architecture within the limits.
+
+        Raises:
+            ConfigError: if none is found.
+        """
+        family = self.families[int(rng.integers(len(self.families)))]
+        limits = self.limits
+        for _ in range(self.attempts):
+            options = FAMILIES[family](rng, limits)
+            architecture = Architecture(family, options, self.image_size, self.num_classes, self.in_chans)
+            if self.split not in (None, architecture.split):
+                continue
+            model = architecture.build()
+            if limits.admit_parameters(count_parameters(model)) and limits.admit(
+                cost_of(model, architecture.input_size)
+            ):
+                return architecture
+        raise ConfigError(
+            f'found no {family} within {limits} in {self.attempts} attempts; widen the limits, or leave {family!r} out '
+            'of families'
+        )
+
+
+def evaluation_set(sampler: TimmSampler, *, seed: int, count: int, split: str = 'test') -> tuple[Architecture, ...]:
+    """A fixed list of architectures that training never draws.
+
+    They are held out by :attr:`Architecture.split`. For networks of another kind, give a sampler of the families in
+    :data:`~timm_ghn.architectures.families.HELD_OUT`.
+
+    Args:
+        sampler: Families and limits; its own split does not matter.
+        seed: Of the list. Each family has a generator of its own: one more family changes nothing in the others.
+        count: How many of each family.
+        split: 'val' or 'test'.
+
+    Returns:
+        ``count`` distinct architectures of each family, in the order of the families.
+
+    Raises:
+        ConfigError: if ``split`` is 'train', or if a family has too few members within the limits.
+    """
+    if split not in SPLITS or split == 'train':
+        raise ConfigError(f"expected split to be 'val' or 'test' (got {split!r})")
+    chosen: list[Architecture] = []
+    for family in sampler.families:
+        # One design in twenty belongs to the split.
+        one = dataclasses.replace(sampler, families=(family,), split=split, attempts=20 * sampler.attempts)
+        rng = np.random.default_rng([seed, zlib.crc32(family.encode())])
+        found: dict[str, Architecture] = {}
+        for _ in range(20 * count):
+            if len(found) == count:
+                break
+            architecture = one.sample(rng)
+            found.setdefault(architecture.key, architecture)
+        if len(found) < count:
+            raise ConfigError(f'expected {count} members of {family} within {one.limits} (got {len(found)})')
+        chosen += found.values()
+    return tuple(chosen)
+
+
+@register_sampler('names')
+@dataclasses.dataclass(frozen=True)
+class NamesSampler:
+    """Models of timm by name.
+
+    They belong to no split: keeping lists for training and for evaluation apart is up to who writes them.
+
+    Attributes:
+        names: Names, or patterns such as ``'resnet*'``, which stand for all models that match.
+        image_size: Side of the images in pixels.
+        num_classes: Number of classes.
+        in_chans: Channels of the images.
+        small_stem: Whether stems are made for small images, as :mod:`timm_ghn.architectures.small_images` does it.
+
+    Raises:
+        ConfigError: if timm has no model of a name.
+    """
+
+    names: tuple[str, ...]
+    image_size: int = Architecture.image_size
+    num_classes: int = Architecture.num_classes
+    in_chans: int = Architecture.in_chans
+    small_stem: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigError('expected names of timm models (got none)')
+        for pattern in self.names:
+            if not _matching(pattern):
+                raise ConfigError(f'timm has no model {pattern!r}; see timm.list_models()')
+
+    @functools.cached_property
+    def models(self) -> tuple[str, ...]:
+        """All names, each once."""
+        return tuple(dict.fromkeys(name for pattern in self.names for name in _matching(pattern)))
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """Draw one of the names."""
+        models = self.models
+        return self.architecture(models[int(rng.integers(len(models)))])
+
+    def architecture(self, name: str) -> Architecture:
+        """A model by its name."""
+        arguments = _size_arguments(name, self.image_size, self.small_stem)
+        options = {'name': name, 'small_stem': self.small_stem, **dict(arguments)}
+        return Architecture('timm', options, self.image_size, self.num_classes, self.in_chans)
+
+
+def _matching(pattern: str) -> tuple[str, ...]:
+    return tuple(timm.list_models(pattern)) if any(c in pattern for c in '*?[') else (pattern,) * timm.is_model(pattern)
+
+
+@functools.cache
+def _size_arguments(name: str, image_size: int, small: bool) -> tuple[tuple[str, Any], ...]:
+    return tuple(size_arguments(name, image_size, small=small).items())
+
+
+@register_family('timm')
+def _build_named(architecture: Architecture, device: torch.device) -> nn.Module:
+    """A model of timm, built for the size of the images."""
+    arguments = dict(architecture.options)
+    name, small = arguments.pop('name'), arguments.pop('small_stem')
+    with device:
+        model: nn.Module = timm.create_model(
+            name,
+            pretrained=False,
+            num_classes=architecture.num_classes,
+            in_chans=architecture.in_chans,
+            **arguments,
+        )
+        if small:
+            adapt_to_small_images_(model, architecture.image_size, in_chans=architecture.in_chans)
+    return model
+
+
+@register_sampler('mix')
+@dataclasses.dataclass(frozen=True)
+class MixSampler:
+    """Several samplers, drawn from by turns: for instance many small networks and a few as large as timm's own.
+
+    Attributes:
+        parts: A mapping for each: its ``share`` of the draws (any positive number, 1 if left out), the name of its
+            ``sampler`` ('timm' if left out), and the options of that.
+        image_size: Side of the images in pixels, for all parts.
+        num_classes: Number of classes.
+        in_chans: Channels of the images.
+
+    Raises:
+        ConfigError: if a part is wrong.
+    """
+
+    parts: tuple[Mapping[str, Any], ...] = dataclasses.field(hash=False)
+    image_size: int = Architecture.image_size
+    num_classes: int = Architecture.num_classes
+    in_chans: int = Architecture.in_chans
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple) or not self.parts:
+            raise ConfigError(f'expected parts to be a list of mappings (got {self.parts!r})')
+        _ = self.members
+
+    @functools.cached_property
+    def members(self) -> tuple[tuple[float, ArchitectureSampler], ...]:
+        """The share of each part, out of 1, and its sampler."""
+        made: list[tuple[float, ArchitectureSampler]] = []
+        for part in self.parts:
+            if not isinstance(part, Mapping):
+                raise ConfigError(f'expected each of parts to be a mapping (got {part!r})')
+            own = dict(part)
+            share, name = own.pop('share', 1), own.pop('sampler', 'timm')
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+                raise ConfigError(f'expected the share of a part to be a positive number (got {share!r})')
+            common = {'image_size': self.image_size, 'num_classes': self.num_classes, 'in_chans': self.in_chans}
+            made.append((share, build_sampler(name, {**common, **own})))
+        whole = sum(share for share, _ in made)
+        return tuple((share / whole, sampler) for share, sampler in made)
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """Draw from one of the parts."""
+        shares = [share for share, _ in self.members]
+        return self.members[int(rng.choice(len(shares), p=shares))][1].sample(rng)
+
+
+def parts_of(sampler: ArchitectureSampler) -> tuple[ArchitectureSampler, ...]:
+    """The samplers that a sampler draws from; that is itself where it is no mixture."""
+    if isinstance(sampler, MixSampler):
+        return tuple(inner for _, member in sampler.members for inner in parts_of(member))
+    return (sampler,)
+
+
+def timm_parts(sampler: ArchitectureSampler) -> list[TimmSampler]:
+    """Those of the parts that draw from families of timm."""
+    return [part for part in parts_of(sampler) if isinstance(part, TimmSampler)]
+
+
+def families_of(sampler: ArchitectureSampler) -> tuple[str, ...]:
+    """Families of timm that a sampler draws from."""
+    return tuple(dict.fromkeys(family for part in timm_parts(sampler) for family in part.families))

@@ -1,0 +1,76 @@
+"""Plans and measures as tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from timm_ghn.text import LONGEST, printable
+
+if TYPE_CHECKING:
+    from timm_ghn.prediction.diversity import Comparison
+    from timm_ghn.prediction.plan import ParameterPlan
+
+
+def plan_table(plan: ParameterPlan) -> Iterator[str]:
+    """Each parameter of a plan."""
+    rows = [
+        (row.name, _shape(row.shape), row.role, '-' if row.node is None else str(row.node), row.how) for row in plan
+    ]
+    return aligned(('parameter', 'shape', 'role', 'node', 'how'), rows)
+
+
+def totals_table(plan: ParameterPlan) -> Iterator[str]:
+    """Tensors and elements of a model: predicted, and kept by reason."""
+    totals = plan.summary()
+    rows = [('predicted', totals['predicted_tensors'], totals['predicted_elements'])]
+    rows += [(f'kept: {reason}', kept['tensors'], kept['elements']) for reason, kept in totals['kept'].items()]
+    rows.append(('all', totals['tensors'], totals['elements']))
+    return aligned(('parameters', 'tensors', 'elements'), [(name, f'{n:,}', f'{size:,}') for name, n, size in rows])
+
+
+def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
+    """Each layer as predicted, post-processed and random, with what the columns mean."""
+    header = ['layer', 'parameter', 'shape']
+    for measure in ('same', 'stable', 'spread'):
+        header += [f'{measure}: pred', 'post', 'rand']
+    rows = []
+    for comparison in comparisons:
+        measured = comparison.weights
+        first = next(iter(measured.values()))
+        row = [f'{comparison.number}{"*" if comparison.processed else ""}', first.name, _shape(first.shape)]
+        row += [f'{100 * layer.duplicates:.0f}%' for layer in measured.values()]
+        row += [f'{layer.stable_rank:.1f}' for layer in measured.values()]
+        row += [f'{layer.effective_rank:.1f}' for layer in measured.values()]
+        rows.append(row)
+    yield from aligned(header, rows)
+    yield ''
+    yield 'pred, post, rand: weights as predicted, post-processed (layers marked *), and as timm draws them'
+    yield 'same: output channels that point in the direction of an earlier one'
+    yield 'stable: stable rank |W|_F^2 / |W|_2^2'
+    yield 'spread: directions over which the correlations of the channels are spread (participation ratio)'
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; columns of numbers are aligned to the right."""
+    body = [tuple(printable(cell, LONGEST) for cell in row) for row in rows]
+    columns = list(zip(header, *body, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    for row in (header, ['-' * width for width in widths], *body):
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        yield '  '.join(cells).rstrip()
+
+
+def _is_number(text: str) -> bool:
+    return (
+        text == '-'
+        or text.removesuffix('%').removesuffix('*').replace(',', '').replace('.', '', 1).lstrip('+-').isdigit()
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return 'x'.join(map(str, shape))

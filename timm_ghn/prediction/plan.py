@@ -1,0 +1,235 @@
+"""What happens to each parameter of a model: predicted from which node and how, or kept and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.graph.graph import Graph, ParameterInfo
+from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.vocabulary import NO_ELEMENTS, NOT_FLOATING, encoded_position, positional_size
+from timm_ghn.nn.config import GHNConfig
+from timm_ghn.nn.requests import DecodeKind, DecodeRequest
+from timm_ghn.prediction.fit import Fit, fit_of
+
+#: A plan is made for a GHN. Which parameters are predicted, and which are layers, does not depend on it, so this one
+#: stands for any.
+ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
+
+#: What can be asked of the classifier.
+HEAD_OPTIONS = ('auto', 'predict', 'keep')
+
+_ROLES = {
+    DecodeKind.TENSOR: 'weight',
+    DecodeKind.HEAD_WEIGHT: 'head weight',
+    DecodeKind.HEAD_BIAS: 'head bias',
+    DecodeKind.WEIGHT_1D: 'norm weight',
+    DecodeKind.BIAS_1D: 'bias',
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParameterRow:
+    """One parameter of the plan.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Its shape.
+        dtype: Its dtype.
+        owner: Class of the module that holds it.
+        aliases: Its other names, when it is tied.
+        role: 'weight', 'bias', 'norm weight', 'norm bias', 'position', 'head weight', 'head bias', or 'kept'.
+        node: Index of the graph node that predicts it, None when it is kept.
+        request: What the GHN decodes for it.
+        fit: How that is tiled and scaled to the parameter.
+        reason: Why it keeps its own initialisation, None when it is predicted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    owner: str
+    aliases: tuple[str, ...]
+    role: str
+    node: int | None = None
+    request: DecodeRequest | None = None
+    fit: Fit | None = None
+    reason: str | None = None
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the GHN predicts it."""
+        return self.request is not None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def how(self) -> str:
+        """How it comes about, in words."""
+        if self.fit is None:
+            return f'kept: {self.reason}'
+        return self.fit.describe(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write."""
+        return {
+            'name': self.name,
+            'shape': list(self.shape),
+            'dtype': str(self.dtype).removeprefix('torch.'),
+            'owner': self.owner,
+            'aliases': list(self.aliases),
+            'role': self.role,
+            'node': self.node,
+            'how': self.how,
+            'reason': self.reason,
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParameterPlan:
+    """Every parameter of a model, exactly once. Plans are compared by identity, as their graphs are.
+
+    Attributes:
+        rows: In the order of ``model.named_parameters()``.
+        graph: The graph that they are predicted from.
+    """
+
+    rows: tuple[ParameterRow, ...]
+    graph: Graph
+
+    def __post_init__(self) -> None:
+        names = [name for row in self.rows for name in (row.name, *row.aliases)]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        missing = {info.name for info in self.graph.parameters} - set(names)
+        if twice or missing:
+            raise UnsupportedModelError(
+                f'expected each parameter once in the plan (got twice: {twice}, never: {missing})'
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[ParameterRow]:
+        return iter(self.rows)
+
+    @functools.cached_property
+    def predicted(self) -> tuple[ParameterRow, ...]:
+        """Rows that the GHN predicts."""
+        return tuple(row for row in self.rows if row.predicted)
+
+    @functools.cached_property
+    def kept(self) -> tuple[ParameterRow, ...]:
+        """Rows that keep their own initialisation."""
+        return tuple(row for row in self.rows if not row.predicted)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals: numbers of tensors and of elements, predicted, and kept by reason."""
+        reasons: dict[str, dict[str, int]] = {}
+        for row in self.kept:
+            total = reasons.setdefault(row.reason or '', {'tensors': 0, 'elements': 0})
+            total['tensors'] += 1
+            total['elements'] += row.numel
+        return {
+            'nodes': len(self.graph),
+            'edges': len(self.graph.edges_E2),
+            'rules': self.graph.rules,
+            'tensors': len(self.rows),
+            'elements': sum(row.numel for row in self.rows),
+            'predicted_tensors': len(self.predicted),
+            'predicted_elements': sum(row.numel for row in self.predicted),
+            'kept': reasons,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write: the summary and all rows."""
+        return {'summary': self.summary(), 'rows': [row.to_dict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        cells = [('parameter', 'shape', 'role', 'node', 'how')]
+        for row in self.rows:
+            shape = 'x'.join(map(str, row.shape)) or 'scalar'
+            cells.append((row.name, shape, row.role, '-' if row.node is None else str(row.node), row.how))
+        widths = [max(len(line[column]) for line in cells) for column in range(4)]
+        table = ['  '.join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4]]) for line in cells]
+        totals = self.summary()
+        table.append(
+            f'{totals["predicted_tensors"]} of {totals["tensors"]} tensors and {totals["predicted_elements"]:,} of '
+            f'{totals["elements"]:,} elements are predicted, from a graph of {totals["nodes"]} nodes'
+        )
+        return '\n'.join(table)
+
+
+def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> ParameterPlan:
+    """Decide for each parameter of a traced model what becomes of it.
+
+    Args:
+        graph: The traced model.
+        config: Of the GHN that will predict.
+        head: 'auto': predict the classifier if it has as many classes as the GHN was trained with. 'predict': always
+            (rows are repeated where there are more classes). 'keep': never.
+
+    Raises:
+        ConfigError: if ``head`` is something else.
+    """
+    if head not in HEAD_OPTIONS:
+        raise ConfigError(f'expected head to be one of {", ".join(HEAD_OPTIONS)} (got {head!r})')
+    keep_head = head == 'keep' or (head == 'auto' and graph.num_classes != config.num_classes)
+    reason = 'head kept on request'
+    if head == 'auto':
+        reason = f'head for {graph.num_classes} classes, the GHN was trained with {config.num_classes}'
+    classifier = frozenset(graph.classifier) if keep_head else frozenset()
+    rows = tuple(
+        _kept(info, reason if info.name in classifier else graph.kept[info.name])
+        if info.name in classifier or info.name in graph.kept
+        else _predicted(info, graph, config)
+        for info in graph.parameters
+    )
+    return ParameterPlan(rows, graph)
+
+
+def _kept(info: ParameterInfo, reason: str | None) -> ParameterRow:
+    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, 'kept', reason=reason)
+
+
+def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig) -> ParameterRow:
+    if not info.dtype.is_floating_point:
+        return _kept(info, NOT_FLOATING)
+    if info.numel == 0:
+        return _kept(info, NO_ELEMENTS)
+    index = graph.node_of[info.name]
+    kind, role = _kind(info, graph, index)
+    node = graph.nodes[index]
+    size, fit = fit_of(kind, info.shape, config, position=role == 'position', kernel=node.kernel, blocks=node.blocks)
+    request = DecodeRequest(kind, index, size)
+    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, index, request, fit)
+
+
+def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, str]:
+    """Which decoder a parameter needs, and its role in words."""
+    node = graph.nodes[index]
+    if info.name == node.norm_bias:
+        return DecodeKind.BIAS_1D, 'norm bias'
+    if info.name in graph.class_weights:
+        return DecodeKind.HEAD_WEIGHT, _ROLES[DecodeKind.HEAD_WEIGHT]
+    if info.name in graph.class_biases:
+        return DecodeKind.HEAD_BIAS, _ROLES[DecodeKind.HEAD_BIAS]
+    if node.primitive is Primitive.BIAS:
+        return DecodeKind.BIAS_1D, _ROLES[DecodeKind.BIAS_1D]
+    if node.primitive in (Primitive.BN, Primitive.LN) or len(info.shape) < 2:
+        return DecodeKind.WEIGHT_1D, _ROLES[DecodeKind.WEIGHT_1D]
+    if (
+        node.primitive is Primitive.POS_ENC
+        and positional_size(info.shape)
+        and node.shape == encoded_position(info.shape)
+    ):
+        return DecodeKind.TENSOR, 'position'
+    return DecodeKind.TENSOR, _ROLES[DecodeKind.TENSOR]

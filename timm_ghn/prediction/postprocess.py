@@ -1,0 +1,356 @@
+"""Post-processing of predicted weights before they are trained: noise and orthogonalisation (arXiv 2207.10049).
+
+Channels of a predicted weight resemble one another, since a GHN decodes them from one embedding and repeats them where
+a layer is wide. Gradient descent hardly tells such channels apart; noise and orthogonalisation do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_ghn.errors import ConfigError
+from timm_ghn.graph.build import trace
+from timm_ghn.nn.precision import full_precision, sum_dtype
+from timm_ghn.prediction.checks import check_finite, check_storage, check_writable, write_all_
+from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
+
+M = TypeVar('M', bound=nn.Module)
+
+#: What :attr:`PostProcess.scale` can be.
+SCALES = ('unit', 'keep')
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect(holds: bool, what: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f'expected {what} (got {value!r})')
+
+
+@dataclasses.dataclass(frozen=True)
+class PostProcess:
+    """How predicted weights are post-processed.
+
+    Layers are counted from 1, see :func:`layers`.
+
+    Attributes:
+        orth: Whether to replace a weight by the orthogonal factor of its QR decomposition.
+        beta: Noise, as a share of the spread of the correlations of the weight; 0 for none.
+        layer: The first layer to process: an integer is its number (0 and 1 both are the first), a float from 0 to 1
+            a share of the depth, of which that share stays: 0.7 of 54 layers processes those from number 38 on, as
+            floor(0.7 * 54) = 37 stay. Mind that 1 is the first layer and 1.0 is no layer.
+        max_size: Only layers with more output or input channels than this are processed, and noise is added from
+            this channel on (the published option for channels that a GHN repeats).
+        seed: Of the noise.
+        scale: 'unit' is the published definition: all singular values are 1. 'keep' multiplies that by a factor such
+            that the weight keeps its Frobenius norm.
+    """
+
+    orth: bool = True
+    beta: float = 3e-5
+    layer: int | float = 0
+    max_size: int = 0
+    seed: int = 0
+    scale: str = 'unit'
+
+    def __post_init__(self) -> None:
+        _expect(isinstance(self.orth, bool), 'orth to be true or false', self.orth)
+        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
+        _expect(number and math.isfinite(self.beta) and self.beta >= 0, 'beta of 0 or more', self.beta)
+        _expect(
+            (_is_integer(self.layer) and self.layer >= 0)
+            or (isinstance(self.layer, float) and 0.0 <= self.layer <= 1.0),
+            "layer to be a layer's number (an integer) or a share of the depth (a float from 0.0 to 1.0)",
+            self.layer,
+        )
+        _expect(_is_integer(self.max_size) and self.max_size >= 0, 'max_size of 0 or more', self.max_size)
+        _expect(_is_integer(self.seed) and -(2**63) <= self.seed < 2**63, 'seed to be an integer', self.seed)
+        _expect(self.scale in SCALES, f'scale to be one of {", ".join(SCALES)}', self.scale)
+
+    @classmethod
+    def of(cls, value: PostProcess | str | None, *, seed: int = 0, auto: str = 'orth') -> PostProcess | None:
+        """Options by their name.
+
+        Args:
+            value: A key of :data:`NAMED`, 'auto', None or 'none' for no post-processing, or options, which are returned
+                as they are.
+            seed: Of the noise, for options that are named.
+            auto: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of the GHN.
+
+        Raises:
+            ConfigError: if nothing has this name.
+        """
+        if isinstance(value, cls):
+            return value
+        name = auto if value == DEFAULT else value
+        if name is None or name == 'none':
+            return None
+        if not isinstance(name, str) or name not in NAMED:
+            names = ', '.join(map(repr, (DEFAULT, *NAMED)))
+            raise ConfigError(f"expected postprocess to be {names}, 'none', None or a PostProcess (got {value!r})")
+        return dataclasses.replace(NAMED[name], seed=seed)
+
+    def first(self, count: int) -> int:
+        """Number of the first layer to process, counted from 1.
+
+        Args:
+            count: How many layers the network has.
+        """
+        if isinstance(self.layer, float):
+            return math.floor(self.layer * count + 1e-9) + 1  # 0.29 * 100 is a little less than 29
+        return max(self.layer, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write."""
+        return dataclasses.asdict(self)
+
+    def describe(self) -> str:
+        """The options in words."""
+        parts = ['orthogonalised' + (' at their norm' if self.scale == 'keep' else '')] if self.orth else []
+        parts += [f'noise {self.beta:g} (seed {self.seed})'] if self.beta else []
+        if isinstance(self.layer, float):
+            parts += [f'from {self.layer:g} of the depth on']
+        elif self.layer > 1:
+            parts += [f'from layer {self.layer} on']
+        parts += [f'beyond {self.max_size} channels'] if self.max_size else []
+        return ', '.join(parts) if self.orth or self.beta else 'nothing'
+
+
+#: Post-processing by name: the published orthogonalisation on the last layers, and the noise of GHN-3's trainer.
+NAMED = {'orth': PostProcess(layer=0.7), 'noise': PostProcess(orth=False, beta=1e-5)}
+
+#: What initialising a model does if it is not told: what the GHN's configuration recommends.
+DEFAULT = 'auto'
+
+#: What arXiv 2207.10049 used before fine-tuning on CIFAR-10: layer3.3.conv3 of 54 layers, stages.2.blocks.24.conv_dw
+#: of 113 (its report says 100, by mistake).
+RECIPES = {'resnet50': PostProcess(layer=37), 'convnext_base': PostProcess(layer=94)}
+
+
+def layers(plan: ParameterPlan) -> tuple[ParameterRow, ...]:
+    """The layers of a network, in the order of ``named_parameters``: their numbers are their places, from 1 on.
+
+    A layer is a weight with two axes or more of a convolution, linear layer and the like: a parameter that is named so
+    and that the plan predicts as one. The weight of the classifier counts, predicted or kept. Norms, biases,
+    embeddings of positions, tokens and tables do not.
+
+    The reference counts the modules that have a ``weight``. Its numbers are these for networks of convolutions and
+    linear layers. The joint projection of ``nn.MultiheadAttention`` (``in_proj_weight``) counts here, as timm's
+    ``qkv`` does, while the reference skips it; the reference also counts what the forward pass does not use.
+    """
+    return tuple(
+        row
+        for row in plan
+        if (row.role == 'weight' and _is_named_weight(row.name))
+        or (row.name in plan.graph.classifier and len(row.shape) > 1)
+    )
+
+
+def processed_layers(plan: ParameterPlan, options: PostProcess) -> tuple[ParameterRow, ...]:
+    """Those of the :func:`layers` that options change; never the classifier."""
+    counted = layers(plan)
+    if not options.orth and not options.beta:
+        return ()
+    return tuple(
+        row
+        for row in counted[options.first(len(counted)) - 1 :]
+        if row.name not in plan.graph.classifier and max(row.shape[:2]) > options.max_size
+    )
+
+
+def postprocess_(
+    model: M,
+    options: PostProcess | str | None = DEFAULT,
+    *,
+    plan: ParameterPlan | None = None,
+    input_size: Any = None,
+    example_inputs: Any = None,
+    generator: torch.Generator | None = None,
+) -> M:
+    """Post-process the weights of a model, in place; the rest of it stays.
+
+    Weights of any origin will do. What is written is finite; either all weights are written or, if anything fails,
+    none.
+
+    Args:
+        model: Any network that takes a batch of images.
+        options: Options, or the name of some; None does nothing.
+        plan: The plan of the prediction; without it the model is traced.
+        input_size: Image size for tracing, see :func:`timm_ghn.trace`.
+        example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
+        generator: Draws the noise instead of one on the CPU with the seed of the options, which gives the same noise
+            for each device of the model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: if there are no such options, or if the plan is that of another model.
+        UnsupportedModelError: if the model cannot be traced, or if the kind of a weight cannot be written.
+        PredictionError: if a weight is not finite, or cannot be written.
+    """
+    chosen = PostProcess.of(options)
+    if chosen is None:
+        return model
+    if plan is None:
+        plan = plan_parameters(trace(model, input_size=input_size, example_inputs=example_inputs), ANY_GHN)
+    parameters = dict(model.named_parameters())
+    rows = processed_layers(plan, chosen)
+    for row in rows:
+        if row.name not in parameters or tuple(parameters[row.name].shape) != row.shape:
+            raise ConfigError(f"expected the plan of this model (got one with '{row.name}' of shape {row.shape})")
+        parameter = parameters[row.name]
+        check_storage(row.name, parameter)
+        check_writable(row.name, parameter)
+        check_finite(f"values of '{row.name}'", parameter.detach())
+    values = {row.name: parameters[row.name].detach() for row in rows}
+    process_(values, rows, chosen, generator)
+    write_all_({name: parameters[name] for name in values}, lambda name, weight: weight.copy_(values.pop(name)))
+    return model
+
+
+@torch.no_grad()
+def process_(
+    values: dict[str, Tensor],
+    rows: Sequence[ParameterRow],
+    options: PostProcess,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Put post-processed weights in the place of weights, without a check; the tensors themselves stay.
+
+    Args:
+        values: Finite weights by name.
+        rows: What to process, in the order of the layers: see :func:`processed_layers`.
+        options: How.
+        generator: Draws the noise; by default one on the CPU with the seed of the options.
+    """
+    drawn = torch.Generator().manual_seed(options.seed) if generator is None else generator
+    for row in rows:
+        with full_precision(values[row.name].device):
+            values[row.name] = processed(values[row.name], options, drawn)
+
+
+def processed(weight: Tensor, options: PostProcess, generator: torch.Generator) -> Tensor:
+    """A weight after post-processing, as a new tensor.
+
+    Computed in float32, and in float64 for a weight in float64.
+
+    Args:
+        weight: Finite, with two axes or more, and at least one element.
+        options: How; the number of the layer is not looked at.
+        generator: Draws the noise, one normal value for each element that gets noise.
+
+    Returns:
+        A finite tensor of the same shape, dtype and device.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    values = weight.to(dtype, copy=True)
+    norm = _norm(values) if options.scale == 'keep' else 0.0
+    if options.beta:
+        spread = correlation_spread(values)
+        block = values[options.max_size :, options.max_size :]
+        noise = torch.randn(block.shape, generator=generator, dtype=dtype, device=generator.device)
+        block.add_(noise.to(block.device), alpha=min(options.beta * spread, torch.finfo(dtype).max))
+        _clamp(values, dtype)
+    if options.orth:
+        values = orthogonalised(values)
+        if options.scale == 'keep':
+            length = float(torch.linalg.vector_norm(values))  # the square root of the rank
+            values *= min(norm / max(length, 1.0), torch.finfo(dtype).max)
+    return _clamp(values, weight.dtype).to(weight.dtype)
+
+
+def orthogonalised(weight: Tensor) -> Tensor:
+    """The orthogonal factor of a weight: W = QR as a matrix of at least as many rows as columns, Q sign(diag(R)).
+
+    The matrix is the weight as (outputs, rest), transposed if that is wide. Its columns become orthonormal; where
+    they depend on one another, as those of repeated channels do, rounding decides on the directions that the others
+    leave open. A column whose diagonal element in R is exactly 0 becomes 0, since sign(0) = 0: a weight of zeros
+    stays one.
+
+    Shapes:
+        - weight: (out, in, ...), float32 or float64 and finite; the result has the same shape.
+    """
+    orthogonal: Tensor
+    orthogonal, triangular = torch.linalg.qr(_near_one(_tall(weight)))
+    orthogonal = orthogonal * triangular.diagonal().sign()
+    wide = len(orthogonal) != len(weight)
+    return (orthogonal.t() if wide else orthogonal).reshape(weight.shape)
+
+
+def correlation_spread(weight: Tensor) -> float:
+    """Unbiased standard deviation of all entries of the correlation matrix C = ZZ' between the n rows of a weight.
+
+    The rows are those of the matrix that :func:`orthogonalised` decomposes. C has n * n entries, so it is not formed:
+    with the mean row z of Z and D = Z - 1z', whose columns sum to 0, the deviations from the mean of all entries are
+    C - |z|^2 11' = 1(Dz)' + (Dz)1' + DD', three parts whose products vanish or repeat:
+
+        (n^2 - 1) sigma^2 = 2 n |Dz|^2 + |D'D|^2
+
+    A row without variance has no correlation, by the definition NaN; here it is taken as 0. So is the spread of a
+    weight with a single column, all of whose rows are such.
+
+    Shapes:
+        - weight: (out, in, ...), float32 or float64 and finite.
+    """
+    matrix = _tall(weight)
+    rows, columns = matrix.shape
+    if columns < 2:
+        return 0.0
+    z = _near_one(matrix)
+    lengths = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    z = z - z.mean(dim=1, keepdim=True)
+    centred = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    varies = centred > 8 * torch.finfo(z.dtype).eps * lengths  # less is the rounding of the mean
+    z /= torch.where(varies, centred, math.inf)
+    mean = z.mean(dim=0)
+    z -= mean
+    squares = 2 * rows * _norm(z @ mean) ** 2 + _norm(z.t() @ z) ** 2
+    return math.sqrt(squares / (rows**2 - 1))
+
+
+def _tall(weight: Tensor) -> Tensor:
+    """A weight as a matrix (outputs, rest), transposed if it has more columns than rows."""
+    matrix = weight.reshape(weight.shape[0], -1)
+    return matrix.t() if matrix.shape[0] < matrix.shape[1] else matrix
+
+
+def _near_one(values: Tensor) -> Tensor:
+    """Values, divided by a power of two if they are so large or small that their squares might leave the range."""
+    factor = _power_of_two(values)
+    return values if factor == 1 else values * factor
+
+
+def _power_of_two(values: Tensor) -> float:
+    """1, or the factor that brings very large or very small values near 1."""
+    exponent = math.frexp(float(torch.linalg.vector_norm(values, math.inf)))[1]
+    limit = 120 if values.dtype == torch.float32 else 1000  # the factor is within the range of the dtype
+    return 1.0 if abs(exponent) < 40 else 2.0 ** -max(-limit, min(limit, exponent))
+
+
+def _norm(values: Tensor) -> float:
+    """Euclidean norm over all elements, summed up in float64 where the device has it."""
+    factor = _power_of_two(values)
+    scaled = values if factor == 1 else values * factor
+    return float(torch.linalg.vector_norm(scaled, dtype=sum_dtype(scaled.device))) / factor
+
+
+def _clamp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring values into the range of a dtype, in place."""
+    largest = torch.finfo(dtype).max
+    values.clamp_(-largest, largest)
+    return values
+
+
+def _is_named_weight(name: str) -> bool:
+    """Whether a parameter is called a weight, or computes one (``parametrizations.weight.original1``)."""
+    parts = name.split('.')
+    return 'weight' in (parts[-2] if 'parametrizations' in parts else parts[-1])

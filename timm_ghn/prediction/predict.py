@@ -1,0 +1,285 @@
+"""Predict the parameters of a model, and initialise it with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_ghn.devices import device_of
+from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
+from timm_ghn.graph.build import trace
+from timm_ghn.hub.load import shared_ghn
+from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.requests import DecodeRequest
+from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, write_all_
+from timm_ghn.prediction.fit import Fit, scaled, write_repeated
+from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
+from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers
+from timm_ghn.version import __version__
+
+M = TypeVar('M', bound=nn.Module)
+
+_NAMELESS = 'without a name'
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Predicted parameters of a model, raw: without post-processing.
+
+    Attributes:
+        state_dict: Predicted tensors by the model's own parameter names (all names of a tied one), in the dtypes of
+            the model. Kept parameters and buffers are not in it: load it with ``strict=False``.
+        plan: What became of each parameter.
+        provenance: Facts about the GHN and the call, as plain values.
+    """
+
+    state_dict: dict[str, Tensor]
+    plan: ParameterPlan
+    provenance: dict[str, Any]
+
+
+def predict(
+    model: nn.Module,
+    ghn: GHN | str | os.PathLike[str] = 'ghn',
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    head: str = 'auto',
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    rules: str | None = None,
+) -> Prediction:
+    """Predict the parameters of a model without touching it.
+
+    Args:
+        model: Any network that takes a batch of images; it may be on the meta device.
+        ghn: A GHN, or the name or path of one; 'ghn' is the default GHN.
+        input_size: Image size, see :func:`timm_ghn.trace`.
+        example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
+        head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
+            always, 'keep' never.
+        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding.
+        device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
+        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
+
+    Returns:
+        The prediction; the same call gives the same one.
+
+    Raises:
+        ConfigError: if ``head``, ``rules`` or ``device`` is something else.
+        UnsupportedModelError: if the model cannot be traced, or has parameters of less than 16 bits.
+        PredictionError: if a predicted value is not finite.
+        GHNError: if the GHN cannot be loaded.
+    """
+    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
+    decoded = _Decoded(chosen, plan, seed)
+    found = {row.name: decoded.tensor(row, chosen.device) for row in plan.predicted}
+    state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
+    return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
+
+
+def ghn_init(
+    model: M,
+    ghn: GHN | str | os.PathLike[str] = 'ghn',
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    head: str = 'auto',
+    seed: int = 0,
+    postprocess: PostProcess | str | None = DEFAULT,
+    device: torch.device | str | None = None,
+    rules: str | None = None,
+) -> M:
+    """Initialise a model with predicted parameters, in place, and post-process them as a start for training.
+
+    Either all predicted parameters are written or, if anything fails or the user interrupts, none. Their device,
+    dtype and ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters that are not predicted.
+    Until all are written, what they held is kept, which takes their memory once more.
+
+    Args:
+        model: Any network that takes a batch of images.
+        ghn: A GHN, or the name or path of one; 'ghn' is the default GHN.
+        input_size: Image size, see :func:`timm_ghn.trace`.
+        example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
+        head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
+            always, 'keep' never.
+        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding; and of
+            the noise of a post-processing that is named.
+        postprocess: 'auto' does what the GHN's configuration recommends; 'orth' or 'noise', see
+            :data:`~timm_ghn.prediction.postprocess.NAMED`, or options; None leaves the parameters as predicted.
+        device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
+        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: if ``head``, ``postprocess``, ``rules`` or ``device`` is something else.
+        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device or of less than 16
+            bits.
+        PredictionError: if a predicted value is not finite, or a parameter cannot be written.
+        GHNError: if the GHN cannot be loaded.
+    """
+    initialise(
+        model,
+        ghn,
+        input_size=input_size,
+        example_inputs=example_inputs,
+        head=head,
+        seed=seed,
+        postprocess=postprocess,
+        device=device,
+        rules=rules,
+    )
+    return model
+
+
+def initialise(
+    model: nn.Module,
+    ghn: GHN | str | os.PathLike[str],
+    *,
+    input_size: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    head: str = 'auto',
+    seed: int = 0,
+    postprocess: PostProcess | str | None = DEFAULT,
+    device: torch.device | str | None = None,
+    rules: str | None = None,
+) -> dict[str, Any]:
+    """Do what :func:`ghn_init` does, and give the facts about it."""
+    PostProcess.of(postprocess)  # before anything is loaded
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        check_storage(name, parameter)
+    chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
+    options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
+    for row in plan.predicted:
+        check_writable(row.name, parameters[row.name])
+    decoded = _Decoded(chosen, plan, seed)
+    finished: dict[str, Tensor] = {}
+    if options is not None:
+        layers = processed_layers(plan, options)
+        finished = {row.name: decoded.tensor(row, parameters[row.name].device) for row in layers}
+        process_(finished, layers, options)
+    rows = {row.name: row for row in plan.predicted}
+
+    def write(name: str, parameter: Tensor) -> None:
+        if name in finished:
+            parameter.copy_(finished.pop(name))
+        else:
+            decoded.write(rows[name], parameter)
+
+    write_all_({name: parameters[name] for name in rows}, write)
+    return provenance(chosen, plan, head=head, seed=seed, postprocess=options)
+
+
+def _prepare(
+    model: nn.Module,
+    ghn: GHN | str | os.PathLike[str],
+    input_size: int | Sequence[int] | None,
+    example_inputs: Any,
+    head: str,
+    device: torch.device | str | None,
+    rules: str | None,
+) -> tuple[GHN, ParameterPlan]:
+    """Load the GHN, trace the model and plan."""
+    where = None if device is None else device_of(device)
+    if not isinstance(ghn, GHN):
+        ghn = shared_ghn(ghn, device=where)
+    elif ghn.device.type == 'meta':
+        raise ConfigError(f"the GHN '{ghn.config.name or _NAMELESS}' is on the meta device, which holds no values")
+    elif where is not None:
+        ghn.to(where)
+    rules = ghn.config.rules if rules is None else rules
+    graph = trace(model, input_size=input_size, example_inputs=example_inputs, rules=rules)
+    plan = plan_parameters(graph, ghn.config, head=head)
+    if not plan.predicted:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} has no parameter that a GHN could predict; see timm_ghn.trace(model).kept'
+        )
+    for row in plan.predicted:
+        check_dtype(row.name, row.dtype)
+    return ghn, plan
+
+
+class _Decoded:
+    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes.
+
+    Args:
+        ghn: The GHN.
+        plan: Of the model.
+        seed: Of the tokens without a position, which are drawn when they are written.
+
+    Raises:
+        PredictionError: if a value is not finite in the dtype of its parameter.
+    """
+
+    @torch.no_grad()
+    def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._values: dict[str, Tensor] = {}
+        embeddings_Nd = ghn.encode(plan.graph)
+        if not bool(torch.isfinite(embeddings_Nd).all()):
+            raise PredictionError(
+                f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "
+                'the model was left as it was'
+            )
+        rows = plan.predicted
+        for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
+            row = rows[index]
+            values = scaled(decoded, _fit(row)).to(row.dtype).contiguous()
+            check_finite(f"values predicted for '{row.name}'", values)
+            self._values[row.name] = values
+
+    @torch.no_grad()
+    def write(self, row: ParameterRow, target: Tensor) -> None:
+        """Write a parameter in place, each once and in the order of the plan."""
+        write_repeated(target, self._values.pop(row.name), _fit(row), self._generator)
+
+    def tensor(self, row: ParameterRow, device: torch.device) -> Tensor:
+        """A parameter as a tensor of its own."""
+        target = torch.empty(row.shape, dtype=row.dtype, device=device)
+        self.write(row, target)
+        return target
+
+
+def _request(row: ParameterRow) -> DecodeRequest:
+    if row.request is None:
+        raise ValueError(f"'{row.name}' is not predicted")
+    return row.request
+
+
+def _fit(row: ParameterRow) -> Fit:
+    if row.fit is None:
+        raise ValueError(f"'{row.name}' is not predicted")
+    return row.fit
+
+
+def provenance(
+    ghn: GHN, plan: ParameterPlan, *, head: str, seed: int, postprocess: PostProcess | None = None
+) -> dict[str, Any]:
+    """Facts about a prediction, for files and model cards."""
+    origin = ghn.origin
+    totals = plan.summary()
+    return {
+        'ghn': ghn.config.name,
+        'trained': ghn.config.trained,
+        'origin': dataclasses.asdict(origin) if origin is not None else None,
+        'timm_ghn': __version__,
+        'rules': plan.graph.rules,
+        'input_size': list(plan.graph.input_size),
+        'mean': list(ghn.config.mean),
+        'std': list(ghn.config.std),
+        'head': head,
+        'seed': seed,
+        'postprocess': None if postprocess is None else postprocess.to_dict(),
+        'tensors': totals['tensors'],
+        'predicted_tensors': totals['predicted_tensors'],
+        'elements': totals['elements'],
+        'predicted_elements': totals['predicted_elements'],
+    }

@@ -1,0 +1,1 @@
+"""What every run of training shares: options, checkpoints, results."""
