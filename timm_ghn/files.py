@@ -1,10 +1,14 @@
-"""Files that the command line writes."""
+"""Files that appear whole or not at all, digests and JSON."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import stat
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,60 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ghn.errors import ConfigError
-from timm_ghn.nn.storage import replacing
+from timm_ghn.errors import CheckpointError, ConfigError
+
+#: Longest JSON file that is read, in bytes.
+MAX_JSON = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when it is complete; several processes may do so at once."""
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+    try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors writes files that nobody else can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON object with sorted keys, for people to read."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(record, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file with one JSON object.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f'expected a file in {path}, which is none: pipes and devices are not read')
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f'{path} is longer than {MAX_JSON:,} bytes, too long for a configuration')
+        record = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f'{path} is truncated or damaged, expected JSON: {error}') from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f'expected {path} to hold a JSON object (got {type(record).__name__})')
+    return record
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_output(path: Path, suffixes: Sequence[str] = ('.safetensors',)) -> None:
@@ -51,7 +107,7 @@ def write_state_dict(state_dict: Mapping[str, Tensor], path: Path, metadata: Map
     # Tied parameters share memory, which the format has no word for: each name gets its own copy.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         try:
             save_file(tensors, part, metadata={'format': 'pt', **header})
         except SafetensorError as error:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from variants import GHN3
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.files import read_json
 from timm_ghn.nn import GHN, GHNConfig, storage as storage_module
-from timm_ghn.nn.storage import read_ghn, read_json, save_ghn
+from timm_ghn.nn.storage import read_ghn, save_ghn
 
 
 @pytest.fixture

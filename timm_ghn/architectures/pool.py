@@ -13,7 +13,7 @@ import numpy as np
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.samplers import ArchitectureSampler
 from timm_ghn.errors import ConfigError
-from timm_ghn.nn.storage import replacing
+from timm_ghn.files import atomic_write
 from timm_ghn.version import __version__
 
 
@@ -66,5 +66,5 @@ def _read(path: Path) -> Architecture | None:
 
 def _write(path: Path, architecture: Architecture) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(architecture.to_dict()), encoding='utf-8')

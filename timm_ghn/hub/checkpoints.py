@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.files import sha256_of
 from timm_ghn.hub.pickles import BytesRecord, read_pickle
 from timm_ghn.hub.records import CheckpointFile, StorageRecord, brief
-from timm_ghn.nn.storage import sha256_of
 
 #: Begins the form of ``torch.save`` that is no zip archive, and the storages inside joblib dumps: a magic number and a
 #: version, pickled.

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from timm_ghn.errors import ConfigError
+from timm_ghn.files import read_json
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_json
+from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
-from timm_ghn.nn.storage import digest_in_name, sha256_of
+from timm_ghn.files import sha256_of
+from timm_ghn.nn.storage import digest_in_name
 from timm_ghn.tokens import check_token
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.

@@ -10,12 +10,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.files import read_json
 from timm_ghn.hub.catalogue import add_entry
 from timm_ghn.hub.entry import REPO, GHNEntry, check_name
 from timm_ghn.hub.fetch import Access, HubFile, fetch
 from timm_ghn.hub.formats import open_official
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_json
+from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE
 
 
 def register_ghn(

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import re
-import stat
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.files import atomic_write, read_json, sha256_of, write_json
 from timm_ghn.nn.config import GHNConfig, Origin
 
 if TYPE_CHECKING:
@@ -31,8 +27,6 @@ WEIGHTS_FILE = 'model.safetensors'
 
 #: Largest file whose digest is computed when it is loaded, in bytes (a second's work at most).
 MAX_HASHED = 512 * 2**20
-#: Longest configuration file, in bytes.
-MAX_CONFIG = 1 << 20
 
 #: Types of weights. Those of 8 bits and fewer are none: torch does not even add them up.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -59,15 +53,14 @@ def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype 
     for key, value in state.items():
         expect_finite(key, value, 'the GHN')
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as path:
+    with atomic_write(folder / WEIGHTS_FILE) as path:
         save_file(state, path, metadata={'format': 'pt'})
-    with replacing(folder / CONFIG_FILE) as path:
-        write_config(ghn.config, path)
+    write_config(ghn.config, folder / CONFIG_FILE)
 
 
 def write_config(config: GHNConfig, path: Path) -> None:
     """Write a configuration as the folder of a GHN has it."""
-    path.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
+    write_json(config.to_dict(), path)
 
 
 def read_config(path: Path) -> GHNConfig:
@@ -78,20 +71,6 @@ def read_config(path: Path) -> GHNConfig:
         CheckpointError: if it is not JSON.
     """
     return GHNConfig.from_dict(read_json(path))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when it is complete; several processes may do so at once."""
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
-    try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        os.chmod(temporary, mode)  # safetensors writes files that nobody else can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_ghn(
@@ -301,27 +280,6 @@ def expect_config(found: GHNConfig, expected: GHNConfig, label: str, *, ignore: 
         raise CheckpointError(f'{label} is not the GHN that the catalogue describes: it has {_few(differing)}')
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object.
-
-    Raises:
-        CheckpointError: if it holds anything else.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f'expected a file in {path}, which is none: pipes and devices are not read')
-        if path.stat().st_size > MAX_CONFIG:
-            raise CheckpointError(f'{path} is too long for a configuration')
-        record = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f'{path} is truncated or damaged, expected JSON: {error}') from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f'expected {path} to hold a JSON object (got {type(record).__name__})')
-    return record
-
-
 def file_digest(path: Path) -> str | None:
     """SHA-256 of a file in hexadecimal, None for one that would take long to read.
 
@@ -335,12 +293,3 @@ def digest_in_name(path: Path) -> str | None:
     # One link on: what the cache shares among repositories has a name of another kind behind a second link.
     blob = path.parent / path.readlink() if path.is_symlink() else path
     return blob.name if blob.parent.name == 'blobs' and re.fullmatch('[0-9a-f]{64}', blob.name) else None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

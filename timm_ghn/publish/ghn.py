@@ -10,8 +10,9 @@ import torch
 from huggingface_hub import CommitInfo
 
 from timm_ghn.errors import CheckpointError
+from timm_ghn.files import read_json
 from timm_ghn.nn.ghn import GHN, publish_with
-from timm_ghn.nn.storage import read_ghn, read_json, save_ghn
+from timm_ghn.nn.storage import read_ghn, save_ghn
 from timm_ghn.publish.card import save_card
 from timm_ghn.publish.ghn_card import ghn_card
 from timm_ghn.publish.ghn_facts import MetaTraining, facts_of

@@ -18,11 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.errors import CheckpointError
+from timm_ghn.files import atomic_write
 from timm_ghn.graph.build import trace
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.records import graph_from_dict, graph_to_dict
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.storage import replacing
 from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, plan_parameters
 from timm_ghn.version import __version__
 
@@ -140,5 +140,5 @@ def _write(path: Path, rules: str, graph: Graph, fixed: Mapping[str, Tensor]) ->
     """Keep what :func:`_examine` found, with the rules that were asked for: those of the graph may be others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {'stamp': _stamp(), 'rules': rules, 'graph': json.dumps(graph_to_dict(graph))}
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         save_file(dict(fixed), file, metadata=header)
