@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class _Reading:
             else:
                 stack += [reader for reader in flow.readers[index] if reader not in seen]
                 seen.update(flow.readers[index])
-        names = _first_names(self.recording.model)
+        names = self.recording.names
         labels = [label for index in sites for label in joined_labels(flow, self.attention, index)]
         return frozenset(name for label in labels for name in (label.name, _norm_bias(label, names)) if name in wanted)
 
@@ -149,7 +149,7 @@ def _operator_graph(reading: _Reading) -> Graph:
     """The classifier is what timm's metadata names, else the layer that makes the output."""
     recording = reading.recording
     draft, order = operator_draft(reading.flow, reading.attention)
-    names = _first_names(recording.model)
+    names = recording.names
     layers = metadata_classifier(recording.model) or _output_layer(recording)
     of_head = {names[id(p)] for layer in layers for p in _own_parameters(layer).values()}
     found = {draft.name(x): draft.labels[x] for x in order if draft.name(x) in of_head}
@@ -198,8 +198,7 @@ def _assemble(
     rules: str,
 ) -> Graph:
     """Freeze a draft."""
-    recording, model = reading.recording, reading.recording.model
-    names = _first_names(model)
+    recording, model, names = reading.recording, reading.recording.model, reading.recording.names
     nodes = tuple(_node(draft, x, names, rules) for x in order)
     position = {x: index for index, x in enumerate(order)}
     edges = [(position[x], position[s]) for x in order for s in sorted(draft.successors[x], key=position.__getitem__)]
@@ -224,7 +223,7 @@ def _assemble(
     )
 
 
-def _node(draft: Draft, x: int, names: dict[int, str], rules: str) -> Node:
+def _node(draft: Draft, x: int, names: Mapping[int, str], rules: str) -> Node:
     label = draft.labels[x]
     primitive = label.primitive
     if primitive is None:
@@ -237,17 +236,12 @@ def _node(draft: Draft, x: int, names: dict[int, str], rules: str) -> Node:
     return Node(primitive, label.name, label.name, shape, _norm_bias(label, names), label.kernel, label.blocks)
 
 
-def _norm_bias(label: Label, names: dict[int, str]) -> str | None:
+def _norm_bias(label: Label, names: Mapping[int, str]) -> str | None:
     """Name of the bias that the node of a normalisation layer's weight predicts too."""
     if label.module is None or label.primitive not in (Primitive.BN, Primitive.LN):
         return None
     bias = label.module._parameters.get('bias')
     return None if bias is None else names[id(bias)]
-
-
-def _first_names(model: nn.Module) -> dict[int, str]:
-    """First name of every parameter by identity."""
-    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def metadata_classifier(model: nn.Module) -> tuple[nn.Module, ...]:

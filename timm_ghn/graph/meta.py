@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,58 +14,89 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.graph.stand_ins import STAND_INS, on_meta_device
 
 
 @contextlib.contextmanager
-def on_meta(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[int, str]]:
+def on_meta(modules: Sequence[nn.Module], names: Mapping[int, str]) -> Iterator[dict[int, str]]:
     """Replace all parameters and buffers by meta tensors, in training mode; yield the name of each stand-in by id.
 
     Floating-point tensors become float32, so that a model with mixed dtypes can be traced; all of them require a
     gradient, so that frozen parameters are seen too.
 
+    Args:
+        modules: All modules of a network.
+        names: Names of its parameters by the identity of the tensor.
+
     Raises:
         UnsupportedModelError: if one of them is a nested tensor.
     """
-    modules = list(model.modules())
     saved = [dict(module.__dict__) for module in modules]
-    contents: dict[int, tuple[Any, Any]] = {}
+    contents = _Contents()
     for state in saved:
-        _collect([value for key, value in state.items() if key not in ('_parameters', '_buffers')], contents)
+        contents.note(value for key, value in state.items() if key not in ('_parameters', '_buffers'))
     stand_in: dict[int, Tensor] = {}
     try:
         for module in modules:
             state = module.__dict__
             for key in ('_parameters', '_buffers'):
-                state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
+                if state[key]:
+                    state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
+                else:
+                    state[key] = {}
             state['training'] = True
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
                 state['momentum'] = 0.0  # a cumulative average would read the value of num_batches_tracked
-        found = dict(model.named_parameters())
-        yield {id(found[name]): name for name in wanted}
+        yield {id(stand_in[key]): name for key, name in names.items()}
     finally:
         for module, state in zip(modules, saved, strict=True):
             module.__dict__.clear()
             module.__dict__.update(state)
-        for container, value in contents.values():
-            _refill(container, value)
+        contents.put_back()
 
 
-def _collect(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
-    """Note what is in containers, in containers within them, and in tensors that are no parameters or buffers.
+#: What holds nothing that a forward pass could change.
+_ATOMS = frozenset((bool, int, float, str, type(None), type, torch.dtype, torch.device, types.FunctionType))
+
+
+class _Contents:
+    """What is in containers, in containers within them, and in tensors that are no parameters or buffers.
 
     A forward pass may store tensors in the ones and work in place on the others.
     """
-    for value in values:
-        if isinstance(value, Tensor):
-            if not value.is_meta and not isinstance(value, nn.Parameter):
-                with contextlib.suppress(RuntimeError):  # quantised per channel: no copy, nor an operator in place
-                    found[id(value)] = value, (value.detach().clone(), None if _is_plain(value) else value._version)
-        elif isinstance(value, (dict, list, set, collections.deque)) and id(value) not in found:
-            found[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
-            if not isinstance(value, set):
-                _collect(value.values() if isinstance(value, dict) else value, found)
-        elif type(value) is tuple:
-            _collect(value, found)
+
+    def __init__(self) -> None:
+        self._empty: list[Any] = []
+        self._held: dict[int, tuple[Any, Any]] = {}
+
+    def note(self, values: Iterable[Any]) -> None:
+        """Remember what values hold."""
+        for value in values:
+            kind = type(value)
+            if kind in _ATOMS:
+                continue
+            if isinstance(value, Tensor):
+                if not value.is_meta and not isinstance(value, nn.Parameter):
+                    with contextlib.suppress(RuntimeError):  # quantised per channel: no copy, nor an operator in place
+                        version = None if _is_plain(value) else value._version
+                        self._held[id(value)] = value, (value.detach().clone(), version)
+            elif isinstance(value, (dict, list, set, collections.deque)):
+                if not value:  # most of a module's are
+                    self._empty.append(value)
+                elif id(value) not in self._held:
+                    self._held[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
+                    if not isinstance(value, set):
+                        self.note(value.values() if isinstance(value, dict) else value)
+            elif kind is tuple:
+                self.note(value)
+
+    def put_back(self) -> None:
+        """Let all hold what they held."""
+        for container in self._empty:
+            if container:
+                container.clear()
+        for container, value in self._held.values():
+            _refill(container, value)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -89,9 +122,9 @@ def _holds(container: Any, contents: Any) -> bool:
     """Whether a container still holds the identical objects; tensors are never compared by value."""
     if len(container) != len(contents):
         return False
-    if isinstance(container, dict):
-        return all(a is b and container[a] is contents[b] for a, b in zip(container, contents, strict=True))
-    return all(a is b for a, b in zip(container, contents, strict=True))
+    if isinstance(container, dict) and not all(map(operator.is_, container.values(), contents.values())):
+        return False
+    return all(map(operator.is_, container, contents))
 
 
 def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | None:
@@ -132,9 +165,10 @@ class MetaMode(TorchFunctionMode):
         args = tuple(_single(value) for value in args)
         kwargs = {key: _single(value) for key, value in kwargs.items()} if kwargs else {}
         func = _CASTS.get(func, func)
-        replacement = _REPLACED.get(func)
-        if replacement is not None:
-            return replacement(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            return _plain_attention(*args, **kwargs)
+        if func in STAND_INS and (output := STAND_INS[func](*args, **kwargs)) is not NotImplemented:
+            return output
         if func in _RECURRENT and not isinstance(args[3], (tuple, list)):
             return _one_step(*args, gates=_RECURRENT[func])
         if func in _CONSTRUCTORS:
@@ -217,80 +251,15 @@ def _plain_attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = query @ key.transpose(-2, -1)
+    query = on_meta_device(torch.mul, query, query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = on_meta_device(torch.matmul, query, key.transpose(-2, -1))
     if attn_mask is not None and attn_mask.dtype.is_floating_point:
-        logits = logits + to_meta(attn_mask)  # may hold a learned bias; a Boolean mask has nothing to learn
+        # May hold a learned bias; a Boolean mask has nothing to learn.
+        logits = on_meta_device(torch.add, logits, to_meta(attn_mask))
     attention = logits.softmax(dim=-1)
     if dropout_p > 0.0:
         attention = nn.functional.dropout(attention, dropout_p)
-    return attention @ value
-
-
-class _StandIn(torch.autograd.Function):
-    """Stands for a function whose output has the shape of its data: same name and inputs in the autograd graph.
-
-    PyTorch has no meta kernels of its own for some frequent functions but decomposes them in Python; for batch
-    normalisation this takes longer than all the rest of a ResNet's forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, data: Tensor, *parameters: Tensor | None) -> Tensor:
-        return torch.empty_like(data)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError('a traced network is not differentiated')
-
-
-class NativeBatchNorm(_StandIn):
-    """Batch normalisation."""
-
-
-class NativeLayerNorm(_StandIn):
-    """Layer normalisation."""
-
-
-class Gelu(_StandIn):
-    """GELU."""
-
-
-def _gelu(input: Tensor, approximate: str = 'none') -> Tensor:  # as in torch.nn.functional
-    output: Tensor = Gelu.apply(to_meta(input))
-    return output
-
-
-def _layer_norm(
-    input: Tensor,  # the names of torch.nn.functional.layer_norm
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Layer normalisation without its arithmetic; the shapes are checked as PyTorch does."""
-    shape = tuple(normalized_shape)
-    if tuple(input.shape[-len(shape) :]) != shape:
-        raise RuntimeError(f'expected input whose last sizes are {shape} (got {tuple(input.shape)})')
-    output: Tensor = NativeLayerNorm.apply(to_meta(input), weight, bias)
-    return output
-
-
-def _batch_norm(
-    input: Tensor,  # the names of torch.nn.functional.batch_norm
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Batch normalisation without its arithmetic; the number of channels is checked as PyTorch does."""
-    for name, tensor in (('running_mean', running_mean), ('weight', weight), ('bias', bias)):
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(f'expected {name} of {input.shape[1]} channels (got {tensor.numel()})')
-    output: Tensor = NativeBatchNorm.apply(to_meta(input), weight, bias)
-    return output
+    return on_meta_device(torch.matmul, attention, value)
 
 
 #: Recurrent functions, and the gates whose weights are stacked in theirs.
@@ -337,11 +306,3 @@ def _one_step(
         data = torch.cat(outputs, -1)
     states = torch.stack(last_states)
     return (data, states, states) if gates == 4 else (data, states)
-
-
-_REPLACED: dict[Any, Any] = {
-    nn.functional.batch_norm: _batch_norm,
-    nn.functional.layer_norm: _layer_norm,
-    nn.functional.gelu: _gelu,
-    nn.functional.scaled_dot_product_attention: _plain_attention,
-}

@@ -24,6 +24,7 @@ from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op, walk
 from timm_ghn.graph.graph import ParameterInfo
 from timm_ghn.graph.meta import MetaMode, on_meta, to_meta
+from timm_ghn.graph.vocabulary import class_path
 
 #: Batch size of the traced forward pass; the published graphs were made with it.
 TRACE_BATCH = 2
@@ -44,6 +45,7 @@ class Recording:
         outputs: Indices of the ops that made the outputs.
         parameters: Every parameter of the model once, reached or not.
         owners: Module that holds each of them.
+        names: Their names by the identity of the tensor.
         model: The traced model.
         input_size: (channels, height, width) of the traced image.
     """
@@ -52,6 +54,7 @@ class Recording:
     outputs: tuple[int, ...]
     parameters: tuple[ParameterInfo, ...]
     owners: Mapping[str, nn.Module]
+    names: Mapping[int, str]
     model: nn.Module
     input_size: tuple[int, int, int]
 
@@ -138,26 +141,27 @@ def record(model: nn.Module, *, input_size: int | Sequence[int] | None = None, e
     Raises:
         UnsupportedModelError: if the forward pass fails on the meta device, or if no parameter is reached.
     """
-    _refuse_compiled(model)
-    parameters, owners = list_parameters(model)
-    if not parameters:
+    modules = list(model.named_modules(remove_duplicate=False))
+    _refuse_compiled(modules)
+    parameters = _list_parameters(modules)
+    if not parameters.infos:
         raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
     size = resolve_input_size(model, input_size)
     try:
-        return _record(model, size, example_inputs, parameters, owners)
+        return _record(model, modules, size, example_inputs, parameters)
     except UnsupportedModelError:
         # What the first convolution takes need not be the image: TResNet folds 4x4 pixels into channels first.
         stated = (_stated_channels(model), *size[1:])
         if example_inputs is not None or stated == size or (isinstance(input_size, Sequence) and len(input_size) == 3):
             raise
         with contextlib.suppress(UnsupportedModelError):
-            return _record(model, stated, example_inputs, parameters, owners)
+            return _record(model, modules, stated, example_inputs, parameters)
         raise
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def _refuse_compiled(modules: Sequence[tuple[str, nn.Module]]) -> None:
     """A compiled or scripted module does not run Python code that could be followed."""
-    for name, module in model.named_modules():
+    for name, module in modules:
         where = f"module '{name}'" if name else 'the model'
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError(f'{where} is a TorchScript module; predict for the model before scripting it')
@@ -209,38 +213,51 @@ def _undisturbed() -> Iterator[None]:
 _TRACING = threading.RLock()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parameters:
+    """Every parameter of a model once (tied weights, shared modules).
+
+    Attributes:
+        infos: What is known of each, in the order of ``model.named_parameters()``.
+        owners: Module that holds each of them, by name.
+        names: Their names by the identity of the tensor.
+    """
+
+    infos: tuple[ParameterInfo, ...]
+    owners: dict[str, nn.Module]
+    names: dict[int, str]
+
+
 def _record(
     model: nn.Module,
+    modules: Sequence[tuple[str, nn.Module]],
     size: tuple[int, int, int],
     example_inputs: Any,
-    parameters: tuple[ParameterInfo, ...],
-    owners: Mapping[str, nn.Module],
+    parameters: _Parameters,
 ) -> Recording:
     """Run the model once and list what it did."""
-    wanted = [info.name for info in parameters]
-    with _TRACING, _undisturbed(), _no_reentrant_checkpointing(), on_meta(model, wanted) as names:
+    borrowed = list(dict.fromkeys(module for _, module in modules))
+    with _TRACING, _undisturbed(), _no_reentrant_checkpointing(), on_meta(borrowed, parameters.names) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
-        tracker, mode = _ModuleTracker(), MetaMode()
+        mode = MetaMode()
         try:
-            with mode, tracker.watch(model):
+            with mode:
                 output = model(*args, **kwargs)
         except Exception as error:
-            raise UnsupportedModelError(_failure(model, tracker.path, mode.operator, size, error)) from error
+            raise UnsupportedModelError(_failure(modules, mode.operator, size, error)) from error
         ops, outputs = walk(list(_tensors(output)), names)
     if not any(op.parameters for op in ops):
         raise UnsupportedModelError(
             f'no parameter of {type(model).__name__} is connected to its output; '
             'the forward pass may detach it, or return something else than tensors'
         )
-    return Recording(ops, outputs, parameters, owners, model, size)
+    return Recording(ops, outputs, parameters.infos, parameters.owners, parameters.names, model, size)
 
 
-def list_parameters(model: nn.Module) -> tuple[tuple[ParameterInfo, ...], dict[str, nn.Module]]:
-    """Every parameter of a model once, with its owner and its aliases (tied weights, shared modules)."""
+def _list_parameters(modules: Sequence[tuple[str, nn.Module]]) -> _Parameters:
     names: dict[int, list[str]] = {}
-    tensors: dict[int, nn.Parameter] = {}
-    owner_of: dict[int, nn.Module] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    found: dict[int, tuple[nn.Parameter, nn.Module]] = {}
+    for prefix, module in modules:
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -248,56 +265,31 @@ def list_parameters(model: nn.Module) -> tuple[tuple[ParameterInfo, ...], dict[s
             if nn.parameter.is_lazy(parameter):
                 raise UnsupportedModelError(f"'{name}' has no shape yet; run the model once to initialise lazy layers")
             names.setdefault(id(parameter), []).append(name)
-            tensors[id(parameter)] = parameter
-            owner_of[id(parameter)] = module
-    infos = []
-    for key, aliases in names.items():
-        kind = type(owner_of[key])
-        infos.append(
-            ParameterInfo(
-                aliases[0],
-                tuple(tensors[key].shape),
-                tensors[key].dtype,
-                f'{kind.__module__}.{kind.__qualname__}',
-                tuple(aliases[1:]),
-            )
-        )
-    return tuple(infos), {names[key][0]: owner_of[key] for key in names}
+            found[id(parameter)] = parameter, module
+    infos = tuple(
+        ParameterInfo(first, tuple(found[key][0].shape), found[key][0].dtype, class_path(found[key][1]), tuple(aliases))
+        for key, (first, *aliases) in names.items()
+    )
+    owners = {first: found[key][1] for key, (first, *_) in names.items()}
+    return _Parameters(infos, owners, {key: first for key, (first, *_) in names.items()})
 
 
-class _ModuleTracker:
-    """Remembers which module was running, so that an error can name it."""
-
-    def __init__(self) -> None:
-        self.path = ''
-        self._stack: list[str] = []
-
-    @contextlib.contextmanager
-    def watch(self, model: nn.Module) -> Iterator[None]:
-        names = {id(module): name for name, module in model.named_modules()}
-
-        def enter(module: nn.Module, _: Any) -> None:
-            if id(module) in names:
-                self.path = names[id(module)]
-                self._stack.append(self.path)
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            if id(module) in names and self._stack:
-                self._stack.pop()
-                self.path = self._stack[-1] if self._stack else ''
-
-        before = nn.modules.module.register_module_forward_pre_hook(enter)
-        after = nn.modules.module.register_module_forward_hook(leave)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
+def _running(modules: Sequence[tuple[str, nn.Module]], error: Exception) -> str:
+    """Name of the innermost module that was running when an error occurred."""
+    names = {id(module): name for name, module in reversed(modules)}
+    path, trail = '', error.__traceback__
+    while trail is not None:
+        path = names.get(id(trail.tb_frame.f_locals.get('self')), path)
+        trail = trail.tb_next
+    return path
 
 
-def _failure(model: nn.Module, path: str, operator: str, size: tuple[int, int, int], error: Exception) -> str:
+def _failure(
+    modules: Sequence[tuple[str, nn.Module]], operator: str, size: tuple[int, int, int], error: Exception
+) -> str:
     """What happened where, and the ways out."""
-    where = f"module '{path}' ({type(model.get_submodule(path)).__name__})" if path else 'the model itself'
+    path, model = _running(modules, error), modules[0][1]
+    where = f"module '{path}' ({type(dict(modules)[path]).__name__})" if path else 'the model itself'
     after = f', at {operator},' if operator else ''
     text = (str(error).strip().splitlines() or [''])[0]
     return (

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_ghn.errors import PredictionError, UnsupportedModelError
 
@@ -77,17 +77,39 @@ def check_finite(what: str, values: Tensor) -> None:
 
 @torch.no_grad()
 def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], object]) -> None:
-    """Write parameters in place: all of them or, if anything fails or the user interrupts, none.
+    """Write parameters in place: all of them or, if anything fails, none.
 
-    What a parameter held is kept until all are written, which takes the memory of the parameters once more.
+    What may fail is written first, and put back if it does: subclasses of tensors, and what lies on a device. To copy
+    into an ordinary tensor on the CPU cannot fail, only be interrupted: an interruption by the user is raised when all
+    are written.
 
     Args:
         parameters: All that are to be written, by name.
-        write: Writes one of them in place.
+        write: Writes one of them in place. It may be called again for the same one, and allocates nothing that is
+            large for a tensor on the CPU.
 
     Raises:
         PredictionError: if a parameter cannot be written; all are what they were.
     """
+    _write_or_put_back({name: parameter for name, parameter in parameters.items() if not _is_ordinary(parameter)}, write)
+    pending = [item for item in reversed(parameters.items()) if _is_ordinary(item[1])]
+    interruption = None
+    while pending:
+        try:
+            while pending:
+                write(*pending[-1])
+                pending.pop()
+        except KeyboardInterrupt as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+def _is_ordinary(parameter: Tensor) -> bool:
+    return type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == 'cpu'
+
+
+def _write_or_put_back(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], object]) -> None:
     written: list[tuple[Tensor, Tensor]] = []
     name = ''
     try:

@@ -130,13 +130,23 @@ def fan_in_scale(shape: tuple[int, ...]) -> float | None:
     return math.sqrt(beta / math.prod(shape[1:]))
 
 
-def scaled(decoded: Tensor, fit: Fit) -> Tensor:
-    """Apply the scale or the activation of a fit to a decoded tensor, before it is repeated."""
+def scaled(decoded: Tensor, fit: Fit, dtype: torch.dtype | None = None) -> Tensor:
+    """Apply the scale or the activation of a fit to a decoded tensor, before it is repeated.
+
+    Args:
+        decoded: What the GHN decoded.
+        fit: From :func:`fit_of`.
+        dtype: Of the result, which then is contiguous and has memory of its own; by default differentiable.
+    """
+    if dtype is not None and fit.activation == 'none':
+        out = torch.empty(decoded.shape, dtype=dtype, device=decoded.device)
+        return out.copy_(decoded) if fit.scale is None else torch.mul(decoded, fit.scale, out=out)
+    values = decoded if fit.scale is None else decoded * fit.scale
     if fit.activation == 'gain':
-        return 2 * torch.sigmoid(decoded * 0.5)
-    if fit.activation == 'shift':
-        return torch.tanh(decoded * 0.2)
-    return decoded if fit.scale is None else decoded * fit.scale
+        values = 2 * torch.sigmoid(decoded * 0.5)
+    elif fit.activation == 'shift':
+        values = torch.tanh(decoded * 0.2)
+    return values if dtype is None else values.to(dtype)
 
 
 def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
@@ -190,22 +200,20 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
     return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
 
 
-def write_repeated(target: Tensor, values: Tensor, fit: Fit, generator: torch.Generator | None = None) -> None:
+def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:
     """Write what :func:`repeated` gives into a parameter in place, without a temporary of its size.
 
     Args:
-        target: The parameter, of any floating dtype and on any device.
+        target: The parameter, of any floating dtype and on any device; no positional embedding.
         values: From :func:`scaled`.
         fit: From :func:`fit_of`.
-        generator: On the CPU; draws the tokens without a position.
     """
-    flat = not fit.columns and target.is_contiguous()
-    if fit.tokens is not None or not (flat or fit.columns):
-        target.copy_(repeated(values, fit, tuple(target.shape), generator))
-    elif flat:
+    if fit.columns:
+        _copy_repeated(target, _with_axes(values.to(target), target.dim()), (fit.rows, fit.columns))
+    elif target.is_contiguous():
         _copy_repeated(target.view(-1), values.to(target), (fit.rows,))
     else:
-        _copy_repeated(target, _with_axes(values.to(target), target.dim()), (fit.rows, fit.columns))
+        target.copy_(repeated(values, fit, tuple(target.shape)))
 
 
 def _copy_repeated(target: Tensor, values: Tensor, periods: tuple[int, ...]) -> None:

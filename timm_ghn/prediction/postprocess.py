@@ -213,7 +213,7 @@ def postprocess_(
         check_finite(f"values of '{row.name}'", parameter.detach())
     values = {row.name: parameters[row.name].detach() for row in rows}
     process_(values, rows, chosen, generator)
-    write_all_({name: parameters[name] for name in values}, lambda name, weight: weight.copy_(values.pop(name)))
+    write_all_({name: parameters[name] for name in values}, lambda name, weight: weight.copy_(values[name]))
     return model
 
 

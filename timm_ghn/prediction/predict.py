@@ -17,7 +17,7 @@ from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.requests import DecodeRequest
 from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, write_all_
-from timm_ghn.prediction.fit import Fit, scaled, write_repeated
+from timm_ghn.prediction.fit import Fit, repeated, scaled, write_repeated
 from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers
 from timm_ghn.version import __version__
@@ -97,9 +97,9 @@ def ghn_init(
 ) -> M:
     """Initialise a model with predicted parameters, in place, and post-process them as a start for training.
 
-    Either all predicted parameters are written or, if anything fails or the user interrupts, none. Their device,
-    dtype and ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters that are not predicted.
-    Until all are written, what they held is kept, which takes their memory once more.
+    Either all predicted parameters are written or, if anything fails, none; the user's interruption leaves all or none
+    written. Their device, dtype and ``requires_grad`` stay, as do the model's mode, its buffers, and the parameters
+    that are not predicted.
 
     Args:
         model: Any network that takes a batch of images.
@@ -170,7 +170,7 @@ def initialise(
 
     def write(name: str, parameter: Tensor) -> None:
         if name in finished:
-            parameter.copy_(finished.pop(name))
+            parameter.copy_(finished[name])
         else:
             decoded.write(rows[name], parameter)
 
@@ -213,7 +213,7 @@ class _Decoded:
     Args:
         ghn: The GHN.
         plan: Of the model.
-        seed: Of the tokens without a position, which are drawn when they are written.
+        seed: Of the tokens without a position.
 
     Raises:
         PredictionError: if a value is not finite in the dtype of its parameter.
@@ -221,7 +221,6 @@ class _Decoded:
 
     @torch.no_grad()
     def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
         self._values: dict[str, Tensor] = {}
         embeddings_Nd = ghn.encode(plan.graph)
         if not bool(torch.isfinite(embeddings_Nd).all()):
@@ -231,15 +230,25 @@ class _Decoded:
             )
         rows = plan.predicted
         for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
-            row = rows[index]
-            values = scaled(decoded, _fit(row)).to(row.dtype).contiguous()
-            check_finite(f"values predicted for '{row.name}'", values)
-            self._values[row.name] = values
+            self._values[rows[index].name] = scaled(decoded, _fit(rows[index]), rows[index].dtype)
+        sums = torch.stack([values.sum(dtype=torch.float32) for values in self._values.values()])
+        if not bool(sums.isfinite().all()):  # the sum of finite values may overflow
+            for name, values in self._values.items():
+                check_finite(f"values predicted for '{name}'", values)
+        generator = torch.Generator().manual_seed(seed)
+        self._embeddings = {
+            row.name: repeated(self._values[row.name], _fit(row), row.shape, generator)
+            for row in rows
+            if _fit(row).tokens is not None
+        }
 
     @torch.no_grad()
     def write(self, row: ParameterRow, target: Tensor) -> None:
-        """Write a parameter in place, each once and in the order of the plan."""
-        write_repeated(target, self._values.pop(row.name), _fit(row), self._generator)
+        """Write a parameter in place."""
+        if row.name in self._embeddings:
+            target.copy_(self._embeddings[row.name])
+        else:
+            write_repeated(target, self._values[row.name], _fit(row))
 
     def tensor(self, row: ParameterRow, device: torch.device) -> Tensor:
         """A parameter as a tensor of its own."""
