@@ -130,9 +130,9 @@ def test_attention_is_plain_with_its_learned_mask():
     stack = [out.grad_fn]
     while stack:
         function = stack.pop()
-        kinds.add(type(function).__name__)
+        kinds.add(type(function).__name__.partition('Backward')[0])
         stack += [child for child, _ in function.next_functions if child is not None]
-    assert {'BmmBackward0', 'SoftmaxBackward0', 'AddBackward0'} <= kinds
+    assert {'Bmm', 'Softmax', 'Add'} <= kinds
     assert out.shape == q.shape
 
 

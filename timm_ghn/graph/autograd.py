@@ -84,7 +84,9 @@ def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op,
 
 def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
     """Record a backward function with what it saved about pooling, reducing and rearranging."""
-    name = type(function).__name__.rstrip('0123456789')  # they number overloads, and stand-ins have none
+    name = type(function).__name__
+    if name.endswith('Backward'):
+        name += '1' if name == 'MeanBackward' else '0'  # a stand-in's: autograd numbers the overloads
     kernel_size = dims = rank = sizes = None
     if 'Pool' in name and hasattr(function, '_saved_kernel_size'):
         kernel_size = tuple(int(k) for k in function._saved_kernel_size)

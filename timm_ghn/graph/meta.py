@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from timm_ghn.errors import UnsupportedModelError
-from timm_ghn.graph.stand_ins import STAND_INS, on_meta_device
+from timm_ghn.graph.stand_ins import on_meta_device, stand_in
 
 
 @contextlib.contextmanager
@@ -35,19 +35,19 @@ def on_meta(modules: Sequence[nn.Module], names: Mapping[int, str]) -> Iterator[
     contents = _Contents()
     for state in saved:
         contents.note(value for key, value in state.items() if key not in ('_parameters', '_buffers'))
-    stand_in: dict[int, Tensor] = {}
+    stand_ins: dict[int, Tensor] = {}
     try:
         for module in modules:
             state = module.__dict__
             for key in ('_parameters', '_buffers'):
                 if state[key]:
-                    state[key] = {name: _meta_like(value, stand_in) for name, value in state[key].items()}
+                    state[key] = {name: _meta_like(value, stand_ins) for name, value in state[key].items()}
                 else:
                     state[key] = {}
             state['training'] = True
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
                 state['momentum'] = 0.0  # a cumulative average would read the value of num_batches_tracked
-        yield {id(stand_in[key]): name for key, name in names.items()}
+        yield {id(stand_ins[key]): name for key, name in names.items()}
     finally:
         for module, state in zip(modules, saved, strict=True):
             module.__dict__.clear()
@@ -127,19 +127,19 @@ def _holds(container: Any, contents: Any) -> bool:
     return all(map(operator.is_, container, contents))
 
 
-def _meta_like(value: Tensor | None, stand_in: dict[int, Tensor]) -> Tensor | None:
+def _meta_like(value: Tensor | None, stand_ins: dict[int, Tensor]) -> Tensor | None:
     """A meta tensor of the same shape; the same one for the same (tied) tensor."""
     if value is None:
         return None
     if value.is_nested:
         raise UnsupportedModelError('a buffer or parameter is a nested tensor, which has no shape to trace with')
-    if id(value) not in stand_in:
+    if id(value) not in stand_ins:
         dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
         meta = torch.empty(value.shape, dtype=dtype, device='meta')
         is_parameter = isinstance(value, nn.Parameter)
         differentiable = dtype.is_floating_point or dtype.is_complex
-        stand_in[id(value)] = nn.Parameter(meta, requires_grad=differentiable) if is_parameter else meta
-    return stand_in[id(value)]
+        stand_ins[id(value)] = nn.Parameter(meta, requires_grad=differentiable) if is_parameter else meta
+    return stand_ins[id(value)]
 
 
 class MetaMode(TorchFunctionMode):
@@ -167,7 +167,8 @@ class MetaMode(TorchFunctionMode):
         func = _CASTS.get(func, func)
         if func is nn.functional.scaled_dot_product_attention:
             return _plain_attention(*args, **kwargs)
-        if func in STAND_INS and (output := STAND_INS[func](*args, **kwargs)) is not NotImplemented:
+        output = stand_in(func, *args, **kwargs)
+        if output is not NotImplemented:
             return output
         if func in _RECURRENT and not isinstance(args[3], (tuple, list)):
             return _one_step(*args, gates=_RECURRENT[func])

@@ -45,18 +45,18 @@ class Recording:
         outputs: Indices of the ops that made the outputs.
         parameters: Every parameter of the model once, reached or not.
         owners: Module that holds each of them.
-        names: Their names by the identity of the tensor.
         model: The traced model.
         input_size: (channels, height, width) of the traced image.
+        names: Names of the parameters by the identity of the tensor.
     """
 
     ops: tuple[Op, ...]
     outputs: tuple[int, ...]
     parameters: tuple[ParameterInfo, ...]
     owners: Mapping[str, nn.Module]
-    names: Mapping[int, str]
     model: nn.Module
     input_size: tuple[int, int, int]
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -251,7 +251,7 @@ def _record(
             f'no parameter of {type(model).__name__} is connected to its output; '
             'the forward pass may detach it, or return something else than tensors'
         )
-    return Recording(ops, outputs, parameters.infos, parameters.owners, parameters.names, model, size)
+    return Recording(ops, outputs, parameters.infos, parameters.owners, model, size, parameters.names)
 
 
 def _list_parameters(modules: Sequence[tuple[str, nn.Module]]) -> _Parameters:

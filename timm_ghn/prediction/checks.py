@@ -91,7 +91,9 @@ def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], 
     Raises:
         PredictionError: if a parameter cannot be written; all are what they were.
     """
-    _write_or_put_back({name: parameter for name, parameter in parameters.items() if not _is_ordinary(parameter)}, write)
+    _write_or_put_back(
+        {name: parameter for name, parameter in parameters.items() if not _is_ordinary(parameter)}, write
+    )
     pending = [item for item in reversed(parameters.items()) if _is_ordinary(item[1])]
     interruption = None
     while pending:

@@ -209,7 +209,8 @@ def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:
         fit: From :func:`fit_of`.
     """
     if fit.columns:
-        _copy_repeated(target, _with_axes(values.to(target), target.dim()), (fit.rows, fit.columns))
+        values = _with_axes(values.to(target), target.dim())
+        _copy_repeated(target, values, (fit.rows, fit.columns))
     elif target.is_contiguous():
         _copy_repeated(target.view(-1), values.to(target), (fit.rows,))
     else:
@@ -218,14 +219,17 @@ def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:
 
 def _copy_repeated(target: Tensor, values: Tensor, periods: tuple[int, ...]) -> None:
     """Copy values to wherever they recur in the first axes of a tensor, the last of these axes first."""
-    if not periods:
+    if not periods or target.shape == values.shape:
         target.copy_(values)
         return
     axis, period = len(periods) - 1, periods[-1]
+    if target.shape[axis] == period:
+        _copy_repeated(target, values, periods[:-1])
+        return
     rest = target.shape[axis] % period
     whole = target.shape[axis] - rest
     if whole:
-        recurring = target.narrow(axis, 0, whole).unflatten(axis, (-1, period))
+        recurring = (target.narrow(axis, 0, whole) if rest else target).unflatten(axis, (-1, period))
         _copy_repeated(recurring, values.unsqueeze(axis), periods[:-1])
     if rest:
         _copy_repeated(target.narrow(axis, whole, rest), values.narrow(axis, 0, rest), periods[:-1])
