@@ -22,6 +22,11 @@ from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_
 
 M = TypeVar('M', bound=nn.Module)
 
+#: Columns of a QR decomposition that are handled at a time: fewer make thin products, more of them leave more to LAPACK.
+_BLOCK = 64
+#: Columns of a Gram matrix that are computed at a time.
+_BLOCK_OF_GRAM = 128
+
 #: What :attr:`PostProcess.scale` can be.
 SCALES = ('unit', 'keep')
 
@@ -279,11 +284,44 @@ def orthogonalised(weight: Tensor) -> Tensor:
     Shapes:
         - weight: (out, in, ...), float32 or float64 and finite; the result has the same shape.
     """
-    orthogonal: Tensor
-    orthogonal, triangular = torch.linalg.qr(_near_one(_tall(weight)))
-    orthogonal = orthogonal * triangular.diagonal().sign()
+    orthogonal = _orthogonal_factor(_near_one(_tall(weight)))
     wide = len(orthogonal) != len(weight)
     return (orthogonal.t() if wide else orthogonal).reshape(weight.shape)
+
+
+def _orthogonal_factor(matrix: Tensor) -> Tensor:
+    """Q sign(diag(R)) of a tall matrix by Householder reflections, of which :data:`_BLOCK` are applied at a time.
+
+    The product of a block's reflections is I - V T V', with T the inverse of the upper triangle of V'V whose diagonal
+    is 1 / tau (compact WY form; Puglisi, SIAM J. Sci. Stat. Comput. 13, 1992): all but the narrow panels are products
+    of matrices, which LAPACK's own QR has fewer of.
+
+    Shapes:
+        - matrix: (m, n) with m >= n, float32 or float64 and finite; the result has the same shape.
+    """
+    rows, columns = matrix.shape
+    if columns < 2 * _BLOCK or matrix.device.type != 'cpu':
+        orthogonal: Tensor
+        orthogonal, triangular = torch.linalg.qr(matrix)
+        return orthogonal * triangular.diagonal().sign()
+    rest = matrix.t().contiguous().t().clone()  # columns one after the other, as LAPACK has them
+    reflections, signs = [], []
+    for first in range(0, columns, _BLOCK):
+        panel, tau = torch.geqrf(rest[first:, first : first + _BLOCK])
+        signs.append(panel.diagonal().sign())
+        V = panel.tril_(-1)
+        V.diagonal().fill_(1)
+        inverse = (V.t() @ V).triu_(1)
+        inverse.diagonal().copy_(1 / tau)  # infinite for a reflection that is none: its row and column of T are 0
+        T = torch.linalg.solve_triangular(inverse, torch.eye(len(tau), dtype=matrix.dtype), upper=True)
+        behind = rest[first:, first + _BLOCK :]
+        behind.addmm_(V, T.t() @ (V.t() @ behind), alpha=-1)
+        reflections.append((first, V, T))
+    orthogonal = torch.eye(rows, columns, dtype=matrix.dtype)
+    for first, V, T in reversed(reflections):
+        behind = orthogonal[first:, first:]
+        behind.addmm_(V, T @ (V.t() @ behind), alpha=-1)
+    return orthogonal.mul_(torch.cat(signs))
 
 
 def correlation_spread(weight: Tensor) -> float:
@@ -305,7 +343,7 @@ def correlation_spread(weight: Tensor) -> float:
     rows, columns = matrix.shape
     if columns < 2:
         return 0.0
-    z = _near_one(matrix)
+    z = _near_one(matrix).contiguous()
     lengths = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     z = z - z.mean(dim=1, keepdim=True)
     centred = torch.linalg.vector_norm(z, dim=1, keepdim=True)
@@ -313,7 +351,12 @@ def correlation_spread(weight: Tensor) -> float:
     z /= torch.where(varies, centred, math.inf)
     mean = z.mean(dim=0)
     z -= mean
-    squares = 2 * rows * _norm(z @ mean) ** 2 + _norm(z.t() @ z) ** 2
+    squares = 2 * rows * _norm(z @ mean) ** 2
+    for first in range(
+        0, columns, _BLOCK_OF_GRAM
+    ):  # D'D is symmetric: what is on the right of the diagonal counts twice
+        products = z[:, first : first + _BLOCK_OF_GRAM].t() @ z[:, first:]
+        squares += 2 * _norm(products) ** 2 - _norm(products[:, :_BLOCK_OF_GRAM]) ** 2
     return math.sqrt(squares / (rows**2 - 1))
 
 
@@ -331,16 +374,18 @@ def _near_one(values: Tensor) -> Tensor:
 
 def _power_of_two(values: Tensor) -> float:
     """1, or the factor that brings very large or very small values near 1."""
-    exponent = math.frexp(float(torch.linalg.vector_norm(values, math.inf)))[1]
+    least, most = torch.aminmax(values)
+    exponent = math.frexp(max(-float(least), float(most)))[1]
     limit = 120 if values.dtype == torch.float32 else 1000  # the factor is within the range of the dtype
     return 1.0 if abs(exponent) < 40 else 2.0 ** -max(-limit, min(limit, exponent))
 
 
 def _norm(values: Tensor) -> float:
-    """Euclidean norm over all elements, summed up in float64 where the device has it."""
+    """Euclidean norm over all elements; those of rows are summed up in float64 where the device has it."""
     factor = _power_of_two(values)
     scaled = values if factor == 1 else values * factor
-    return float(torch.linalg.vector_norm(scaled, dtype=sum_dtype(scaled.device))) / factor
+    rows = torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1)
+    return float(torch.linalg.vector_norm(rows, dtype=sum_dtype(scaled.device))) / factor
 
 
 def _clamp(values: Tensor, dtype: torch.dtype) -> Tensor:
