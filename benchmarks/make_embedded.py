@@ -19,9 +19,9 @@ import torch
 
 from timm_ghn.hub.default import EMBEDDED
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
 from timm_ghn.nn.config import POSTPROCESSING
-from timm_ghn.nn.storage import save_ghn
 from timm_ghn.publish.ghn_card import ghn_card
 from timm_ghn.publish.ghn_facts import GHNFacts, MetaTraining
 from timm_ghn.train.loop import TRAINED

@@ -18,8 +18,8 @@ from timm_ghn.analysis import norms
 from timm_ghn.hub import known_ghns, list_ghns, load_ghn, register_ghn
 from timm_ghn.hub.converted import cache_folder, converted_ghns
 from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
-from timm_ghn.nn.storage import save_ghn
 
 README = (Path(__file__).resolve().parents[2] / 'README.md').read_text(encoding='utf-8')
 

@@ -21,7 +21,7 @@ from timm_ghn.hub import load_ghn
 from timm_ghn.hub.checkpoints import open_checkpoint
 from timm_ghn.hub.convert import convert_official
 from timm_ghn.hub.records import TensorRecord
-from timm_ghn.nn.storage import save_ghn
+from timm_ghn.hub.storage import save_ghn
 
 
 def read(path: Path) -> Any:

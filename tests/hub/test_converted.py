@@ -31,8 +31,8 @@ from timm_ghn.hub.converted import (
 )
 from timm_ghn.hub.entry import GHNEntry
 from timm_ghn.hub.load import shared_ghn
+from timm_ghn.hub.storage import read_ghn
 from timm_ghn.nn import GHN
-from timm_ghn.nn.storage import read_ghn
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = 'user/repo/ghn.pt'

@@ -36,8 +36,8 @@ from timm_ghn.errors import GHNError
 from timm_ghn.hub import catalogue, load_ghn
 from timm_ghn.hub.converted import read_through
 from timm_ghn.hub.entry import GHNEntry, read_users_entry
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN, GHNConfig
-from timm_ghn.nn.storage import save_ghn
 
 OFFICIAL = ('torch', 'legacy', 'joblib', 'trainer')
 TARGETS = ('config', 'header', 'entry', 'kept', *OFFICIAL)

@@ -22,8 +22,8 @@ from timm_ghn.errors import CheckpointError, ConfigError, GHNFallbackWarning, GH
 from timm_ghn.hub import fetch, known_ghns, load, load_ghn, set_default_ghn
 from timm_ghn.hub.default import EMBEDDED, PUBLISHED
 from timm_ghn.hub.load import shared_ghn
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN, GHNConfig
-from timm_ghn.nn.storage import save_ghn
 
 FALLBACK = r'ghn_tiny, serves in its place\. It is small and was trained.*set_default_ghn.*TIMM_GHN_DEFAULT'
 

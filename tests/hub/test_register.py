@@ -19,8 +19,8 @@ import timm_ghn
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.hub import catalogue, known_ghns, list_ghns, load_ghn, register_ghn
 from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
-from timm_ghn.nn.storage import save_ghn
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -21,8 +21,8 @@ from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub import load_ghn, register_ghn
 from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.config import GHNConfig, Origin
-from timm_ghn.nn.storage import save_ghn
 from timm_ghn.prediction.predict import provenance
 from timm_ghn.publish import Facts, Training, model_card, read_source
 

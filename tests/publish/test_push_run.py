@@ -18,12 +18,12 @@ from huggingface_hub import ModelCard
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load, load_file
 
-from timm_ghn import ConfigError, HubError, UnsupportedModelError, load_ghn, predict
+from timm_ghn import ConfigError, HubError, UnsupportedModelError, load_ghn, predict, push_to_hub
 from timm_ghn.cli import main as cli
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub.default import EMBEDDED
-from timm_ghn.nn.storage import save_ghn
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.publish.card import _training_code
 from timm_ghn.publish.facts import Training
 from timm_ghn.runs.results import read_results
@@ -129,7 +129,7 @@ def test_only_the_main_process_pushes(hub: HubServer, options, tmp_path):
 
 def test_the_ghn_is_known_by_revision_and_digest(hub: HubServer, options, tmp_path):
     ghn = load_ghn(EMBEDDED)
-    ghn.push_to_hub('user/ghn', license='cc-by-4.0', revision='v1')
+    push_to_hub(ghn, 'user/ghn', license='cc-by-4.0', revision='v1')
     hub.put('user/ghn', hub.files('user/ghn', 'v1'))
     result = finetune(dataclasses.replace(options, init='user/ghn'))
     assert result.pushed == f'{hub.endpoint}/{REPO}/commit/{hub.repo(REPO)["refs"]["main"]}'

@@ -45,7 +45,7 @@ def convert_ghn(args: argparse.Namespace) -> int:
     """Convert a GHN, and print where it is and how large."""
     from timm_ghn.hub.fetch import Access
     from timm_ghn.hub.load import find_files
-    from timm_ghn.nn.storage import WEIGHTS_FILE
+    from timm_ghn.hub.storage import WEIGHTS_FILE
 
     if args.output is not None:
         _expect_free(args.output)
@@ -75,7 +75,7 @@ def _expect_free(folder: Path) -> None:
 
 def _into_cache(source: str, found: Found) -> Path:
     from timm_ghn.hub.converted import VARIABLE, convert_into, discard, place_of
-    from timm_ghn.nn.storage import read_ghn
+    from timm_ghn.hub.storage import read_ghn
 
     if found.entry is None or found.repo_id is None or found.is_ours:
         raise ConfigError(f'expected -o FOLDER for {source!r}, which is no official checkpoint on the Hub')
@@ -95,7 +95,7 @@ def _into_cache(source: str, found: Found) -> Path:
 def _into_folder(found: Found, folder: Path) -> None:
     from timm_ghn.hub.convert import appearing, convert_official
     from timm_ghn.hub.converted import expected_digest
-    from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn
+    from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn
 
     config = None if found.entry is None else found.entry.config
     if not found.is_ours:

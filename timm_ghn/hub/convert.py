@@ -17,8 +17,7 @@ import torch
 
 from timm_ghn.hub.formats import OfficialGHN, open_official
 from timm_ghn.hub.records import TensorRecord, memory_of
-from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.storage import (
+from timm_ghn.hub.storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     empty_ghn,
@@ -26,6 +25,7 @@ from timm_ghn.nn.storage import (
     expect_floating,
     write_config,
 )
+from timm_ghn.nn.config import GHNConfig
 
 #: End of the names of folders that are not complete yet.
 PARTIAL = '.partial'

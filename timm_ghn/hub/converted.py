@@ -14,7 +14,6 @@ import time
 import uuid
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import constants
@@ -24,8 +23,7 @@ from timm_ghn.errors import GHNError, GHNNotFoundError
 from timm_ghn.hub.convert import PARTIAL, convert_official
 from timm_ghn.hub.entry import GHNEntry
 from timm_ghn.hub.formats import read_official
-from timm_ghn.nn.config import Origin
-from timm_ghn.nn.storage import (
+from timm_ghn.hub.storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     digest_in_name,
@@ -34,9 +32,8 @@ from timm_ghn.nn.storage import (
     read_ghn,
     resolve_place,
 )
-
-if TYPE_CHECKING:
-    from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.config import Origin
+from timm_ghn.nn.ghn import GHN
 
 #: Environment variable with the folder of the cache, or 'off' for none.
 VARIABLE = 'TIMM_GHN_CACHE'

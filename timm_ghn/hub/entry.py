@@ -11,8 +11,8 @@ from typing import Any
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import read_json
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

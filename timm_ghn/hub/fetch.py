@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from timm_ghn.errors import CheckpointError, GHNNotFoundError
 from timm_ghn.files import sha256_of
-from timm_ghn.nn.storage import digest_in_name
+from timm_ghn.hub.storage import digest_in_name
 from timm_ghn.tokens import check_token
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.

@@ -8,18 +8,16 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from timm_ghn.errors import CheckpointError, ConfigError
 from timm_ghn.hub.checkpoints import open_checkpoint
 from timm_ghn.hub.records import TensorRecord, are_sizes, brief
+from timm_ghn.hub.storage import build_ghn, expect_config, file_digest
 from timm_ghn.nn.config import IMAGENET_MEAN, IMAGENET_STD, GHNConfig, Origin
-from timm_ghn.nn.storage import build_ghn, expect_config, file_digest
-
-if TYPE_CHECKING:
-    from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.ghn import GHN
 
 #: Statistics of the images that the published CIFAR-10 GHNs were trained on.
 CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)

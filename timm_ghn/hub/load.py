@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,10 +18,8 @@ from timm_ghn.hub.default import EMBEDDED, VARIABLE, resolve_default
 from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
 from timm_ghn.hub.formats import read_official
 from timm_ghn.hub.locate import DEFAULT, Place, locate
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, resolve_place
-
-if TYPE_CHECKING:
-    from timm_ghn.nn.ghn import GHN
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, resolve_place
+from timm_ghn.nn.ghn import GHN
 
 _PACKAGE = 'timm_ghn'
 
@@ -74,7 +71,7 @@ def load_ghn(
             - ``'ghn'``: the default: the GHN of :func:`set_default_ghn`, else the one that the environment variable
               TIMM_GHN_DEFAULT names, else the Hub's ghn3_xlm16. Where that last one can be reached neither on the
               Hub nor in its cache, the GHN inside the package serves, with a warning.
-            - an existing path: a folder of :meth:`GHN.save_pretrained`, its ``model.safetensors``, or a file of the
+            - an existing path: a folder of :func:`timm_ghn.save_ghn`, its ``model.safetensors``, or a file of the
               authors of GHN-2 or GHN-3. Names of GHNs win: a folder of such a name is ``'./ghn2'``;
             - a name of :func:`timm_ghn.list_ghns`, e.g. ``'ghn3_tm8'``. An official file from the Hub is converted to
               our form at first, which is kept and mapped into memory from then on (TIMM_GHN_CACHE names the folder,

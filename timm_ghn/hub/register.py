@@ -15,8 +15,8 @@ from timm_ghn.hub.catalogue import add_entry
 from timm_ghn.hub.entry import REPO, GHNEntry, check_name
 from timm_ghn.hub.fetch import Access, HubFile, fetch
 from timm_ghn.hub.formats import open_official
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE
 
 
 def register_ghn(
@@ -44,7 +44,7 @@ def register_ghn(
 
     Args:
         name: Letters, digits, '_' and '-'. An architecture's own tag of that name keeps its meaning.
-        path: Folder of :meth:`GHN.save_pretrained`, its ``model.safetensors``, or a file of the authors; kept absolute.
+        path: Folder of :func:`timm_ghn.save_ghn`, its ``model.safetensors``, or a file of the authors; kept absolute.
         repo_id: Repository on the Hub, 'user/name', in place of a path.
         filename: Official file in the repository; None for a repository in our form.
         revision: Branch, tag or commit of the repository.

@@ -11,8 +11,8 @@ from huggingface_hub import CommitInfo
 
 from timm_ghn.errors import CheckpointError
 from timm_ghn.files import read_json
-from timm_ghn.nn.ghn import GHN, publish_with
-from timm_ghn.nn.storage import read_ghn, save_ghn
+from timm_ghn.hub.storage import read_ghn, save_ghn
+from timm_ghn.nn.ghn import GHN
 from timm_ghn.publish.card import save_card
 from timm_ghn.publish.ghn_card import ghn_card
 from timm_ghn.publish.ghn_facts import MetaTraining, facts_of
@@ -45,7 +45,7 @@ def push_ghn(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Push a GHN; what :meth:`timm_ghn.GHN.push_to_hub` does, where arguments and errors are described."""
+    """Push a GHN; as :func:`timm_ghn.push_to_hub`, where arguments and errors are described."""
     target, api = Target(repo_id, private, revision, create_pr), api_of(token)
     training = results if isinstance(results, MetaTraining) or results is None else MetaTraining.read(results)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
@@ -77,6 +77,3 @@ def _write(ghn: GHN, folder: Path) -> None:
     wrong = [key for key, value in state.items() if not torch.equal(value.cpu().to(found[key].dtype), found[key])]
     if again.config != ghn.config or wrong:
         raise CheckpointError(f'another GHN comes back from its files: {len(wrong)} tensors differ')
-
-
-publish_with(push_ghn)

@@ -12,7 +12,9 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from torch import nn
 
+from timm_ghn.errors import ConfigError
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.predict import Prediction
 from timm_ghn.publish.card import model_card, save_card
 from timm_ghn.publish.facts import Facts, Training, entry_of, provenance_of
@@ -35,20 +37,25 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Push a timm model to the Hub, where timm loads it without this package: ``hf-hub:user/name``.
+    """Push a timm model or a GHN to the Hub.
+
+    timm loads the model without this package, as ``hf-hub:user/name``; ``timm_ghn.load_ghn('user/name')`` loads the
+    GHN.
 
     The repository is made if it does not exist. One commit brings ``model.safetensors``, ``config.json`` and
     ``README.md``, a card written from what is known of the weights; all three are replaced. Before anything is sent,
-    timm builds the model from these files, and every tensor is compared. If nothing has changed, no commit is made.
+    the model is built again from these files, and every tensor is compared. If nothing has changed, no commit is made.
 
     Args:
-        model: A model of ``timm.create_model``, with its weights.
+        model: A model of ``timm.create_model``, with its weights, or a GHN.
         repo_id: The repository, as 'user/name'.
         prediction: What :func:`timm_ghn.predict` gave for the model, or its ``provenance``. A model of
-            ``timm.create_model('resnet50.ghn')`` needs none.
+            ``timm.create_model('resnet50.ghn')`` needs none, and a GHN has none.
         results: Output folder of the fine-tuning run whose best weights the model has, or another file of weights in
-            it; its data set and accuracy go into the card.
-        model_args: More that ``timm.create_model`` needs to build the model, if timm did not record it.
+            it; its data set and accuracy go into the card. For a GHN, that of the run of ``timm-ghn train``; by
+            default the one beside the file that it was loaded from, if its weights did not change since.
+        model_args: More that ``timm.create_model`` needs to build the model, if timm did not record it. For timm
+            models only.
         license: Identifier of the licence, e.g. 'mit'; by default that of the GHN, if it is in the catalogue.
         private: Whether a new repository is to be private; if None, as the Hub does for this user.
         revision: Branch to commit to, made if it does not exist; 'main' if None.
@@ -63,10 +70,25 @@ def push_to_hub(
         ConfigError: if an argument is wrong, or if the repository holds pickled files, or is public where a private
             one was asked for; nothing is sent.
         UnsupportedModelError: if timm cannot build the model again from its configuration; nothing is sent.
-        PredictionError: if a weight is not finite; nothing is sent.
+        PredictionError: if a weight of a model is not finite; nothing is sent.
+        CheckpointError: if a weight of a GHN is not finite, or on the meta device; nothing is sent.
         HubError: if the Hub cannot be reached, or refuses. No commit is made, or the whole one, if only the answer to
             it was lost; to push again does no harm.
     """
+    if isinstance(model, GHN):
+        if prediction is not None or model_args is not None or isinstance(results, Training):
+            raise ConfigError('prediction, model_args and the results of fine-tuning are about timm models, not GHNs')
+        return push_ghn(
+            model,
+            repo_id,
+            results=results,
+            license=license,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+        )
     target, api = Target(repo_id, private, revision, create_pr), api_of(token)
     architecture = check_model(model)
     training = results if isinstance(results, Training) or results is None else Training.read(results)
@@ -110,7 +132,7 @@ def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 def push_path(
     path: Path, target: Target, *, license: str | None = None, commit_message: str | None = None
 ) -> CommitInfo:
-    """Push what a command wrote: a model as :func:`push_to_hub` does, or a GHN as :meth:`timm_ghn.GHN.push_to_hub`.
+    """Push what a command wrote: a model or a GHN, as :func:`push_to_hub` does.
 
     Args:
         path: A file of ``timm-ghn predict``; the output folder of ``timm-ghn finetune``, which stands for the best
@@ -120,7 +142,7 @@ def push_path(
         commit_message: First line of the commit's message.
 
     Raises:
-        GHNError: if there is nothing of the kind, or as the two above.
+        GHNError: if there is nothing of the kind, or as :func:`push_to_hub`.
     """
     where: dict[str, Any] = {'private': target.private, 'revision': target.revision, 'create_pr': target.create_pr}
     if is_ghn(path):

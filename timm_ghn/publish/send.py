@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
 
 from timm_ghn.errors import ConfigError, GHNError, HubError
-from timm_ghn.nn.storage import CONFIG_FILE as CONFIG_FILE, WEIGHTS_FILE as WEIGHTS_FILE
+from timm_ghn.hub.storage import CONFIG_FILE as CONFIG_FILE, WEIGHTS_FILE as WEIGHTS_FILE
 from timm_ghn.tokens import check_token
 from timm_ghn.version import __version__
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +17,7 @@ from torch import Tensor
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import atomic_write, read_json, sha256_of, write_json
 from timm_ghn.nn.config import GHNConfig, Origin
-
-if TYPE_CHECKING:
-    from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.ghn import GHN
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -170,8 +167,6 @@ def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: s
     Raises:
         CheckpointError: if keys or shapes differ from the configuration's.
     """
-    from timm_ghn.nn.ghn import GHN
-
     _expect_plausible(config, shapes, label)
     try:
         with torch.device('meta'):

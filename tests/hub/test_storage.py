@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from variants import GHN3
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import read_json
-from timm_ghn.nn import GHN, GHNConfig, storage as storage_module
-from timm_ghn.nn.storage import read_ghn, save_ghn
+from timm_ghn.hub import storage as storage_module
+from timm_ghn.hub.storage import read_ghn, save_ghn
+from timm_ghn.nn import GHN, GHNConfig
+
+GHN3 = GHNConfig(hid=16, max_shape=(24, 20, 11, 11), num_classes=30, layers=2, heads=2)
 
 
 @pytest.fixture
@@ -53,21 +56,19 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({key: value for key, value in state.items() if value is not None}, path)
 
 
-def test_saving_and_loading_is_exact(config, tmp_path):
-    ghn = GHN(config)
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'virtual_edges': 1, 'layers': 1}, {'gnn': 'gated', 'layers': 1, 'window': 'corner'},
+     {'gnn': 'mlp', 'layers': 1, 'decoder': 'mlp', 'window': 'corner', 'max_shape': (6, 6, 11, 11)}],
+    ids=['ghn3', 'no virtual edges', 'ghn2', 'mlp'],
+)  # fmt: skip
+def test_saving_and_loading_is_exact(changes, tmp_path):
+    ghn = GHN(dataclasses.replace(GHN3, **changes))
     save_ghn(ghn, tmp_path)
     found = read_ghn(tmp_path)
     expect_same(found, ghn)
     assert not found.training
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in found.parameters())
-
-
-def test_the_mixin_saves_and_loads_the_same_form(ghn, tmp_path):
-    ghn.save_pretrained(tmp_path / 'ghn')
-    assert {'config.json', 'model.safetensors'} <= {path.name for path in (tmp_path / 'ghn').iterdir()}
-    expect_same(GHN.from_pretrained(tmp_path / 'ghn'), ghn)
-    expect_same(read_ghn(tmp_path / 'ghn'), ghn)
-    assert json.loads((tmp_path / 'ghn/config.json').read_text())['format_version'] == GHNConfig.format_version
 
 
 def test_float64_is_kept_on_disk_and_read_on_request(ghn, tmp_path):
