@@ -22,9 +22,9 @@ from timm_ghn.hub import known_ghns
 from timm_ghn.hub.default import EMBEDDED, PUBLISHED
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.config import Origin
-from timm_ghn.publish import MetaTraining
-from timm_ghn.publish.ghn_card import ghn_card
-from timm_ghn.publish.ghn_facts import facts_of
+from timm_ghn.publish.card import make_card
+from timm_ghn.publish.facts import ghn_facts
+from timm_ghn.publish.training import MetaTraining
 from timm_ghn.runs.results import read_results
 from timm_ghn.train.loop import train
 from timm_ghn.train.options import TrainOptions
@@ -292,7 +292,7 @@ def test_the_card_names_the_ghn_that_training_began_with_and_no_folder(trained, 
     results = tmp_path / 'results.jsonl'
     results.write_text('\n'.join([json.dumps(first), *lines[1:]]) + '\n')
     ghn = load_ghn(trained / 'ghn')
-    card = str(ghn_card(facts_of(ghn, REPO, None, training=MetaTraining.read(results), license='mit')))
+    card = str(make_card(ghn_facts(ghn, REPO, None, training=MetaTraining.read(results), license='mit')))
     assert 'steps on colours, begun with the GHN ghn.' in card
     assert '| begun with | ghn |' in card
     assert 'someone' not in card
@@ -304,7 +304,7 @@ def test_results_of_an_older_format_version_are_of_the_same_ghn(trained, tmp_pat
     first['config']['format_version'] = 1
     results = tmp_path / 'results.jsonl'
     results.write_text('\n'.join([json.dumps(first), *lines[1:]]) + '\n')
-    MetaTraining.read(results).check_of(load_ghn(trained / 'ghn').config)
+    MetaTraining.read(results).check_config(load_ghn(trained / 'ghn').config)
 
 
 def test_results_are_given_or_lie_beside_a_ghn_that_did_not_change(hub: HubServer, trained, small_ghn, tmp_path):
@@ -362,7 +362,7 @@ def test_no_text_of_a_file_reaches_a_card_or_a_commit_as_it_is(hub: HubServer, s
     for origin in (None, Origin(*[hostile] * 5), Origin(file=hostile)):
         ghn.origin = origin
         for told in (results, None):
-            card = str(ghn_card(facts_of(ghn, REPO, None, training=told, license=None)))
+            card = str(make_card(ghn_facts(ghn, REPO, None, training=told, license=None)))
             assert all(line.isprintable() for line in card.split('\n'))
             prose = re.sub(r'```.*?```', '', card.partition('\n---\n')[2], flags=re.DOTALL)
             prose = re.sub(r'`[^`\n]*`', '', prose)

@@ -25,7 +25,7 @@ from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub.default import EMBEDDED
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.publish.card import _training_code
-from timm_ghn.publish.facts import Training
+from timm_ghn.publish.training import Training
 from timm_ghn.runs.results import read_results
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
@@ -180,7 +180,7 @@ def test_a_folder_of_where_the_run_was_is_named_to_nobody_elsewhere_either(optio
     run |= {'local': ['dataset', 'init'], 'provenance': None}
     (options.output / 'results.jsonl').write_text('\n'.join([json.dumps(run), *lines[1:]]) + '\n')
     training = Training.read(options.output)
-    assert not training.dataset_is_public
+    assert training.is_local('dataset')
     assert training.dataset == 'clothes-private'
     assert 'secret-project' not in _training_code(training)
     assert "init='ghn'" in _training_code(training)

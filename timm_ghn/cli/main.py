@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm_ghn.cli import hub as hub_commands
-from timm_ghn.errors import GHNError
-from timm_ghn.text import LONGEST, printable
+from timm_ghn.errors import LONGEST, GHNError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -395,7 +394,7 @@ def finetune_model(args: argparse.Namespace) -> int:
 
 def push_model(args: argparse.Namespace) -> int:
     """Push a model or a GHN; the token is that of HF_TOKEN or ``hf auth login``."""
-    from timm_ghn.publish import Target, push_path
+    from timm_ghn.publish.push import Target, push_path
 
     target = Target(args.repo, args.private or None, args.revision, args.create_pr)
     commit = push_path(args.source, target, license=args.license, commit_message=args.message)

@@ -7,13 +7,19 @@ import threading
 import time
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import sha256_of
 from timm_ghn.hub.storage import digest_in_name
-from timm_ghn.tokens import check_token
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
 SHORT_PATIENCE = 2.5
@@ -202,3 +208,23 @@ def in_brief(error: BaseException) -> str:
     """Kind and first line of an error; those of the Hub's client go on for several."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), 'no reason given')
     return f'{type(error).__name__}: {reason}'
+
+
+def check_token(token: str | bool | None, *, own: bool = True) -> None:
+    """Refuse what can be no token, before an HTTP client that cannot send it shows it in its error.
+
+    Args:
+        token: As huggingface_hub takes it: None or True for its own, False for none.
+        own: Whether huggingface_hub's own (HF_TOKEN, ``hf auth login``) is looked at as well, if that is meant.
+
+    Raises:
+        ConfigError: if it is no word of ASCII.
+    """
+    if own and (token is None or token is True):
+        what, token = "huggingface_hub's token, of HF_TOKEN or `hf auth login`,", get_token()
+    else:
+        what = 'token'
+    if token is None or isinstance(token, bool):
+        return
+    if not isinstance(token, str) or not (token.isascii() and token.isprintable() and token and ' ' not in token):
+        raise ConfigError(f'expected {what} to be one word without line ends (it is not shown here)')

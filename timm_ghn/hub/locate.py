@@ -7,10 +7,9 @@ import difflib
 import os
 from pathlib import Path
 
-from timm_ghn.errors import GHNNotFoundError
+from timm_ghn.errors import GHNNotFoundError, printable
 from timm_ghn.hub.catalogue import known_ghns, refused_ghns
 from timm_ghn.hub.entry import DEFAULT as DEFAULT, REPO, GHNEntry
-from timm_ghn.text import printable
 
 _FILES = ('.safetensors', '.pt', '.pth', '.pkl', '.joblib', '.bin', '.json', '.gz')
 
