@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN

@@ -14,7 +14,7 @@ from timm_ghn.architectures.timm_models import MAX_SIDE, build_timm_model, check
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import build
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.publish.files import read_source
 
 

@@ -26,8 +26,7 @@ from timm_ghn.cli import main as cli
 from timm_ghn.cli.tables import aligned
 from timm_ghn.errors import GHNNotFoundError
 from timm_ghn.hub import load
-from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 from timm_ghn.prediction.postprocess import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]

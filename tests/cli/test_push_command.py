@@ -19,7 +19,7 @@ from timm_versions import TIMM_RECORDS
 from timm_ghn import load_ghn
 from timm_ghn.cli import main as cli
 from timm_ghn.files import write_state_dict
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.hub.storage import save_ghn
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')

@@ -19,8 +19,7 @@ from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, postprocess_, pred
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub import load_ghn, register_ghn
-from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.prediction.predict import provenance

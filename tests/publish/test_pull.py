@@ -11,7 +11,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from timm_ghn import CheckpointError, ConfigError, GHNNotFoundError, push_to_hub, register_ghn
+from timm_ghn import CheckpointError, ConfigError, GHNNotFoundError, push_to_hub
 from timm_ghn.hub import fetch, load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
@@ -185,14 +185,13 @@ BAD_TOKENS = [
 
 
 @pytest.mark.parametrize('token', BAD_TOKENS, ids=repr)
-@pytest.mark.parametrize('how', ['name', 'default', 'register'])
+@pytest.mark.parametrize('how', ['name', 'default'])
 def test_what_can_be_no_token_is_refused_and_never_shown(hub: HubServer, files, caplog, capfd, how, token):
     caplog.set_level(logging.DEBUG)
     hub.put(REPO, files)
     act = {
         'name': lambda: load_ghn(REPO, token=token),
         'default': lambda: load_ghn('ghn', token=token),
-        'register': lambda: register_ghn('mine', repo_id=REPO, token=token),
     }[how]
     with pytest.raises(ConfigError, match='expected token to be one word') as caught:  # and no warning
         act()

@@ -19,7 +19,7 @@ from pictures import make_dataset, save_dataset
 
 from timm_ghn import GHN, CheckpointError, ConfigError, GHNConfig, HubError, load_ghn, push_to_hub
 from timm_ghn.hub import known_ghns
-from timm_ghn.hub.default import EMBEDDED, PUBLISHED
+from timm_ghn.hub.catalogue import EMBEDDED, PUBLISHED
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.config import Origin
 from timm_ghn.publish.card import make_card
@@ -203,8 +203,7 @@ def converted(hub: HubServer, small: GHNConfig, small_ghn, tmp_path, monkeypatch
     """A GHN of the catalogue, made small, loaded from the authors' repository in their form."""
     known = known_ghns()
     known[PUBLISHED] = dataclasses.replace(known[PUBLISHED], config=dataclasses.replace(small, name=PUBLISHED))
-    for module in ('hub.load', 'hub.locate', 'publish.facts'):
-        monkeypatch.setattr(f'timm_ghn.{module}.known_ghns', lambda: known)
+    monkeypatch.setattr('timm_ghn.hub.catalogue._entries', lambda: known)
     content = write_joblib(official_state(small_ghn), tmp_path / 'official').read_bytes()
     hub.put(known[PUBLISHED].repo_id, {known[PUBLISHED].filename: content})
     return load_ghn(PUBLISHED)

@@ -22,7 +22,7 @@ from timm_ghn import ConfigError, HubError, UnsupportedModelError, load_ghn, pre
 from timm_ghn.cli import main as cli
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.publish.card import _training_code
 from timm_ghn.publish.training import Training

@@ -178,8 +178,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     verify.add_argument(
         'name',
         metavar='NAME',
-        help='ghn2, ghn3_tm8, ghn3_xlm16 (norms of the others were not published), or a '
-        'GHN registered with norms; it is downloaded where necessary',
+        help='ghn2, ghn3_tm8 or ghn3_xlm16 (norms of the others were not published); it is downloaded where necessary',
     )
     verify.add_argument('--arch', action='append', metavar='ARCH', help='only this network (may be repeated)')
     verify.add_argument('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.errors import LIMIT, ConfigError, printable
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.hub.entry import REPO
+from timm_ghn.hub.catalogue import REPO
 from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.postprocess import NAMED, PostProcess
 from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, entry_of, origin_of
