@@ -284,11 +284,7 @@ def _send(folder: Path, files: Sequence[str], target: Target, api: HfApi, *, mes
     repo_id = target.repo_id
     with _hub_errors(f'{repo_id} was not pushed to', api):
         api.create_repo(repo_id, private=target.private, exist_ok=True)
-        info = api.model_info(repo_id)
-        _refuse_public(info, target)
-        if target.branch != _MAIN:
-            info = _branch(api, repo_id, target.branch)
-        _refuse_pickles(info, repo_id)
+        _check_repository(api, target, make_branch=True)
         commit: CommitInfo = api.create_commit(
             repo_id,
             [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder / file)) for file in files],
@@ -309,16 +305,8 @@ def check_access(target: Target, api: HfApi) -> None:
     repo_id = target.repo_id
     with _hub_errors(f'{repo_id} cannot be pushed to', api):
         _expect_writer(api.whoami(), target)
-        try:
-            info = api.model_info(repo_id)
-        except RepositoryNotFoundError:
-            return
-        _refuse_public(info, target)
-        if target.branch != _MAIN:
-            # A branch that does not exist is made from the main one.
-            with contextlib.suppress(RevisionNotFoundError):
-                info = api.model_info(repo_id, revision=target.branch)
-        _refuse_pickles(info, repo_id)
+        with contextlib.suppress(RepositoryNotFoundError):
+            _check_repository(api, target, make_branch=False)
 
 
 def _has_card(target: Target, api: HfApi) -> bool:
@@ -341,26 +329,22 @@ def _expect_writer(user: Mapping[str, Any], target: Target) -> None:
         raise HubError(f'{where}: {name} is neither {owner!r} nor in an organisation of that name. {_HINTS[403]}')
 
 
-def _refuse_public(info: ModelInfo, target: Target) -> None:
+def _check_repository(api: HfApi, target: Target, *, make_branch: bool) -> None:
+    """Refuse a public repository where a private one was asked for, and files that may be pickled."""
+    repo_id = target.repo_id
+    info: ModelInfo = api.model_info(repo_id)
     if target.private and info.private is False:
         raise ConfigError(
-            f'{target.repo_id} exists and is public, and a private repository was asked for: change that in its '
-            f'settings ({constants.ENDPOINT}/{target.repo_id}/settings), or push to another one'
+            f'{repo_id} exists and is public, and a private repository was asked for: change that in its settings '
+            f'({constants.ENDPOINT}/{repo_id}/settings), or push to another one'
         )
-
-
-def _branch(api: HfApi, repo_id: str, revision: str) -> ModelInfo:
-    """What is in a branch, which is made if it does not exist."""
-    try:
-        return api.model_info(repo_id, revision=revision)
-    except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.model_info(repo_id, revision=revision)
-
-
-def _refuse_pickles(info: ModelInfo, repo_id: str) -> None:
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    pickled = [name for name in names if name.lower().endswith(PICKLED)]
+    if target.branch != _MAIN:
+        try:
+            info = api.model_info(repo_id, revision=target.branch)
+        except RevisionNotFoundError:  # a new branch has the files of the main one
+            if make_branch:
+                api.create_branch(repo_id, branch=target.branch, exist_ok=True)
+    pickled = [file.rfilename for file in info.siblings or () if file.rfilename.lower().endswith(PICKLED)]
     if pickled:
         raise ConfigError(
             f'{repo_id} holds files that may be pickled, which whoever loads the model might execute '
