@@ -110,7 +110,9 @@ def test_the_warning_says_why(hub: HubServer):
 
 def test_a_hub_that_could_not_be_reached_is_not_asked_again_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(fetch, '_ask_within', lambda *_: asked.append(1) or (_ for _ in ()).throw(OSError('no route')))
+    monkeypatch.setattr(
+        fetch, '_probe_within', lambda *_: asked.append(1) or (_ for _ in ()).throw(OSError('no route'))
+    )
     for _ in range(3):
         with pytest.warns(GHNFallbackWarning, match='OSError: no route'):
             load_ghn('ghn')

@@ -52,7 +52,7 @@ class GHNEntry:
 
     Attributes:
         name: Under which it is loaded.
-        description: One line for people.
+        description: One human-readable line.
         format: One of :data:`FORMATS`.
         config: Its hyper-parameters; the file must agree.
         license: SPDX identifier in lower case, as the Hub writes it; None if it is not known.
@@ -99,7 +99,7 @@ class GHNEntry:
 
     @property
     def source(self) -> str:
-        """Where it is, for people."""
+        """Human-readable place."""
         if self.path is not None:
             return 'in the package'
         return self.file or '/'.join(filter(None, (self.repo_id, self.filename)))

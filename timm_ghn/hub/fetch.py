@@ -95,11 +95,11 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
     check_token(access.token)
     # The client raises the errors of its transport, which is another one from version to version: hence Exception.
     try:
-        _ask(file, access)
+        _probe(file, access)
     except Exception as error:
         if cached is not None:
             return cached
-        if access.brief or not _passes(error):
+        if access.brief or not _is_transient(error):
             raise _not_found(file, error) from error
     try:
         path = hf_hub_download(
@@ -116,8 +116,8 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
     return Path(path)
 
 
-def _passes(error: Exception) -> bool:
-    """Whether a server was there and may answer soon: for that the client waits, as long as the server says."""
+def _is_transient(error: Exception) -> bool:
+    """Whether a server answered that it may succeed later: the client waits for as long as the server says."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (408, 429, 500, 502, 503, 504)
 
 
@@ -146,11 +146,11 @@ def _cached(file: HubFile, access: Access) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _ask(file: HubFile, access: Access) -> None:
-    """Raise what keeps the Hub from giving the file.
+def _probe(file: HubFile, access: Access) -> None:
+    """Raise the error that downloading the file would meet, after one request for its metadata.
 
     hf_hub_download repeats a request that fails, which takes from half a minute (nobody listens) to six (nobody
-    answers). One request tells as much.
+    answers). A single request finds out as well.
     """
     url = hf_hub_url(file.repo_id, file.filename, revision=file.revision)
     if access.brief and url in _unreachable:
@@ -161,14 +161,14 @@ def _ask(file: HubFile, access: Access) -> None:
     if access.brief:
         patience = min(SHORT_PATIENCE, patience)
     try:
-        _ask_within(url, access.token, patience)
+        _probe_within(url, access.token, patience)
     except Exception as error:
         _unreachable[url] = time.monotonic(), error.with_traceback(None)
         raise
     _unreachable.pop(url, None)
 
 
-def _ask_within(url: str, token: str | bool | None, patience: float) -> None:
+def _probe_within(url: str, token: str | bool | None, patience: float) -> None:
     outcome: list[Exception | None] = []
 
     def ask() -> None:

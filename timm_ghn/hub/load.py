@@ -102,9 +102,9 @@ def shared_ghn(
     device: torch.device | str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> GHN:
-    """As :func:`load_ghn`, but the last GHN is kept, and given again to whoever asks for the same files.
+    """As :func:`load_ghn`, but the last GHN is cached, and returned again for the same files.
 
-    For callers that only predict with it: a change would be seen by all of them.
+    For callers that only predict with it, since they share one object.
     """
     access = Access(None if cache_dir is None else Path(cache_dir))
     found = find_files(name_or_path, None, access)

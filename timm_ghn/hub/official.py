@@ -29,7 +29,7 @@ from timm_ghn.nn.ghn import GHN
 CIFAR10_MEAN = (0.49139968, 0.48215827, 0.44653124)
 CIFAR10_STD = (0.24703233, 0.24348505, 0.26158768)
 
-#: What a bare state dictionary does not tell.
+#: Fields of the configuration that a bare state dictionary does not determine.
 NOT_IN_WEIGHTS = frozenset({'virtual_edges', 'weight_norm', 'rules', 'mean', 'std', 'trained', 'postprocess'})
 
 #: Cut-off of the shortest paths that all GHNs with virtual edges were published with.
@@ -186,7 +186,7 @@ def infer_config(
                 raise CheckpointError(f'{label} states an impossible max_shape: {brief(max_shape)}')
             max_shape = tuple(max_shape)
         elif decoder == 'mlp':
-            raise CheckpointError(f'{label} has the MLP decoder and no configuration, which would tell its max_shape')
+            raise CheckpointError(f'{label} has the MLP decoder and no configuration, which would give its max_shape')
         else:
             outs = shapes['decoder.class_layer_predictor.1.weight'][1]
             ins = shapes['decoder.conv.2.weight'][0] // outs

@@ -1,8 +1,8 @@
 """Pickles of checkpoints, read by Python's own machine without anything that could run.
 
 :class:`pickle._Unpickler` is the machine in Python, whose table of instructions can be cut down. What is left makes
-numbers, text and containers. A global is a name on a short list, which stands for a function of ours and never for
-what it names; bytes and the elements of tensors stay in the file until they are read.
+numbers, text and containers. A global is a name on a short list, which stands for a function of this module and never
+for what it names; bytes and the elements of tensors stay in the file until they are read.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def are_sizes(numbers: Any) -> bool:
 def brief(value: object) -> str:
     """What a message says of a value from a file.
 
-    Containers are told by their type, except for flat ones of a few numbers: one that refers to another twice, and so
+    Containers are shown as their type, except for flat ones of a few numbers: one that refers to another twice, and so
     on for forty levels, would print as 2^40 characters.
     """
     if isinstance(value, tuple) and len(value) <= _MAX_RANK:

@@ -271,7 +271,7 @@ def expect_finite(key: str, tensor: Tensor, label: str) -> None:
     Raises:
         CheckpointError: naming the tensor.
     """
-    # A sum needs no memory, and is finite only if every term is; one that overflows is told apart below.
+    # A sum needs no memory, and is finite only if every term is; one that overflows is looked at again below.
     if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
         return
     count = int((~torch.isfinite(tensor)).sum())

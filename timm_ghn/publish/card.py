@@ -88,8 +88,8 @@ With timm_ghn {{ version }}{{ remark }}:
 ```
 """
 
-#: Options of a fine-tuning run that have no part in what comes out of it.
-_FREE = (
+#: Options of a fine-tuning run that do not change the trained weights.
+_WITHOUT_EFFECT = (
     'output', 'resume', 'workers', 'log_with', 'val_batch_size', 'time_limit', 'checkpoint_steps', 'checkpoint_hist',
     'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
     'hub_license',
@@ -109,7 +109,7 @@ _Rows = Iterator[tuple[str, Any]]
 
 
 class Markdown(str):
-    """Text that is Markdown already: our markup, in which everything from files is escaped."""
+    """Text that is Markdown already: text of this module, in which everything from files is escaped."""
 
     __slots__ = ()
 
@@ -334,8 +334,8 @@ def _training_code(training: Training) -> str:
     if entry is not None:
         arguments['init'] = entry.name  # the default may be another one elsewhere
     # What says where the run was and where it went. A run that is pushed later is to get the same card.
-    for free in _FREE:
-        arguments.pop(free, None)
+    for name in _WITHOUT_EFFECT:
+        arguments.pop(name, None)
     lines = ('from timm_ghn.finetune.loop import finetune', 'from timm_ghn.finetune.options import FinetuneOptions')
     return '\n'.join((*lines, f'finetune(FinetuneOptions({_call(arguments)}))'))
 
@@ -450,7 +450,7 @@ def _meta_training_rows(training: MetaTraining) -> _Rows:
     where += 'batches normalised by themselves'
     for group, value in training.accuracies.items():
         parts = ', '.join(f'{markdown(name)} {share:.1f}' for name, share in training.families(group).items())
-        # Longer than a name may be, and Markdown of ours.
+        # Marked as Markdown: it is longer than the limit for text from files, and holds escaped parts.
         title = Markdown(f'accuracy, predicted, no training: {training.networks(group)}')
         yield title, Markdown(f'{value:.2f} % ({where}: {parts})')
 

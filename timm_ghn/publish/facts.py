@@ -75,7 +75,7 @@ class ModelFacts(Facts):
 
     @property
     def ghn(self) -> str | None:
-        """Name of the GHN, for people."""
+        """Human-readable name of the GHN."""
         origin = origin_of(self.provenance)
         if self.provenance is None or origin is None:
             return None
@@ -128,7 +128,9 @@ def entry_of(origin: Origin | None) -> GHNEntry | None:
 
 
 def check_provenance(found: object) -> dict[str, Any]:
-    """Facts about a prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them, from whoever says so.
+    """Check facts about a prediction that a caller or a file gives.
+
+    They must be as :func:`~timm_ghn.prediction.predict.provenance` gives them.
 
     Raises:
         ConfigError: if they are something else.
@@ -186,7 +188,7 @@ def _compare(model: nn.Module, prediction: Prediction) -> tuple[dict[str, Any], 
 
 
 def _comes_out_again(model: nn.Module, facts: Mapping[str, Any]) -> bool:
-    """Whether a prediction as the facts tell it gives the parameters that a model has."""
+    """Whether predicting again, as the facts describe it, gives the parameters that the model has."""
     options = facts.get('postprocess')
     ghn = None if isinstance(options, str) else _load_again(origin_of(facts))
     if ghn is None:
@@ -235,7 +237,7 @@ def _totals(model: nn.Module, entry: GHNEntry | None) -> dict[str, Any]:
         return {}
     try:
         totals = plan_parameters(trace(model, rules=entry.config.rules), entry.config).summary()
-    except UnsupportedModelError:  # it needs an input that timm does not tell
+    except UnsupportedModelError:  # timm does not say which input it needs
         return {'trained': entry.config.trained}
     kept = ('tensors', 'elements', 'predicted_tensors', 'predicted_elements')
     return {'trained': entry.config.trained, **{key: totals[key] for key in kept}}

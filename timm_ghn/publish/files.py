@@ -24,7 +24,7 @@ from timm_ghn.prediction.checks import check_finite
 from timm_ghn.publish.facts import ModelFacts, check_provenance
 from timm_ghn.publish.training import WEIGHTS, Training, read_header
 
-#: Entries of a pretrained cfg that describe weights which somebody else trained.
+#: Entries of a pretrained cfg that describe timm's pretrained weights.
 _OF_OTHER_WEIGHTS = (
     'tag', 'license', 'paper_ids', 'paper_name', 'origin_url', 'description', 'notes', 'custom_load', 'hf_hub_filename',
 )  # fmt: skip
@@ -164,7 +164,7 @@ def write_model(
 
 
 def write_config(config: dict[str, Any], folder: Path, facts: ModelFacts) -> None:
-    """Write the configuration, which tells of these weights and not of those that timm knows."""
+    """Write the configuration so that it describes these weights and not timm's pretrained ones."""
     cfg = dict(config['pretrained_cfg'])
     if facts.ghn is not None:
         for key in _OF_OTHER_WEIGHTS:

@@ -310,7 +310,7 @@ def check_access(target: Target, api: HfApi) -> None:
 
 
 def _has_card(target: Target, api: HfApi) -> bool:
-    """Whether there is a model card already where something goes; False if that cannot be told."""
+    """Whether there is a model card already where something goes; False if that cannot be found out."""
     try:
         info = api.model_info(target.repo_id, revision=target.branch)
     except Exception:  # whatever is wrong with the network or the repository, the push itself says better
@@ -319,7 +319,7 @@ def _has_card(target: Target, api: HfApi) -> bool:
 
 
 def _expect_writer(user: Mapping[str, Any], target: Target) -> None:
-    """Refuse a token that cannot write; of a fine-grained one the Hub does not tell."""
+    """Refuse a token that cannot write; the Hub does not say what a fine-grained one may do."""
     name, owner = str(user.get('name')), target.repo_id.split('/')[0]
     where = f'{target.repo_id} cannot be pushed to {constants.ENDPOINT}'
     if ((user.get('auth') or {}).get('accessToken') or {}).get('role') == 'read':
