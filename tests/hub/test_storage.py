@@ -280,22 +280,23 @@ def test_a_file_of_another_configuration_than_expected_is_refused(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the peak of memory as Linux counts it')
-@pytest.mark.parametrize('form', ['ours', 'joblib'])
+@pytest.mark.parametrize('form', ['native', 'joblib', 'converted'])
 def test_the_peak_of_memory_is_about_the_size_of_the_file(tmp_path, form):
     config = GHNConfig(hid=128, max_shape=(128, 128, 16, 16), num_classes=1000, layers=24, heads=8)
     path = tmp_path / 'ghn'
     ghn = GHN(config)
     size = 4 * sum(parameter.numel() for parameter in ghn.parameters())
-    if form == 'ours':
+    if form == 'native':
         save_ghn(ghn, path)
     else:
         import joblib
 
         joblib.dump(ghn.state_dict(), path)
+    act = 'hub.load_ghn(path)' if form != 'converted' else 'hub.converted.convert_official(path, path.with_name("out"))'
     code = (
-        'import resource, sys, timm_ghn.hub as hub, torch; peak = lambda: resource.getrusage(resource.RUSAGE_SELF)'
-        '.ru_maxrss * 1024; torch.ones(8).sum(); before = peak(); ghn = hub.load_ghn(sys.argv[1]); '
-        'print(peak() - before)'
+        'import resource, sys, pathlib, timm_ghn.hub as hub, torch; path = pathlib.Path(sys.argv[1]); '
+        'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; torch.ones(8).sum(); '
+        f'before = peak(); kept = {act}; print(peak() - before)'
     )
     run = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1.25 * size
