@@ -75,7 +75,7 @@ def memory(name: str, network: str) -> tuple[float, float]:
 def load(ghn: timm_ghn.GHN) -> tuple[float, ...]:
     """CPU seconds, seconds, MiB above the start and MiB in all to load a GHN, its file being in the disk cache."""
     with tempfile.TemporaryDirectory() as folder:
-        ghn.save_pretrained(folder)
+        timm_ghn.save_ghn(ghn, folder)
         del ghn
         gc.collect()
         return tuple(in_new_process(_LOADING, str(Path(__file__).parent), folder))

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
 from timm_ghn.nn.config import POSTPROCESSING
-from timm_ghn.nn.storage import save_ghn
-from timm_ghn.publish.ghn_card import ghn_card
-from timm_ghn.publish.ghn_facts import GHNFacts, MetaTraining
+from timm_ghn.publish.card import make_card
+from timm_ghn.publish.facts import GHNFacts
+from timm_ghn.publish.training import MetaTraining
 from timm_ghn.train.loop import TRAINED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def card(ghn: GHN, training: MetaTraining, note: str, earlier: Sequence[str]) ->
         training=training,
         license='mit',
     )
-    made = ghn_card(facts)
+    made = make_card(facts)
     made.data.datasets = [*earlier, *(made.data.datasets or [])]
     text = str(made).replace(_NOWHERE, EMBEDDED)
     before, limits = text.split('\n## Limits\n', 1)

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 import timm_ghn
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 
 MODEL = 'resnet18'
 SHOTS = 20

@@ -11,10 +11,12 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from fake_hub import FakeHub
 from hub_server import HubServer
+from official import official_state, write_joblib
 
-from timm_ghn.hub import catalogue, converted, default, fetch, load
+from timm_ghn.hub import catalogue, converted, fetch, load
+from timm_ghn.hub.catalogue import GHNEntry
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN, GHNConfig
 
 
@@ -38,26 +40,18 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, use_endpoint) -> Iterator[None]:
-    """An empty cache, no Hub, no choice of a default, no GHN of a user, nothing remembered."""
+    """An empty cache, no Hub, no choice of a default, no registered GHN, nothing remembered."""
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path_factory.mktemp('cache') / 'hub'))
-    for variable in (default.VARIABLE, catalogue.VARIABLE, converted.VARIABLE):
+    for variable in (catalogue.VARIABLE, converted.VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(catalogue, '_registered', {})
+    monkeypatch.setattr(catalogue, '_default', None)
     monkeypatch.setattr(converted, '_warned', set())
     use_endpoint(f'http://127.0.0.1:{closed_port()}')
     fetch._unreachable.clear()
     load._last.clear()
-    default.set_default_ghn(None)
     yield
-    default.set_default_ghn(None)
     load._last.clear()
-
-
-@pytest.fixture
-def fake_hub(use_endpoint) -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        use_endpoint(hub.endpoint)
-        yield hub
 
 
 @pytest.fixture
@@ -96,6 +90,40 @@ def small() -> GHNConfig:
 def small_ghn(small: GHNConfig) -> GHN:
     torch.manual_seed(0)
     return GHN(small)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, small_ghn: GHN) -> Path:
+    """The small GHN in the native format."""
+    save_ghn(small_ghn, tmp_path / 'native')
+    return tmp_path / 'native'
+
+
+@pytest.fixture
+def official(tmp_path: Path, small_ghn: GHN) -> bytes:
+    """The small GHN as its authors would have published it."""
+    return write_joblib(official_state(small_ghn), tmp_path / 'official.pt').read_bytes()
+
+
+@pytest.fixture
+def mine(hub: HubServer, official: bytes, small: GHNConfig) -> GHNEntry:
+    """The entry of an official file on the Hub."""
+    hub.put('user/repo', {'ghn.pt': official})
+    entry = GHNEntry('mine', '', 'joblib', small, repo_id='user/repo', filename='ghn.pt')
+    catalogue._registered['mine'] = entry
+    return entry
+
+
+def expect_same(found: GHN, expected: GHN) -> None:
+    """The same weights."""
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

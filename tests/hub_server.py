@@ -1,6 +1,6 @@
 """A Hub on the loopback: repositories on the disk, the endpoints that huggingface_hub calls, and faults on demand.
 
-Small files are answered for by the server itself, large ones ("LFS": everything that ends in .safetensors or .bin) by
+Small files are answered for by the server itself, large ones ("LFS": weights, by the ends of their names) by
 a second one under another host name, as the Hub's storage is. All requests are kept, with their headers.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from hub_handler import Fault, Handler, Refusal, Request
 from huggingface_hub import ModelCard
 
-LARGE = ('.safetensors', '.bin')
+LARGE = ('.safetensors', '.bin', '.pt')
 
 
 class HubServer:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import timm_ghn
-from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -43,7 +42,7 @@ def test_the_command_is_declared():
 def test_the_files_of_the_package_are_found():
     entries = known_ghns()
     assert {path.stem for path in (ROOT / 'hub_configs').glob('*.json')} == set(entries)
-    files = sorted(path.name for path in entries[EMBEDDED].folder.iterdir())
+    files = sorted(path.name for path in entries[EMBEDDED].place.iterdir())
     assert files == ['README.md', 'config.json', 'model.safetensors']
 
 

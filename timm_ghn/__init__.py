@@ -17,10 +17,13 @@ from timm_ghn.errors import (
 )
 from timm_ghn.graph.build import trace as trace
 from timm_ghn.graph.graph import Graph as Graph
-from timm_ghn.hub.catalogue import list_ghns as list_ghns
-from timm_ghn.hub.default import set_default_ghn as set_default_ghn
+from timm_ghn.hub.catalogue import (
+    list_ghns as list_ghns,
+    register_ghn as register_ghn,
+    set_default_ghn as set_default_ghn,
+)
 from timm_ghn.hub.load import load_ghn as load_ghn
-from timm_ghn.hub.register import register_ghn as register_ghn
+from timm_ghn.hub.storage import save_ghn as save_ghn
 from timm_ghn.nn.config import GHNConfig as GHNConfig
 from timm_ghn.nn.ghn import GHN as GHN
 from timm_ghn.prediction.batchnorm import (

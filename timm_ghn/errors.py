@@ -4,7 +4,26 @@ All kinds share :class:`GHNError`, so that a caller can catch the package's erro
 the built-in error that a caller who does not know the package would expect.
 """
 
-from timm_ghn.text import LONGEST, printable
+#: Most characters of a name that comes from a file.
+LIMIT = 100
+#: Most characters of a whole message or of a cell of a table.
+LONGEST = 2000
+
+
+def printable(text: object, limit: int = LIMIT) -> str:
+    """One printable line of text.
+
+    Runs of white space become one space; control characters, and those that reorder or hide text, are escaped as Python
+    does.
+
+    Args:
+        text: What to show.
+        limit: Most characters; what is longer is cut, and ends in '...'.
+    """
+    line = ' '.join(str(text).split())
+    # What is cut anyway is not looked at: a file may hold megabytes.
+    shown = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line[: limit + 1])
+    return shown if len(shown) <= limit else f'{shown[: limit - 3]}...'
 
 
 class GHNError(Exception):

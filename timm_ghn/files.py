@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_ghn.errors import CheckpointError, ConfigError
+
+#: End of the names of folders that are not complete yet, or are being removed.
+PARTIAL = '.partial'
 
 #: Longest JSON file that is read, in bytes.
 MAX_JSON = 1 << 20
@@ -34,6 +38,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets the name ``folder`` when it is complete and on the disk.
+
+    Raises:
+        OSError: if it cannot be written, or ``folder`` is there already by then and not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f'.{folder.name}.{uuid.uuid4().hex}{PARTIAL}')
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            # Otherwise a power cut may leave zeros under the final name, which are finite weights.
+            with file.open('rb+') as written:
+                os.fsync(written.fileno())
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:

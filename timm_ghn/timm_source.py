@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from timm.models import PretrainedCfg, get_deprecated_models, split_model_name_tag
 
-from timm_ghn.text import printable
+from timm_ghn.errors import printable
 
 if TYPE_CHECKING:
     from torch import nn

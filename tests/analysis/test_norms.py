@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,8 +14,7 @@ from timm_ghn import register_ghn
 from timm_ghn.analysis import norms
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.hub import catalogue
-from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 
 NUMBER = re.compile(r'[+-]?\d+\.\d{4}')
 
@@ -29,7 +29,8 @@ def verify(call_cli):
     """Verify the GHN of a file: exit code, the cells of each network's row, the last line, the errors."""
 
     def run(path: Path, published: dict[str, float]) -> tuple[int, dict[str, list[str]], str, str]:
-        register_ghn('random', path, norms=published, overwrite=True)
+        register_ghn('random', path)
+        catalogue._registered['random'] = dataclasses.replace(catalogue._registered['random'], norms=published)
         code, out, err = call_cli('verify random')
         rows = [line.split(maxsplit=4) for line in out.splitlines() if NUMBER.search(line)]
         return code, {arch: cells for arch, *cells in rows}, ''.join(out.splitlines()[-1:]), err
@@ -83,7 +84,7 @@ def test_a_network_that_fails_is_a_row_with_its_reason(verify, monkeypatch):
 
     monkeypatch.setattr(norms, 'predicted_norm', norm)
     code, rows, last, err = verify(
-        known_ghns()[EMBEDDED].folder, {'resnet18': 1.0, 'resnet34': 1.5, 'resnet50': 2.0, 'alexnet': 3.0}
+        known_ghns()[EMBEDDED].place, {'resnet18': 1.0, 'resnet34': 1.5, 'resnet50': 2.0, 'alexnet': 3.0}
     )
     assert rows == {
         'resnet18': ['1.0000', '-', '-', 'FAILED: not to be traced'],
@@ -101,13 +102,13 @@ def test_rows_are_printed_as_they_come(verify, monkeypatch):
         return 2.0
 
     monkeypatch.setattr(norms, 'predicted_norm', norm)
-    code, rows, _, err = verify(known_ghns()[EMBEDDED].folder, {'alexnet': 2.0, 'resnet18': 1.0})
+    code, rows, _, err = verify(known_ghns()[EMBEDDED].place, {'alexnet': 2.0, 'resnet18': 1.0})
     assert (code, list(rows)) == (130, ['alexnet'])
     assert err == 'timm-ghn: error: interrupted\n'
 
 
 def test_only_classification_networks_have_norms(verify):
-    code, rows, _, err = verify(known_ghns()[EMBEDDED].folder, {'retinanet_resnet50_fpn': 1.0})
+    code, rows, _, err = verify(known_ghns()[EMBEDDED].place, {'retinanet_resnet50_fpn': 1.0})
     assert (code, rows) == (2, {})
     assert "torchvision has no network 'retinanet_resnet50_fpn'" in err
 

@@ -14,8 +14,8 @@ from timm_ghn.architectures.timm_models import MAX_SIDE, build_timm_model, check
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import build
-from timm_ghn.hub.default import EMBEDDED
-from timm_ghn.publish import read_source
+from timm_ghn.hub.catalogue import EMBEDDED
+from timm_ghn.publish.files import read_source
 
 
 def test_a_model_is_timms_with_its_own_initialisation_drawn_from_the_seed():

@@ -26,8 +26,7 @@ from timm_ghn.cli import main as cli
 from timm_ghn.cli.tables import aligned
 from timm_ghn.errors import GHNNotFoundError
 from timm_ghn.hub import load
-from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 from timm_ghn.prediction.postprocess import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +62,7 @@ def test_list_as_json_is_the_catalogue(run):
 def test_predict_writes_the_raw_prediction_as_in_python(run, tmp_path, ghn_recommends):
     ghn = timm_ghn.load_ghn(EMBEDDED)
     ghn.config = dataclasses.replace(ghn.config, postprocess=ghn_recommends)
-    ghn.save_pretrained(tmp_path / 'ghn')
+    timm_ghn.save_ghn(ghn, tmp_path / 'ghn')
     code, out, err = run('predict test_resnet --ghn ./ghn --seed 3 -o out.safetensors')
     assert (code, err) == (0, '')
     torch.manual_seed(3)
@@ -423,7 +422,7 @@ def test_no_text_of_a_file_commands_the_terminal(run, tmp_path):
     hostile = '\x1b]0;owned\x07\x1b[2J\r| a |\n'
     ghn = timm_ghn.load_ghn(EMBEDDED)
     ghn.config = dataclasses.replace(ghn.config, name=hostile, postprocess='none')
-    ghn.save_pretrained(tmp_path / 'ghn')
+    timm_ghn.save_ghn(ghn, tmp_path / 'ghn')
     save_file({'a': torch.zeros(1)}, 'odd.safetensors', {'architecture': hostile, 'provenance': '{}'})
     (tmp_path / 'bad').mkdir()
     (tmp_path / 'bad' / 'config.json').write_text(json.dumps({hostile: 1}))

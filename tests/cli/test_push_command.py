@@ -19,8 +19,8 @@ from timm_versions import TIMM_RECORDS
 from timm_ghn import load_ghn
 from timm_ghn.cli import main as cli
 from timm_ghn.files import write_state_dict
-from timm_ghn.hub.default import EMBEDDED
-from timm_ghn.nn.storage import save_ghn
+from timm_ghn.hub.catalogue import EMBEDDED
+from timm_ghn.hub.storage import save_ghn
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
 
@@ -77,24 +77,11 @@ def test_a_branch_and_a_pull_request(run, hub: HubServer):
     assert hub.files(REPO, 'v1').keys() == hub.files(REPO, 'refs/pr/1').keys() != set()
 
 
-def header_of_nothing(path: Path) -> None:
-    save_file({'a': torch.zeros(1)}, path)
+VIT = {'architecture': 'test_vit', 'provenance': '{}'}
 
 
-def other_weights(path: Path) -> None:
-    write_state_dict({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': {}})
-
-
-def unknown_model(path: Path) -> None:
-    write_state_dict({}, path, {'architecture': 'test_nothing', 'provenance': {}})
-
-
-def no_safetensors(path: Path) -> None:
-    path.write_bytes(b'\x80\x02cos\nsystem\n')
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
+def write(path: Path, header: dict[str, str] | None = None) -> None:
+    save_file({'a': torch.zeros(1)}, path, header)
 
 
 def folder_of_pipes(path: Path) -> None:
@@ -103,53 +90,35 @@ def folder_of_pipes(path: Path) -> None:
         os.mkfifo(path / name)
 
 
-def header_of_lists(path: Path) -> None:
-    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': '[' * 10**5})
-
-
-def facts_of_another_kind(path: Path) -> None:
-    model = timm.create_model('test_vit')
-    save_file(dict(model.state_dict()), path, {'architecture': 'test_vit', 'provenance': '{"origin": [1]}'})
-
-
 def weights_of_another_kind(path: Path) -> None:
     """A tensor of a type that this torch does not have."""
-    header = json.dumps({
-        '__metadata__': {'architecture': 'test_vit', 'provenance': '{}'},
-        'a': {'dtype': 'F4', 'shape': [2], 'data_offsets': [0, 1]},
-    }).encode()  # fmt: skip
+    header = json.dumps(
+        {'__metadata__': VIT, 'a': {'dtype': 'F4', 'shape': [2], 'data_offsets': [0, 1]}}
+    ).encode()  # fmt: skip
     path.write_bytes(len(header).to_bytes(8, 'little') + header + b'\0')
-
-
-def size_of_a_slip(path: Path) -> None:
-    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'provenance': '{}', 'img_size': '1000000000'})
-
-
-def no_results(path: Path) -> None:
-    save_file({'a': torch.zeros(1)}, path, {'architecture': 'test_vit', 'timm_ghn': '{}'})
 
 
 @pytest.mark.parametrize(
     ('write', 'message'),
     [
-        (None, 'there is no file'),
-        (header_of_nothing, 'does not say what it holds'),
-        (other_weights, 'does not hold the weights of test_vit'),
-        (unknown_model, 'timm has no model'),
-        (no_safetensors, 'expected a safetensors file'),
-        (pipe, 'is no regular file'),
-        (folder_of_pipes, 'is no regular file'),
-        (header_of_lists, 'facts about a prediction'),
-        (facts_of_another_kind, 'expected origin'),
-        (weights_of_another_kind, 'out.safetensors'),
-        (size_of_a_slip, 'at most 16,384 pixels'),
-        (no_results, 'expected the output folder of a fine-tuning run'),
+        (lambda path: None, 'there is no file'),
         (lambda path: path.mkdir(), 'there is no file'),
+        (lambda path: os.mkfifo(path), 'is no regular file'),
+        (folder_of_pipes, 'is no regular file'),
+        (lambda path: path.write_bytes(b'\x80\x02cos\nsystem\n'), 'expected a safetensors file'),
+        (write, 'does not say what it holds'),
+        (lambda path: write(path, VIT), 'does not hold the weights of test_vit'),
+        (lambda path: write(path, VIT | {'architecture': 'test_nothing'}), 'timm has no model'),
+        (lambda path: write(path, VIT | {'provenance': '[' * 10**5}), 'facts about a prediction'),
+        (lambda path: write(path, VIT | {'provenance': '{"origin": [1]}'}), 'expected origin'),
+        (lambda path: write(path, VIT | {'img_size': '1000000000'}), 'at most 16,384 pixels'),
+        (lambda path: write(path, {'architecture': 'test_vit', 'timm_ghn': '{}'}),
+         'expected the output folder of a fine-tuning run'),
+        (weights_of_another_kind, 'out.safetensors'),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_pushed_is_told_in_one_line(run, hub: HubServer, write, message):
-    if write is not None:
-        write(Path('out.safetensors'))
+    write(Path('out.safetensors'))
     code, out, err = run(f'push out.safetensors {REPO}')
     assert (code, out) == (2, '')
     assert message in err

@@ -1,17 +1,33 @@
-"""Every shipped configuration describes a GHN that can be built, and facts agree with the publications."""
+"""The catalogue: every shipped entry describes a GHN that can be built, and a name or a path means one thing."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from hub_fixtures import contents, expect_same
+from hub_server import HubServer
+from official import WRITERS, official_state
 
-from timm_ghn.errors import CheckpointError, ConfigError
-from timm_ghn.hub import GHNEntry, known_ghns, load_ghn
-from timm_ghn.hub.catalogue import read_entry
-from timm_ghn.hub.default import EMBEDDED, PUBLISHED
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.hub.catalogue import (
+    EMBEDDED,
+    PUBLISHED,
+    GHNEntry,
+    chosen_default,
+    known_ghns,
+    list_ghns,
+    locate,
+    read_entry,
+    register_ghn,
+    set_default_ghn,
+)
+from timm_ghn.hub.load import load_ghn
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +84,7 @@ def test_the_embedded_ghn_is_small_and_trained():
     entry = ENTRIES[EMBEDDED]
     assert entry.config.trained
     assert 'Tiny-ImageNet' in entry.description
-    assert sum(path.stat().st_size for path in entry.folder.iterdir()) < 10e6
+    assert sum(path.stat().st_size for path in entry.place.iterdir()) < 10e6
     ghn = load_ghn(EMBEDDED)
     assert ghn.config == entry.config
     assert ghn.origin is not None
@@ -90,24 +106,209 @@ def test_an_entry_prints_as_plain_values():
 
 
 @pytest.mark.parametrize(
-    ('change', 'error', 'match'),
+    ('change', 'match'),
     [
-        ({'name': 'other'}, ConfigError, "to be 'entry'"),
-        ({'surprise': 1}, ConfigError, 'surprise'),
-        ({'license': None, 'config': {}}, ConfigError, 'hid'),
-        ({'path': 'somewhere'}, ConfigError, 'either a path, or'),
-        ({'filename': None}, ConfigError, 'either a path, or'),
-        ({'format': 'pickle'}, ConfigError, 'format'),
+        ({'name': 'other'}, "to be 'entry'"),
+        ({'surprise': 1}, 'surprise'),
+        ({'license': None, 'config': {}}, 'hid'),
+        ({'path': 'somewhere'}, 'either a path, or'),
+        ({'filename': None}, 'either a path, or'),
+        ({'format': 'pickle'}, 'format'),
     ],
 )
-def test_a_wrong_entry_is_refused(tmp_path, change, error, match):
+def test_a_wrong_entry_is_refused(tmp_path, change, match):
     record = {**ENTRIES['ghn2'].to_dict(), 'name': 'entry'} | change
     (tmp_path / 'entry.json').write_text(json.dumps(record))
-    with pytest.raises(error, match=match):
+    with pytest.raises(ConfigError, match=match):
         read_entry(tmp_path / 'entry.json')
 
 
-def test_an_entry_that_is_no_json_is_refused(tmp_path):
-    (tmp_path / 'entry.json').write_text('{')
-    with pytest.raises(CheckpointError, match='expected JSON'):
-        read_entry(tmp_path / 'entry.json')
+# register_ghn
+
+
+@pytest.mark.parametrize('kind', ['folder', 'weights', 'relative', *WRITERS])
+def test_a_path_gets_a_name(folder, small_ghn, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {'folder': folder, 'weights': folder / 'model.safetensors', 'relative': 'native'}
+    path = paths[kind] if kind in paths else WRITERS[kind](official_state(small_ghn), tmp_path / 'small.pt')
+    register_ghn('mine', path)
+    monkeypatch.chdir('/')
+    assert list_ghns() == sorted([*ENTRIES, 'mine'])
+    entry = known_ghns()['mine']
+    assert (entry.num_parameters, entry.config) == (sum(p.numel() for p in small_ghn.parameters()), small_ghn.config)
+    assert Path(json.loads(json.dumps(entry.to_dict()))['file']).is_absolute()
+    ghn = load_ghn('mine')
+    expect_same(ghn, small_ghn)
+    assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.embedded) == ('mine', None, False)
+    set_default_ghn('mine')
+    expect_same(load_ghn('ghn'), small_ghn)
+
+
+def test_a_repository_gets_a_name(hub: HubServer, use_endpoint, folder, small_ghn):
+    commit = hub.put('user/repo', contents(folder))
+    register_ghn('mine', 'user/repo')
+    assert known_ghns()['mine'].config == small_ghn.config
+    assert not hub.asked('safetensors')
+    ghn = load_ghn('mine')
+    expect_same(ghn, small_ghn)
+    assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.revision) == ('mine', 'user/repo', commit)
+    use_endpoint('http://127.0.0.1:9')
+    expect_same(load_ghn('mine'), small_ghn)
+
+
+@pytest.mark.parametrize('how', ['tag', 'pretrained_cfg'])
+def test_a_registered_name_is_a_tag_of_timm(how):
+    register_ghn('my-own_2', ENTRIES[EMBEDDED].place)
+    classes = load_ghn(EMBEDDED).config.num_classes
+    expected = timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=classes).state_dict()
+    if how == 'tag':
+        model = timm.create_model('test_resnet.my-own_2', num_classes=classes)
+    else:
+        model = timm.create_model('test_resnet', pretrained_cfg='my-own_2', num_classes=classes)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert model.pretrained_cfg['tag'] == 'my-own_2'
+    assert 'ghn: my-own_2' in model.pretrained_cfg['notes']
+
+
+def test_a_name_has_one_meaning(folder, small_ghn, tmp_path):
+    for name in (EMBEDDED, 'ghn2'):
+        with pytest.raises(ConfigError, match=f"'{name}' is known already"):
+            register_ghn(name, folder)
+    register_ghn('mine', folder)
+    save_ghn(small_ghn, tmp_path / 'other')
+    with pytest.raises(ConfigError, match=r"'mine' is known already \(.*native\)"):
+        register_ghn('mine', tmp_path / 'other')
+    register_ghn('mine', folder)  # the same place again, as when a cell of a notebook runs twice
+    with pytest.raises(ConfigError, match='has a name already'):
+        register_ghn('another', 'mine')
+
+
+@pytest.mark.parametrize(
+    'name', ['', 'ghn', '..', 'a/b', 'a\\b', '../x', 'a b', 'a.b', '-x', '_x', 'é', 'x' * 65, 'x\n', 'x\0', None, 3]
+)
+def test_impossible_names_are_refused(folder, name):
+    with pytest.raises(ConfigError, match='name'):
+        register_ghn(name, folder)
+    assert name not in list_ghns()
+
+
+def test_what_is_not_there_or_no_ghn_is_refused_and_changes_nothing(tmp_path, folder):
+    with pytest.raises(GHNNotFoundError, match='no such file'):
+        register_ghn('mine', tmp_path / 'missing')
+    with pytest.raises(GHNNotFoundError, match=r'no file config\.json'):
+        register_ghn('mine', tmp_path)
+    (tmp_path / 'bad.pt').write_bytes(b'nonsense')
+    with pytest.raises(CheckpointError):
+        register_ghn('mine', tmp_path / 'bad.pt')
+    os.truncate(folder / 'model.safetensors', 100)
+    with pytest.raises(CheckpointError, match='truncated'):
+        register_ghn('mine', folder)
+    with pytest.raises(GHNNotFoundError):
+        register_ghn('mine', 'user/repo')
+    assert list_ghns() == list(ENTRIES)
+
+
+def test_a_registered_folder_that_vanished_is_named(folder):
+    register_ghn('mine', folder)
+    folder.rename(folder.with_name('elsewhere'))
+    with pytest.raises(GHNNotFoundError, match=r"'mine' cannot be loaded: .*native does not exist"):
+        load_ghn('mine')
+
+
+# What 'ghn' means
+
+
+def test_the_order_of_choices(monkeypatch):
+    assert chosen_default() is None
+    monkeypatch.setenv('TIMM_GHN_DEFAULT', 'ghn2')
+    assert chosen_default() == 'ghn2'
+    set_default_ghn('ghn3_tm8')
+    assert chosen_default() == 'ghn3_tm8'
+    for undo in (None, 'ghn'):
+        set_default_ghn('user/repository')
+        set_default_ghn(undo)
+        assert chosen_default() == 'ghn2'
+    for nothing in ('', '  ', 'ghn'):
+        monkeypatch.setenv('TIMM_GHN_DEFAULT', nothing)
+        assert chosen_default() is None
+
+
+def test_a_relative_default_still_means_the_same_place_later(tmp_path, monkeypatch):
+    (tmp_path / 'mine').mkdir()
+    monkeypatch.chdir(tmp_path)
+    set_default_ghn('mine')
+    monkeypatch.chdir('/')
+    assert chosen_default() == str((tmp_path / 'mine').resolve())
+
+
+@pytest.mark.parametrize('name', ['ghn3tm8', Path('/no/such/place'), '/no/such/place'])
+def test_a_default_that_does_not_exist_is_refused_and_changes_nothing(name, monkeypatch):
+    set_default_ghn('ghn2')
+    with pytest.raises(GHNNotFoundError):
+        set_default_ghn(name)
+    assert chosen_default() == 'ghn2'
+    set_default_ghn(None)
+    monkeypatch.setenv('TIMM_GHN_DEFAULT', str(name))
+    with pytest.raises(GHNNotFoundError, match=f'TIMM_GHN_DEFAULT={name} in the environment: '):
+        chosen_default()
+
+
+# What a name means
+
+
+def test_a_name_of_the_catalogue_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'ghn3_tm8').mkdir()
+    assert locate('ghn3_tm8').entry == known_ghns()['ghn3_tm8']
+    for path in ('./ghn3_tm8', Path('ghn3_tm8'), str(tmp_path / 'ghn3_tm8')):
+        assert locate(path).path == Path(path)
+
+
+def test_a_folder_in_the_working_directory_takes_no_tag_and_no_default_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / EMBEDDED).mkdir()  # an empty one, of which nothing could be loaded
+    model = timm.create_model(f'test_resnet.{EMBEDDED}')
+    assert 'embedded: True' in model.pretrained_cfg['notes']
+    monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
+    assert load_ghn('ghn').origin.embedded
+    set_default_ghn(EMBEDDED)
+    assert load_ghn('ghn').origin.embedded
+
+
+def test_an_existing_path_wins_over_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate('user/repository').repo_id == 'user/repository'
+    (tmp_path / 'user').mkdir()
+    (tmp_path / 'user/repository').touch()
+    assert locate('user/repository').path == Path('user/repository')
+    (tmp_path / 'folder').mkdir()
+    assert locate('folder').path == Path('folder')
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    (tmp_path / 'my.pt').touch()
+    assert locate('~/my.pt').path == tmp_path / 'my.pt'
+
+
+@pytest.mark.parametrize(
+    'name', ['/no/such/place', 'no/such.pt', 'such.safetensors', './such', '~/such', 'a/b/c', Path('ghn3_tm8')]
+)
+def test_what_looks_like_a_path_is_said_to_be_missing(name):
+    with pytest.raises(GHNNotFoundError, match='no such file or folder'):
+        locate(name)
+
+
+@pytest.mark.parametrize(('name', 'meant'), [('ghn3tm8', 'ghn3_tm8'), ('ghn3-xlm16', 'ghn3_xlm16'), ('gnh2', 'ghn2')])
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest(name, meant):
+    with pytest.raises(
+        GHNNotFoundError, match=rf"Did you mean '{meant}'\? Known are ghn2, ghn3_lm8, .*user/repository"
+    ):
+        locate(name)
+
+
+@pytest.mark.parametrize('name', ['', '\x00', 'x' * 5000, 'völlig anders', 'resnet50'])
+def test_names_that_are_like_none_are_not_found_either(name):
+    with pytest.raises(GHNNotFoundError, match='Known are'):
+        locate(name)

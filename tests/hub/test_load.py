@@ -11,104 +11,80 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import COMMIT, FakeHub
+from hub_fixtures import contents, expect_same
+from hub_server import HubServer
 from official import official_state, write_joblib
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNFallbackWarning, GHNNotFoundError, UnsafeCheckpointError
-from timm_ghn.hub import fetch, known_ghns, load, load_ghn, set_default_ghn
-from timm_ghn.hub.default import EMBEDDED, PUBLISHED
-from timm_ghn.hub.load import shared_ghn
-from timm_ghn.nn import GHN, GHNConfig
-from timm_ghn.nn.storage import save_ghn
+from timm_ghn.hub import fetch, known_ghns, load, load_ghn, set_default_ghn, shared_ghn
+from timm_ghn.hub.catalogue import EMBEDDED, PUBLISHED
+from timm_ghn.hub.storage import save_ghn
+from timm_ghn.nn import GHNConfig
 
 FALLBACK = r'ghn_tiny, serves in its place\. It is small and was trained.*set_default_ghn.*TIMM_GHN_DEFAULT'
 
 
+REPO = 'SamsungSAILMontreal/ghn3'
+
+
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch, small: GHNConfig) -> str:
-    """The catalogue's default, made small enough for a test."""
+    """The file of the catalogue's default, which is made small enough for a test."""
     known = known_ghns()
     known[PUBLISHED] = dataclasses.replace(known[PUBLISHED], config=dataclasses.replace(small, name=PUBLISHED))
-    for module in ('load', 'locate'):
-        monkeypatch.setattr(f'timm_ghn.hub.{module}.known_ghns', lambda: known)
-    return f'{known[PUBLISHED].repo_id}/{known[PUBLISHED].filename}'
-
-
-@pytest.fixture
-def official(tmp_path: Path, small_ghn: GHN) -> bytes:
-    return write_joblib(official_state(small_ghn), tmp_path / 'official.pt').read_bytes()
-
-
-@pytest.fixture
-def folder(tmp_path: Path, small_ghn: GHN) -> Path:
-    save_ghn(small_ghn, tmp_path / 'ours')
-    return tmp_path / 'ours'
-
-
-def expect_same(found: GHN, expected: GHN) -> None:
-    for key, value in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[key], value), key
+    monkeypatch.setattr('timm_ghn.hub.catalogue._entries', lambda: known)
+    return str(known[PUBLISHED].filename)
 
 
 # From the Hub
 
 
-def test_the_default_comes_from_the_hub_and_then_from_the_cache(fake_hub: FakeHub, published, official, small_ghn):
-    fake_hub.files[published] = official
+def test_the_default_comes_from_the_hub_and_then_from_the_cache(
+    hub: HubServer, use_endpoint, published, official, small_ghn
+):
+    commit = hub.put(REPO, {published: official})
     ghn = load_ghn('ghn')
     expect_same(ghn, small_ghn)
-    assert ghn.origin is not None
-    assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.revision) == (
-        PUBLISHED,
-        published.rpartition('/')[0],
-        COMMIT,
-    )
+    assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.revision) == (PUBLISHED, REPO, commit)
     assert ghn.origin.sha256 == hashlib.sha256(official).hexdigest()
     assert not ghn.origin.embedded
-    fake_hub.requests.clear()
+    hub.requests.clear()
     expect_same(load_ghn('ghn'), small_ghn)
-    assert not fake_hub.requests
-
-
-def test_a_cached_default_needs_no_network(fake_hub: FakeHub, use_endpoint, published, official, small_ghn):
-    fake_hub.files[published] = official
-    load_ghn('ghn')
+    assert not hub.requests
     use_endpoint('http://127.0.0.1:9')
-    expect_same(load_ghn('ghn'), small_ghn)
-    expect_same(load_ghn('ghn', local_files_only=True), small_ghn)
-    expect_same(load_ghn(PUBLISHED), small_ghn)
+    for act in (lambda: load_ghn('ghn'), lambda: load_ghn('ghn', local_files_only=True), lambda: load_ghn(PUBLISHED)):
+        expect_same(act(), small_ghn)
 
 
-def test_a_repository_in_our_form(fake_hub: FakeHub, use_endpoint, folder, small_ghn):
-    fake_hub.put('user/repo', folder)
+def test_a_repository_in_the_native_format(hub: HubServer, use_endpoint, folder, small_ghn):
+    commit = hub.put('user/repo', contents(folder))
     ghn = load_ghn('user/repo')
     expect_same(ghn, small_ghn)
-    assert ghn.origin is not None
-    assert (ghn.origin.repo_id, ghn.origin.revision, ghn.origin.name) == ('user/repo', COMMIT, 'small')
+    assert (ghn.origin.repo_id, ghn.origin.revision, ghn.origin.name) == ('user/repo', commit, 'small')
     use_endpoint('http://127.0.0.1:9')
     expect_same(load_ghn('user/repo'), small_ghn)
 
 
-def test_the_revision_and_the_cache_folder_are_honoured(fake_hub: FakeHub, folder, tmp_path):
-    fake_hub.put('user/repo', folder)
+def test_the_revision_and_the_cache_folder_are_honoured(hub: HubServer, folder, tmp_path):
+    hub.put('user/repo', contents(folder), revision='v1')
     load_ghn('user/repo', revision='v1', cache_dir=tmp_path / 'mine')
-    assert any('/resolve/v1/config.json' in request for request in fake_hub.requests)
+    assert hub.asked('/resolve/v1/config.json')
     assert (tmp_path / 'mine/models--user--repo').is_dir()
     with pytest.raises(GHNNotFoundError, match='not in the cache'):
         load_ghn('user/repo', local_files_only=True)
 
 
-def test_a_repository_without_our_files_says_what_to_name(fake_hub: FakeHub):
+def test_a_repository_of_official_files_says_what_to_name(hub: HubServer):
+    hub.put(REPO, {})
     with pytest.raises(GHNNotFoundError, match=r'by name: ghn2, ghn3_lm8, ghn3_sm8, ghn3_tm8, ghn3_xlm16'):
         load_ghn('SamsungSAILMontreal/ghn3')
 
 
-def test_a_file_that_is_not_the_one_of_the_catalogue_is_refused(fake_hub: FakeHub, official):
-    fake_hub.files['SamsungSAILMontreal/ghn3/ghn3tm8.pt'] = official
+def test_a_file_that_is_not_the_one_of_the_catalogue_is_refused(hub: HubServer, official):
+    hub.put(REPO, {'ghn3tm8.pt': official})
     with pytest.raises(CheckpointError, match='not the GHN that the catalogue describes'):
         load_ghn('ghn3_tm8')
 
@@ -126,14 +102,17 @@ def test_without_a_network_the_default_is_the_ghn_inside_the_package():
     assert issubclass(GHNFallbackWarning, UserWarning)
 
 
-def test_the_warning_says_why(fake_hub: FakeHub):
+def test_the_warning_says_why(hub: HubServer):
+    hub.put(REPO, {})
     with pytest.warns(GHNFallbackWarning, match=r'EntryNotFoundError: '):
         load_ghn()
 
 
 def test_a_hub_that_could_not_be_reached_is_not_asked_again_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(fetch, '_ask_within', lambda *_: asked.append(1) or (_ for _ in ()).throw(OSError('no route')))
+    monkeypatch.setattr(
+        fetch, '_probe_within', lambda *_: asked.append(1) or (_ for _ in ()).throw(OSError('no route'))
+    )
     for _ in range(3):
         with pytest.warns(GHNFallbackWarning, match='OSError: no route'):
             load_ghn('ghn')
@@ -152,13 +131,13 @@ def test_a_hub_that_could_not_be_reached_is_not_asked_again_at_once(monkeypatch)
     ],
     ids=['truncated', 'payload', 'empty'],
 )
-def test_a_damaged_default_is_an_error_not_a_reason_to_take_another(fake_hub, published, official, damage, error):
-    fake_hub.files[published] = damage(official)
+def test_a_damaged_default_is_an_error_not_a_reason_to_take_another(hub, published, official, damage, error):
+    hub.put(REPO, {published: damage(official)})
     with pytest.raises(error):
         load_ghn('ghn')
 
 
-@pytest.mark.parametrize('name', ['ghn3_tm8', 'ghn3_xlm16', 'ghn2', 'user/repo', '/no/such/file.pt', 'ghn3tm8'])
+@pytest.mark.parametrize('name', ['ghn3_xlm16', 'user/repo', '/no/such/file.pt', 'ghn3tm8'])
 @pytest.mark.parametrize('how', ['argument', 'environment', 'set_default_ghn'])
 def test_a_ghn_that_is_named_never_falls_back(monkeypatch, name, how):
     def ask() -> None:
@@ -195,8 +174,8 @@ def test_the_chosen_default_is_loaded(folder, small_ghn, monkeypatch):
     assert ghn.config.name == EMBEDDED
 
 
-def in_a_new_process(endpoint: str, cache: Path) -> list[str]:
-    """Load the default where HF_ENDPOINT names a server; the warnings. It must end by itself."""
+def test_nobody_answers_in_a_new_process(tmp_path):
+    """Where HF_ENDPOINT names a server that is silent: it must end by itself, soon."""
     code = (
         'import warnings, json, timm_ghn.hub as hub\n'
         'with warnings.catch_warnings(record=True) as caught:\n'
@@ -204,27 +183,16 @@ def in_a_new_process(endpoint: str, cache: Path) -> list[str]:
         '    print(json.dumps([[str(w.message) for w in caught], ghn.config.name]))'
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(('HF_', 'TIMM_GHN'))}
-    environment |= {'HF_ENDPOINT': endpoint, 'HF_HOME': str(cache), 'NO_PROXY': '127.0.0.1'}
-    command = [sys.executable, '-c', code]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    warned, name = json.loads(run.stdout)
-    assert name == EMBEDDED
-    return list(warned)
-
-
-def test_nobody_listens(tmp_path):
-    warned = in_a_new_process('http://127.0.0.1:9', tmp_path)
-    assert len(warned) == 1
-    assert 'refused' in warned[0]
-
-
-def test_nobody_answers(tmp_path):
     with socket.socket() as silent:
         silent.bind(('127.0.0.1', 0))
         silent.listen()
-        warned = in_a_new_process(f'http://127.0.0.1:{silent.getsockname()[1]}', tmp_path)
-    assert len(warned) == 1
-    assert 'TimeoutError: no answer within 3.5 seconds' in warned[0]
+        endpoint = f'http://127.0.0.1:{silent.getsockname()[1]}'
+        environment |= {'HF_ENDPOINT': endpoint, 'HF_HOME': str(tmp_path), 'NO_PROXY': '127.0.0.1'}
+        command = [sys.executable, '-c', code]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    (warned,), name = json.loads(run.stdout)
+    assert name == EMBEDDED
+    assert 'TimeoutError: no answer within 3.5 seconds' in warned
 
 
 def test_an_endless_answer_does_not_hold_the_default_up(monkeypatch):
@@ -279,13 +247,12 @@ def test_a_shared_ghn_is_read_once_for_the_same_file(folder, small_ghn, monkeypa
     first = shared_ghn(folder)
     monkeypatch.setattr(load, '_read', lambda *_, **__: pytest.fail('read again'))
     assert shared_ghn(folder) is first
-    assert shared_ghn(str(folder), dtype=torch.float32, device='cpu') is first
+    assert shared_ghn(str(folder), device='cpu') is first
     monkeypatch.undo()
 
 
 def test_a_shared_ghn_is_read_again_when_its_file_changes(folder, small_ghn):
     first = shared_ghn(folder)
-    assert shared_ghn(folder, dtype=torch.bfloat16).ln.weight.dtype == torch.bfloat16
     with torch.no_grad():
         small_ghn.ln.weight.add_(1)
     save_ghn(small_ghn, folder)

@@ -200,18 +200,6 @@ def test_the_gpu_gives_what_the_cpu_gives(config, make_ghn, make_graph):
         assert torch.allclose(a.cpu(), b, rtol=0, atol=1e-9)
 
 
-def test_saving_and_reading_through_the_hub_mixin_keeps_weights_and_configuration(config, tmp_path):
-    ghn = GHN(config)
-    ghn.save_pretrained(tmp_path)
-    found = GHN.from_pretrained(tmp_path)
-    assert found.config == config
-    assert found.origin is not None
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in ghn.state_dict().items())
-    assert GHN.from_pretrained(tmp_path, dtype=torch.float64).embed.weight.dtype is torch.float64
-    with pytest.raises(TypeError, match='depth'):
-        GHN.from_pretrained(tmp_path, depth=3)
-
-
 def test_a_copy_computes_the_same(config, make_graph):
     ghn, graph = GHN(config), make_graph(6)
     twin = copy.deepcopy(ghn)

@@ -5,8 +5,8 @@ import timm
 import torch
 
 from timm_ghn import GHN, GHNConfig, ghn_init, load_ghn, predict, trace
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.requests import DecodeKind, DecodeRequest
-from timm_ghn.nn.storage import save_ghn
 
 CONFIG = GHNConfig(
     hid=16, max_shape=(96, 96, 7, 7), num_classes=10, layers=1, heads=4, decoder='templates', smooth=True, templates=4,

@@ -19,12 +19,14 @@ from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, postprocess_, pred
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub import load_ghn, register_ghn
-from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.config import GHNConfig, Origin
-from timm_ghn.nn.storage import save_ghn
 from timm_ghn.prediction.predict import provenance
-from timm_ghn.publish import Facts, Training, model_card, read_source
+from timm_ghn.publish.card import make_card
+from timm_ghn.publish.facts import ModelFacts
+from timm_ghn.publish.files import read_source
+from timm_ghn.publish.training import Training
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
 
@@ -174,7 +176,10 @@ def test_a_model_of_unknown_origin(push):
     assert card.data.license is None
 
 
-FACTS = Facts(REPO, None, 'test_resnet', {}, (3, 160, 160), 1000, 400_000, {}, True, None, None)
+FACTS = ModelFacts(
+    repo_id=REPO, revision=None, parameters=400_000, license=None, architecture='test_resnet', model_args={},
+    input_size=(3, 160, 160), num_classes=1000, provenance={}, raw=True, training=None,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -192,7 +197,7 @@ FACTS = Facts(REPO, None, 'test_resnet', {}, (3, 160, 160), 1000, 400_000, {}, T
 )  # fmt: skip
 def test_the_ghn_is_named_so_that_it_can_be_loaded(origin, name, expected):
     said = {'ghn': name, 'origin': dataclasses.asdict(origin), 'seed': 0, 'head': 'auto', 'postprocess': None}
-    card = model_card(dataclasses.replace(FACTS, provenance=said))
+    card = make_card(dataclasses.replace(FACTS, provenance=said))
     assert f'timm_ghn.ghn_init(model, {expected}, head=' in code_of(card)
     assert 'secret' not in str(card)
     if origin.revision:
@@ -256,7 +261,7 @@ def test_the_accuracy_is_that_of_the_weights(trained):
 
 def test_an_accuracy_that_weights_were_chosen_by_is_that_of_validation(trained):
     training = dataclasses.replace(Training.read(trained), test_top1=None)
-    card = model_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training))
+    card = make_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training))
     (result,) = card.data.eval_results
     assert result.metric_name == 'top-1 validation accuracy in percent, fine-tuned for 1 epochs'
     assert (result.dataset_split, result.metric_value) == ('0.1 of train', round(training.top1, 4))
@@ -267,7 +272,7 @@ def test_a_data_set_of_the_hub_is_linked(trained):
     training = Training.read(trained)
     arguments = {**training.arguments, 'dataset': 'uoft-cs/cifar10', 'subset': 'plain_text'}
     training = dataclasses.replace(training, run={**training.run, 'arguments': arguments, 'local': []})
-    data = model_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training)).data
+    data = make_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training)).data
     assert data.datasets == ['uoft-cs/cifar10']
     assert data.eval_results[0].dataset_type == 'uoft-cs/cifar10'
     assert data.eval_results[0].dataset_config == 'plain_text'
@@ -321,10 +326,10 @@ def test_every_fact_of_a_prediction_is_escaped():
     said = {'ghn': HOSTILE, 'origin': origin, 'timm_ghn': HOSTILE, 'head': HOSTILE, 'seed': 0, 'postprocess': HOSTILE}
     facts = dataclasses.replace(FACTS, provenance=said, model_args={HOSTILE: HOSTILE})
     for raw in (True, False):
-        card = model_card(dataclasses.replace(facts, raw=raw))
+        card = make_card(dataclasses.replace(facts, raw=raw))
         expect_no_markup_of_others(card)
     said['postprocess'] = None
-    card = model_card(facts)
+    card = make_card(facts)
     expect_no_markup_of_others(card)
     assert len(code_of(card).splitlines()) == 3
 
@@ -335,7 +340,7 @@ def test_every_fact_of_a_run_is_escaped(trained):
     run = {**training.run, 'arguments': {**arguments, 'subset': HOSTILE}, 'splits': [HOSTILE] * 2, 'provenance': None}
     for local in ([], ['dataset', 'init']):
         facts = dataclasses.replace(FACTS, provenance=None, raw=False)
-        card = model_card(
+        card = make_card(
             dataclasses.replace(facts, training=dataclasses.replace(training, run={**run, 'local': local}))
         )
         expect_no_markup_of_others(card)

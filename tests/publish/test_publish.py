@@ -20,7 +20,7 @@ from torch import nn
 
 import timm_ghn
 from timm_ghn import ConfigError, GHNError, HubError, PredictionError, UnsupportedModelError, push_to_hub
-from timm_ghn.hub.default import EMBEDDED
+from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.publish.files import check_loads, write_model
 
 # huggingface_hub hands files to its HTTP client in a way that the client discourages.

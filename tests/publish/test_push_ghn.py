@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,14 @@ from huggingface_hub import ModelCard
 from official import official_state, write_joblib
 from pictures import make_dataset, save_dataset
 
-from timm_ghn import GHN, CheckpointError, ConfigError, GHNConfig, HubError, load_ghn
+from timm_ghn import GHN, CheckpointError, ConfigError, GHNConfig, load_ghn, push_to_hub
 from timm_ghn.hub import known_ghns
-from timm_ghn.hub.default import EMBEDDED, PUBLISHED
+from timm_ghn.hub.catalogue import EMBEDDED, PUBLISHED
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.config import Origin
-from timm_ghn.nn.storage import save_ghn
-from timm_ghn.publish import MetaTraining
-from timm_ghn.publish.ghn_card import ghn_card
-from timm_ghn.publish.ghn_facts import facts_of
+from timm_ghn.publish.card import make_card
+from timm_ghn.publish.facts import ghn_facts
+from timm_ghn.publish.training import MetaTraining
 from timm_ghn.runs.results import read_results
 from timm_ghn.train.loop import train
 from timm_ghn.train.options import TrainOptions
@@ -64,7 +63,7 @@ def changed(ghn: GHN) -> GHN:
 
 def test_what_is_pushed_comes_back(hub: HubServer, small_ghn):
     before, generator = {k: v.clone() for k, v in small_ghn.state_dict().items()}, torch.get_rng_state()
-    commit = small_ghn.push_to_hub(REPO, token=TOKEN, private=True)
+    commit = push_to_hub(small_ghn, REPO, token=TOKEN, private=True)
     assert commit.oid == hub.repo(REPO)['refs']['main']
     assert hub.repo(REPO)['private']
     assert hub.files(REPO).keys() == FILES
@@ -75,50 +74,40 @@ def test_what_is_pushed_comes_back(hub: HubServer, small_ghn):
 
 
 def test_the_same_twice_makes_no_new_commit(hub: HubServer, small_ghn):
-    first = small_ghn.push_to_hub(REPO, token=TOKEN)
-    assert small_ghn.push_to_hub(REPO, token=TOKEN).oid == first.oid
+    first = push_to_hub(small_ghn, REPO, token=TOKEN)
+    assert push_to_hub(small_ghn, REPO, token=TOKEN).oid == first.oid
     assert len(hub.commits(REPO)) == 2
     assert len(hub.asked('^storage PUT')) == 1
-    changed(small_ghn).push_to_hub(REPO, token=TOKEN, commit_message='another')
+    push_to_hub(changed(small_ghn), REPO, token=TOKEN, commit_message='another')
     assert hub.commits(REPO)[2:] == ['another']
 
 
 def test_what_came_from_a_repository_goes_back_without_a_commit(hub: HubServer, small_ghn):
-    small_ghn.push_to_hub(REPO, token=TOKEN, license='mit')
-    load_ghn(REPO).push_to_hub(REPO, token=TOKEN)
+    push_to_hub(small_ghn, REPO, token=TOKEN, license='mit')
+    push_to_hub(load_ghn(REPO), REPO, token=TOKEN)
     assert len(hub.commits(REPO)) == 2
-    changed(load_ghn(REPO)).push_to_hub(REPO, token=TOKEN)
+    push_to_hub(changed(load_ghn(REPO)), REPO, token=TOKEN)
     assert 'How its weights were made was not recorded' in card_of(hub).text
 
 
-def test_branches_pull_requests_and_the_names_of_the_mixin(hub: HubServer, small_ghn, tmp_path):
-    small_ghn.push_to_hub(REPO, token=TOKEN, revision='v1')
+def test_the_card_in_a_branch_loads_from_there(hub: HubServer, small_ghn):
+    push_to_hub(small_ghn, REPO, token=TOKEN, revision='v1')
     assert hub.files(REPO) == {}
     assert same(load_ghn(REPO, revision='v1'), small_ghn)
     assert f"load_ghn('{REPO}', revision='v1')" in code_of(card_of(hub, 'v1'))
-    small_ghn.push_to_hub(REPO, token=TOKEN, branch='v2')
-    assert hub.files(REPO, 'v2').keys() == FILES
-    info = small_ghn.push_to_hub(REPO, token='hf_other', create_pr=True)
-    assert info.pr_url == f'{hub.endpoint}/{REPO}/discussions/1'
-    assert hub.files(REPO, 'refs/pr/1').keys() == FILES
-    small_ghn.save_pretrained(tmp_path / 'out', push_to_hub=True, repo_id='user/other', token=TOKEN)
-    assert same(load_ghn('user/other'), small_ghn)
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'repo_id': 'ghn'}, r"'user/name'"),
-        ({'revision': 'a', 'branch': 'b'}, 'the same thing'),
-        ({'create_pr': True, 'revision': 'v1'}, 'main branch'),
-        ({'token': 'hf_secret\nX-Evil: 1'}, 'one word'),
+        ({'model_args': {'img_size': 32}}, 'timm models, not GHNs'),
+        ({'prediction': {}}, 'timm models, not GHNs'),
         ({'results': '/no/such/folder'}, 'timm-ghn train'),
     ],
 )
 def test_a_wrong_argument_is_refused(hub: HubServer, small_ghn, arguments, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        small_ghn.push_to_hub(**{'repo_id': REPO, 'token': TOKEN, **arguments})
-    assert 'hf_secret' not in str(caught.value)
+    with pytest.raises(ConfigError, match=message):
+        push_to_hub(small_ghn, REPO, token=TOKEN, **arguments)
     assert not hub.requests
 
 
@@ -126,49 +115,19 @@ def test_what_nobody_could_use_is_not_sent(hub: HubServer, small: GHNConfig, sma
     with torch.device('meta'):
         empty = GHN(small)
     with pytest.raises(CheckpointError, match='meta device'):
-        empty.push_to_hub(REPO, token=TOKEN)
+        push_to_hub(empty, REPO, token=TOKEN)
     with torch.no_grad():
         small_ghn.embed.weight[0, 0] = float('nan')
     with pytest.raises(CheckpointError, match='not finite'):
-        small_ghn.push_to_hub(REPO, token=TOKEN)
+        push_to_hub(small_ghn, REPO, token=TOKEN)
     assert not hub.requests
-
-
-@pytest.mark.parametrize(
-    ('fault', 'message'),
-    [
-        ({'method': 'POST', 'path': '/repos/create', 'status': 401}, '401.*hf auth login'),
-        ({'method': 'PUT', 'path': r'^/lfs/', 'cut': 1000}, 'push again'),
-        ({'method': 'POST', 'path': '/commit/', 'status': 500}, '500'),
-    ],
-    ids=['401', 'cut', 'commit'],
-)
-def test_a_push_that_fails_leaves_nothing(hub: HubServer, small_ghn, waits, tmp_path, monkeypatch, fault, message):
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-    hub.fail(**fault, times=99)
-    with pytest.raises(HubError, match=message) as caught:
-        small_ghn.push_to_hub(REPO, token=TOKEN)
-    assert TOKEN not in str(caught.value)
-    assert not hub.exists(REPO) or hub.files(REPO) == {}
-    assert not list(tmp_path.glob('timm_ghn-push-*'))
-    hub.faults.clear()
-    small_ghn.push_to_hub(REPO, token=TOKEN)
-    assert same(load_ghn(REPO), small_ghn)
-
-
-def test_a_public_repository_and_pickles_are_refused(hub: HubServer, small_ghn):
-    hub.put(REPO, {'ghn.pt': b'cos\nsystem\n'})
-    with pytest.raises(ConfigError, match='is public'):
-        small_ghn.push_to_hub(REPO, token=TOKEN, private=True)
-    with pytest.raises(ConfigError, match=r'ghn\.pt.*delete'):
-        small_ghn.push_to_hub(REPO, token=TOKEN)
 
 
 # What the card says
 
 
 def test_the_card_of_a_ghn_of_unknown_training(hub: HubServer, small_ghn):
-    small_ghn.push_to_hub(REPO, token=TOKEN)
+    push_to_hub(small_ghn, REPO, token=TOKEN)
     card = card_of(hub)
     data = card.data.to_dict()
     assert data['library_name'] == 'timm_ghn'
@@ -183,7 +142,7 @@ def test_the_card_of_a_ghn_of_unknown_training(hub: HubServer, small_ghn):
 
 
 def test_its_three_lines_run(hub: HubServer, small_ghn):
-    small_ghn.push_to_hub(REPO, token=TOKEN)
+    push_to_hub(small_ghn, REPO, token=TOKEN)
     code = code_of(card_of(hub))
     assert len(code.splitlines()) == 3
     names: dict[str, object] = {}
@@ -193,12 +152,12 @@ def test_its_three_lines_run(hub: HubServer, small_ghn):
 
 
 def test_an_untrained_ghn_is_called_so(hub: HubServer):
-    GHN(dataclasses.replace(load_ghn(EMBEDDED).config, trained=False)).push_to_hub(REPO, token=TOKEN)
+    push_to_hub(GHN(dataclasses.replace(load_ghn(EMBEDDED).config, trained=False)), REPO, token=TOKEN)
     assert 'random, not trained' in card_of(hub).text
 
 
 def test_the_embedded_ghn_keeps_its_licence(hub: HubServer):
-    load_ghn(EMBEDDED).push_to_hub(REPO, token=TOKEN)
+    push_to_hub(load_ghn(EMBEDDED), REPO, token=TOKEN)
     assert card_of(hub).data.license == known_ghns()[EMBEDDED].license
 
 
@@ -207,15 +166,14 @@ def converted(hub: HubServer, small: GHNConfig, small_ghn, tmp_path, monkeypatch
     """A GHN of the catalogue, made small, loaded from the authors' repository in their form."""
     known = known_ghns()
     known[PUBLISHED] = dataclasses.replace(known[PUBLISHED], config=dataclasses.replace(small, name=PUBLISHED))
-    for module in ('hub.load', 'hub.locate', 'publish.facts'):
-        monkeypatch.setattr(f'timm_ghn.{module}.known_ghns', lambda: known)
+    monkeypatch.setattr('timm_ghn.hub.catalogue._entries', lambda: known)
     content = write_joblib(official_state(small_ghn), tmp_path / 'official').read_bytes()
     hub.put(known[PUBLISHED].repo_id, {known[PUBLISHED].filename: content})
     return load_ghn(PUBLISHED)
 
 
 def test_a_converted_ghn_says_from_what(hub: HubServer, converted):
-    converted.push_to_hub(REPO, token=TOKEN)
+    push_to_hub(converted, REPO, token=TOKEN)
     card, origin, entry = card_of(hub), converted.origin, known_ghns()[PUBLISHED]
     assert f'Converted from `{PUBLISHED}`' in card.text
     assert 'every weight was compared' in card.text
@@ -225,12 +183,12 @@ def test_a_converted_ghn_says_from_what(hub: HubServer, converted):
     assert Path(origin.file).parent.as_posix() not in str(card)
     assert card.data.license == entry.license
     assert same(load_ghn(REPO), converted)
-    converted.push_to_hub(REPO, token=TOKEN)
+    push_to_hub(converted, REPO, token=TOKEN)
     assert len(hub.commits(REPO)) == 2
 
 
 def test_a_converted_ghn_that_was_changed_since_is_not_called_so(hub: HubServer, converted):
-    changed(converted).push_to_hub(REPO, token=TOKEN)
+    push_to_hub(changed(converted), REPO, token=TOKEN)
     text = card_of(hub).text
     assert 'Converted from' not in text
     assert f'It began as `{PUBLISHED}`' in text
@@ -296,7 +254,7 @@ def test_the_card_names_the_ghn_that_training_began_with_and_no_folder(trained, 
     results = tmp_path / 'results.jsonl'
     results.write_text('\n'.join([json.dumps(first), *lines[1:]]) + '\n')
     ghn = load_ghn(trained / 'ghn')
-    card = str(ghn_card(facts_of(ghn, REPO, None, training=MetaTraining.read(results), license='mit')))
+    card = str(make_card(ghn_facts(ghn, REPO, None, training=MetaTraining.read(results), license='mit')))
     assert 'steps on colours, begun with the GHN ghn.' in card
     assert '| begun with | ghn |' in card
     assert 'someone' not in card
@@ -308,19 +266,19 @@ def test_results_of_an_older_format_version_are_of_the_same_ghn(trained, tmp_pat
     first['config']['format_version'] = 1
     results = tmp_path / 'results.jsonl'
     results.write_text('\n'.join([json.dumps(first), *lines[1:]]) + '\n')
-    MetaTraining.read(results).check_of(load_ghn(trained / 'ghn').config)
+    MetaTraining.read(results).check_config(load_ghn(trained / 'ghn').config)
 
 
 def test_results_are_given_or_lie_beside_a_ghn_that_did_not_change(hub: HubServer, trained, small_ghn, tmp_path):
-    changed(load_ghn(trained / 'ghn')).push_to_hub(REPO, token=TOKEN)
+    push_to_hub(changed(load_ghn(trained / 'ghn')), REPO, token=TOKEN)
     assert 'Trained with' not in card_of(hub).text
-    load_ghn(trained / 'ghn').push_to_hub(REPO, token=TOKEN)
+    push_to_hub(load_ghn(trained / 'ghn'), REPO, token=TOKEN)
     assert 'Trained with' in card_of(hub).text
     save_ghn(load_ghn(trained / 'ghn'), tmp_path / 'elsewhere')
-    load_ghn(tmp_path / 'elsewhere').push_to_hub(REPO, token=TOKEN, results=trained)
+    push_to_hub(load_ghn(tmp_path / 'elsewhere'), REPO, token=TOKEN, results=trained)
     assert 'Trained with' in card_of(hub).text
     with pytest.raises(ConfigError, match='another GHN: hid is 16 there and 8 here'):
-        small_ghn.push_to_hub(REPO, token=TOKEN, results=trained)
+        push_to_hub(small_ghn, REPO, token=TOKEN, results=trained)
 
 
 def test_a_number_of_an_earlier_step_is_not_that_of_the_weights(hub: HubServer, trained, tmp_path):
@@ -329,7 +287,7 @@ def test_a_number_of_an_earlier_step_is_not_that_of_the_weights(hub: HubServer, 
         if line['kind'] == 'end':
             line['step'] = 3
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    load_ghn(trained / 'ghn').push_to_hub(REPO, token=TOKEN, results=tmp_path)
+    push_to_hub(load_ghn(trained / 'ghn'), REPO, token=TOKEN, results=tmp_path)
     card = card_of(hub)
     assert card.data.eval_results is None
     assert '(step 2, 6 images' in card.text
@@ -344,7 +302,7 @@ def test_the_results_of_this_repository_can_be_told(hub: HubServer):
     found = MetaTraining.read(Path(__file__).parents[2] / 'benchmarks' / 'results' / 'meta_training-2026-11-21.jsonl')
     config = GHNConfig.from_dict(found.run['config'])
     torch.manual_seed(0)
-    GHN(config).push_to_hub(REPO, token=TOKEN, results=found, license='mit')
+    push_to_hub(GHN(config), REPO, token=TOKEN, results=found, license='mit')
     card = card_of(hub)
     assert f'{found.accuracies["known"]:.2f} %, **predicted, no training**' in card.text
     assert found.accuracies['known'] > 50
@@ -366,14 +324,14 @@ def test_no_text_of_a_file_reaches_a_card_or_a_commit_as_it_is(hub: HubServer, s
     for origin in (None, Origin(*[hostile] * 5), Origin(file=hostile)):
         ghn.origin = origin
         for told in (results, None):
-            card = str(ghn_card(facts_of(ghn, REPO, None, training=told, license=None)))
+            card = str(make_card(ghn_facts(ghn, REPO, None, training=told, license=None)))
             assert all(line.isprintable() for line in card.split('\n'))
             prose = re.sub(r'```.*?```', '', card.partition('\n---\n')[2], flags=re.DOTALL)
             prose = re.sub(r'`[^`\n]*`', '', prose)
             for markup in (r'<img', r'\[here\]\(', r'\*\*b', r'\| a \|', r'https://evil'):
                 assert not re.search(rf'(?<!\\){markup}', prose), markup
             assert 'z' * 100 not in prose
-    ghn.push_to_hub(REPO, token=TOKEN)
+    push_to_hub(ghn, REPO, token=TOKEN)
     (*_, message) = hub.commits(REPO)
     assert message.isprintable()
     assert len(message) < 150
@@ -392,11 +350,11 @@ def test_a_folder_of_timm_is_not_taken_for_a_ghn(run, hub: HubServer, tmp_path):
 
 
 def test_weights_are_those_that_the_card_is_beside(hub: HubServer, small_ghn):
-    small_ghn.push_to_hub(REPO, token=TOKEN)
+    push_to_hub(small_ghn, REPO, token=TOKEN)
     digest = hashlib.sha256(hub.files(REPO)['model.safetensors']).hexdigest()
     ghn = load_ghn(REPO)
     assert ghn.origin.sha256 == digest
-    ghn.push_to_hub('user/copy', token=TOKEN)
+    push_to_hub(ghn, 'user/copy', token=TOKEN)
     text = hub.files('user/copy')['README.md'].decode()
     assert f'A copy of [{REPO}]' in text
     assert f'`{digest}`' in text

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from timm_ghn.cli import hub as hub_commands
-from timm_ghn.errors import GHNError
-from timm_ghn.text import LONGEST, printable
+from timm_ghn.errors import LONGEST, GHNError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,8 +178,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     verify.add_argument(
         'name',
         metavar='NAME',
-        help='ghn2, ghn3_tm8, ghn3_xlm16 (norms of the others were not published), or a '
-        'GHN registered with norms; it is downloaded where necessary',
+        help='ghn2, ghn3_tm8 or ghn3_xlm16 (norms of the others were not published); it is downloaded where necessary',
     )
     verify.add_argument('--arch', action='append', metavar='ARCH', help='only this network (may be repeated)')
     verify.add_argument('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
@@ -395,7 +393,7 @@ def finetune_model(args: argparse.Namespace) -> int:
 
 def push_model(args: argparse.Namespace) -> int:
     """Push a model or a GHN; the token is that of HF_TOKEN or ``hf auth login``."""
-    from timm_ghn.publish import Target, push_path
+    from timm_ghn.publish.push import Target, push_path
 
     target = Target(args.repo, args.private or None, args.revision, args.create_pr)
     commit = push_path(args.source, target, license=args.license, commit_message=args.message)

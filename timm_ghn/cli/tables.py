@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from timm_ghn.text import LONGEST, printable
+from timm_ghn.errors import LONGEST, printable
 
 if TYPE_CHECKING:
     from timm_ghn.prediction.diversity import Comparison

@@ -14,7 +14,7 @@ from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.prediction.plan import HEAD_OPTIONS
 from timm_ghn.prediction.postprocess import PostProcess
-from timm_ghn.publish.send import Target
+from timm_ghn.publish.push import Target
 from timm_ghn.runs.recipes import (
     BELOW_ONE,
     NOT_NEGATIVE,

@@ -8,8 +8,7 @@ import shlex
 from timm_ghn.errors import GHNError, HubError, UnsupportedModelError
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import Start
-from timm_ghn.publish.push import check_pushable, push_path
-from timm_ghn.publish.send import Target, api_of, check_access
+from timm_ghn.publish.push import Target, api_of, check_access, check_pushable, push_path
 
 _logger = logging.getLogger('timm_ghn.finetune')
 

@@ -7,13 +7,19 @@ import threading
 import time
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from timm_ghn.errors import CheckpointError, GHNNotFoundError
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import sha256_of
-from timm_ghn.nn.storage import digest_in_name
-from timm_ghn.tokens import check_token
+from timm_ghn.hub.storage import digest_in_name
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
 SHORT_PATIENCE = 2.5
@@ -89,11 +95,11 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
     check_token(access.token)
     # The client raises the errors of its transport, which is another one from version to version: hence Exception.
     try:
-        _ask(file, access)
+        _probe(file, access)
     except Exception as error:
         if cached is not None:
             return cached
-        if access.brief or not _passes(error):
+        if access.brief or not _is_transient(error):
             raise _not_found(file, error) from error
     try:
         path = hf_hub_download(
@@ -110,8 +116,8 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
     return Path(path)
 
 
-def _passes(error: Exception) -> bool:
-    """Whether a server was there and may answer soon: for that the client waits, as long as the server says."""
+def _is_transient(error: Exception) -> bool:
+    """Whether a server answered that it may succeed later: the client waits for as long as the server says."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (408, 429, 500, 502, 503, 504)
 
 
@@ -140,11 +146,11 @@ def _cached(file: HubFile, access: Access) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _ask(file: HubFile, access: Access) -> None:
-    """Raise what keeps the Hub from giving the file.
+def _probe(file: HubFile, access: Access) -> None:
+    """Raise the error that downloading the file would meet, after one request for its metadata.
 
     hf_hub_download repeats a request that fails, which takes from half a minute (nobody listens) to six (nobody
-    answers). One request tells as much.
+    answers). A single request finds out as well.
     """
     url = hf_hub_url(file.repo_id, file.filename, revision=file.revision)
     if access.brief and url in _unreachable:
@@ -155,14 +161,14 @@ def _ask(file: HubFile, access: Access) -> None:
     if access.brief:
         patience = min(SHORT_PATIENCE, patience)
     try:
-        _ask_within(url, access.token, patience)
+        _probe_within(url, access.token, patience)
     except Exception as error:
         _unreachable[url] = time.monotonic(), error.with_traceback(None)
         raise
     _unreachable.pop(url, None)
 
 
-def _ask_within(url: str, token: str | bool | None, patience: float) -> None:
+def _probe_within(url: str, token: str | bool | None, patience: float) -> None:
     outcome: list[Exception | None] = []
 
     def ask() -> None:
@@ -202,3 +208,23 @@ def in_brief(error: BaseException) -> str:
     """Kind and first line of an error; those of the Hub's client go on for several."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), 'no reason given')
     return f'{type(error).__name__}: {reason}'
+
+
+def check_token(token: str | bool | None, *, own: bool = True) -> None:
+    """Refuse what can be no token, before an HTTP client that cannot send it shows it in its error.
+
+    Args:
+        token: As huggingface_hub takes it: None or True for its own, False for none.
+        own: Whether huggingface_hub's own (HF_TOKEN, ``hf auth login``) is looked at as well, if that is meant.
+
+    Raises:
+        ConfigError: if it is no word of ASCII.
+    """
+    if own and (token is None or token is True):
+        what, token = "huggingface_hub's token, of HF_TOKEN or `hf auth login`,", get_token()
+    else:
+        what = 'token'
+    if token is None or isinstance(token, bool):
+        return
+    if not isinstance(token, str) or not (token.isascii() and token.isprintable() and token and ' ' not in token):
+        raise ConfigError(f'expected {what} to be one word without line ends (it is not shown here)')

@@ -8,21 +8,26 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from timm_ghn.errors import GHNFallbackWarning, GHNNotFoundError
-from timm_ghn.hub.catalogue import GHNEntry, known_ghns
-from timm_ghn.hub.converted import cache_folder, expected_digest, read_through
-from timm_ghn.hub.default import EMBEDDED, VARIABLE, resolve_default
+from timm_ghn.hub.catalogue import (
+    DEFAULT,
+    EMBEDDED,
+    PUBLISHED,
+    VARIABLE,
+    GHNEntry,
+    Place,
+    chosen_default,
+    known_ghns,
+    locate,
+)
+from timm_ghn.hub.converted import cache_folder, read_converted
 from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
-from timm_ghn.hub.formats import read_official
-from timm_ghn.hub.locate import DEFAULT, Place, locate
-from timm_ghn.nn.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, resolve_place
-
-if TYPE_CHECKING:
-    from timm_ghn.nn.ghn import GHN
+from timm_ghn.hub.official import read_official
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn, resolve_place
+from timm_ghn.nn.ghn import GHN
 
 _PACKAGE = 'timm_ghn'
 
@@ -32,28 +37,19 @@ class Found:
     """The files of a GHN on this machine, and what is known of where they came from.
 
     Attributes:
-        path: Folder in our form, its weights, or an official file.
+        path: Folder in the native format, its weights, or an official file.
         entry: Its entry in the catalogue, if it has one.
         repo_id: Repository on the Hub, if it came from there.
-        cache: Where its conversion is kept, for an official file from the Hub.
     """
 
     path: Path
     entry: GHNEntry | None = None
     repo_id: str | None = None
-    cache: Path | None = None
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is in our form."""
-        return self.path.is_dir() or self.path.suffix == '.safetensors'
 
     @property
     def commit(self) -> str | None:
         """Commit of the repository, if it came from there."""
-        if self.repo_id is None:
-            return None
-        return _commit(self.path / WEIGHTS_FILE if self.path.is_dir() else self.path)
+        return None if self.repo_id is None else _commit(self.path / WEIGHTS_FILE if self.path.is_dir() else self.path)
 
 
 def load_ghn(
@@ -74,12 +70,12 @@ def load_ghn(
             - ``'ghn'``: the default: the GHN of :func:`set_default_ghn`, else the one that the environment variable
               TIMM_GHN_DEFAULT names, else the Hub's ghn3_xlm16. Where that last one can be reached neither on the
               Hub nor in its cache, the GHN inside the package serves, with a warning.
-            - an existing path: a folder of :meth:`GHN.save_pretrained`, its ``model.safetensors``, or a file of the
+            - an existing path: a folder of :func:`timm_ghn.save_ghn`, its ``model.safetensors``, or a file of the
               authors of GHN-2 or GHN-3. Names of GHNs win: a folder of such a name is ``'./ghn2'``;
             - a name of :func:`timm_ghn.list_ghns`, e.g. ``'ghn3_tm8'``. An official file from the Hub is converted to
-              our form at first, which is kept and mapped into memory from then on (TIMM_GHN_CACHE names the folder,
-              or is 'off');
-            - a repository on the Hub in our form: ``'user/repository'``.
+              the native format at first, which is kept and mapped into memory from then on (TIMM_GHN_CACHE names
+              the folder, or is 'off');
+            - a repository on the Hub in the native format: ``'user/repository'``.
         device: Where to put the weights; the CPU if None.
         dtype: Floating type of the weights; float32 if None.
         revision: Branch, tag or commit of the repository on the Hub; the catalogue's if None.
@@ -97,26 +93,22 @@ def load_ghn(
         ConfigError: if its configuration is wrong, or of a newer version of this package.
     """
     access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
-    return _read(find_files(name_or_path, revision, access), device=device, dtype=dtype)
+    return _read(find_files(name_or_path, revision, access), access, device=device, dtype=dtype)
 
 
 def shared_ghn(
     name_or_path: str | os.PathLike[str] = DEFAULT,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
 ) -> GHN:
-    """As :func:`load_ghn`, but the last GHN is kept, and given again to whoever asks for the same files.
+    """As :func:`load_ghn`, but the last GHN is cached, and returned again for the same files.
 
-    For callers that only predict with it: a change would be seen by all of them.
+    For callers that only predict with it, since they share one object.
     """
-    access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
-    found = find_files(name_or_path, revision, access)
-    return _last.get(found, *resolve_place(device, dtype))
+    access = Access(None if cache_dir is None else Path(cache_dir))
+    found = find_files(name_or_path, None, access)
+    return _last.get(found, access, resolve_place(device, None)[0])
 
 
 class _LastGHN:
@@ -127,12 +119,14 @@ class _LastGHN:
         self._key: object = None
         self._ghn: GHN | None = None
 
-    def get(self, found: Found, device: torch.device, dtype: torch.dtype) -> GHN:
-        key = (found, device, dtype, _fingerprint(found.path))
+    def get(self, found: Found, access: Access, device: torch.device) -> GHN:
+        files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
+        stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+        key = found, device, found.path.resolve(), stats
         with self._lock:
             if self._ghn is None or key != self._key:
-                self.clear()
-                self._ghn = _read(found, device=device, dtype=dtype)
+                self.clear()  # before another one takes as much memory
+                self._ghn = _read(found, access, device=device, dtype=None)
                 self._key = key
             return self._ghn
 
@@ -141,12 +135,6 @@ class _LastGHN:
 
 
 _last = _LastGHN()
-
-
-def _fingerprint(path: Path) -> tuple[object, ...]:
-    files = [path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if path.is_dir() else [path]
-    stats = [(file.stat() if file.exists() else None) for file in files]
-    return (path.resolve(), *((stat.st_mtime_ns, stat.st_size) for stat in stats if stat is not None))
 
 
 def find_files(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Found:
@@ -160,44 +148,35 @@ def find_files(name_or_path: str | os.PathLike[str], revision: str | None, acces
     Raises:
         GHNNotFoundError: if there is no such GHN, or it can be reached neither on the Hub nor in the cache.
         CheckpointError: if what was downloaded is not what the Hub has.
-        ConfigError: if it lies outside the folder of entries that names it.
     """
-    if name_or_path != DEFAULT:
-        return _found(locate(name_or_path), revision, access)
-    default = resolve_default()
-    if default.chosen_by is not None:
-        return _found(locate(default.name), revision, access)
+    name = chosen_default() if name_or_path == DEFAULT else name_or_path
+    if name is not None:
+        return _fetch_place(locate(name), revision, access)
     try:
-        return _found(Place(entry=known_ghns()[default.name]), revision, dataclasses.replace(access, brief=True))
+        return _fetch_place(Place(entry=known_ghns()[PUBLISHED]), revision, dataclasses.replace(access, brief=True))
     except GHNNotFoundError as error:
         # Only what cannot be had is replaced: a damaged file is an error.
-        _warn_of_fallback(default.name, error)
-        return _found(Place(entry=known_ghns()[EMBEDDED]), None, access)
+        _warn_of_fallback(PUBLISHED, error)
+        return _fetch_place(Place(entry=known_ghns()[EMBEDDED]), None, access)
 
 
-def _found(place: Place, revision: str | None, access: Access) -> Found:
+def _fetch_place(place: Place, revision: str | None, access: Access) -> Found:
     if place.path is not None:
         return Found(place.path)
-    if place.repo_id is not None:
-        return Found(_fetch_folder(place.repo_id, revision, access), repo_id=place.repo_id)
-    if place.entry is None:
-        raise GHNNotFoundError('no GHN was named')
     entry = place.entry
-    if entry.place is not None:
-        if not entry.place.exists():
-            raise GHNNotFoundError(f'the GHN {entry.name!r} cannot be loaded: {entry.place} does not exist')
-        return Found(entry.place, entry)
+    if entry is None:
+        return Found(_fetch_folder(str(place.repo_id), revision, access), repo_id=place.repo_id)
     try:
-        return _from_hub(entry, str(entry.repo_id), revision or entry.revision, access)
+        if entry.place is not None:
+            if not entry.place.exists():
+                raise GHNNotFoundError(f'{entry.place} does not exist')
+            return Found(entry.place, entry)
+        repo_id, revision = str(entry.repo_id), revision or entry.revision
+        if entry.filename is None:
+            return Found(_fetch_folder(repo_id, revision, access), entry, repo_id)
+        return Found(fetch(HubFile(repo_id, entry.filename, revision), access), entry, repo_id)
     except GHNNotFoundError as error:
         raise GHNNotFoundError(f'the GHN {entry.name!r} cannot be loaded: {error}') from error.__cause__
-
-
-def _from_hub(entry: GHNEntry, repo_id: str, revision: str, access: Access) -> Found:
-    if entry.filename is None:
-        return Found(_fetch_folder(repo_id, revision, access), entry, repo_id)
-    path = fetch(HubFile(repo_id, entry.filename, revision), access)
-    return Found(path, entry, repo_id, cache_folder(access.cache_dir))
 
 
 def _fetch_folder(repo_id: str, revision: str | None, access: Access) -> Path:
@@ -218,16 +197,16 @@ def _commit(path: Path) -> str | None:
     return parts[parts.index('snapshots') + 1] if 'snapshots' in parts[:-1] else None
 
 
-def _read(found: Found, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
+def _read(found: Found, access: Access, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
     path, entry = found.path, found.entry
     config = None if entry is None else entry.config
-    if found.is_ours:
+    cache = cache_folder(access.cache_dir)
+    if is_native(path):
         ghn = read_ghn(path, config=config, device=device, dtype=dtype)
-    elif found.cache is not None and entry is not None:
-        ghn = read_through(path, entry, found.cache, revision=found.commit, device=device, dtype=dtype)
+    elif found.repo_id is not None and entry is not None and cache is not None:
+        ghn = read_converted(path, entry, cache, device=device, dtype=dtype)
     else:
-        digest = None if entry is None else expected_digest(path, entry)
-        ghn = read_official(path, config=config, sha256=digest, device=device, dtype=dtype)
+        ghn = read_official(path, config=config, sha256=digest_in_name(path), device=device, dtype=dtype)
     assert ghn.origin is not None
     ghn.origin = dataclasses.replace(
         ghn.origin,

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from huggingface_hub import CommitInfo, PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from timm_ghn.errors import ConfigError
 from timm_ghn.graph.graph import Graph, GraphBatch
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.nn.config import GHNConfig, Origin
@@ -31,20 +26,11 @@ from timm_ghn.nn.registry import build_gnn
 from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
 from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
-from timm_ghn.tokens import check_token
 
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
 
-_publish: Callable[..., CommitInfo] | None = None
 
-
-def publish_with(push: Callable[..., CommitInfo]) -> None:
-    """Choose what :meth:`GHN.push_to_hub` calls: it is of a part above this one, which knows cards and the Hub."""
-    global _publish
-    _publish = push
-
-
-class GHN(nn.Module, PyTorchModelHubMixin):
+class GHN(nn.Module):
     """Graph hypernetwork: GHN-1, GHN-2, GHN-3 or the baseline, as its configuration says.
 
     A prediction takes two steps, :meth:`encode` and :meth:`decode`. Both are differentiable, compute in at least
@@ -183,116 +169,3 @@ class GHN(nn.Module, PyTorchModelHubMixin):
         """Embed graphs and decode all requests, in their order; the form that data-parallel wrappers call."""
         decoded = dict(self.decode(self.encode(graphs), requests))
         return [decoded[index] for index in range(len(requests))]
-
-    def push_to_hub(  # type: ignore[override]  # without the mixin's patterns of files: there are three, in one commit
-        self,
-        repo_id: str,
-        *,
-        results: str | os.PathLike[str] | None = None,
-        license: str | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        branch: str | None = None,
-        create_pr: bool | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-        config: object = None,
-        model_card_kwargs: object = None,
-    ) -> CommitInfo:
-        """Push the GHN to the Hub, where ``timm_ghn.load_ghn('user/name')`` loads it.
-
-        The repository is made if it does not exist. One commit brings ``model.safetensors``, ``config.json`` and
-        ``README.md``, a card written from what is known of the GHN; all three are replaced. Before anything is sent,
-        the GHN is read back from these files, and every tensor is compared. If nothing has changed, no commit is made.
-
-        Args:
-            repo_id: The repository, as 'user/name'.
-            results: Output folder of the run of ``timm-ghn train`` that trained it, or the file of results in it; what
-                it says goes into the card. By default those beside the file that the GHN was loaded from, if its
-                weights did not change since.
-            license: Identifier of the licence, e.g. 'mit'; by default that of a GHN of the catalogue.
-            private: Whether a new repository is to be private; if None, as the Hub does for this user.
-            revision: Branch to commit to, made if it does not exist; 'main' if None.
-            branch: The mixin's name for ``revision``.
-            create_pr: Whether to open a pull request instead.
-            commit_message: First line of the commit's message.
-            token: Of a user who may write there; huggingface_hub's own if None.
-            config: What ``save_pretrained(..., push_to_hub=True)`` passes on; that of the GHN is sent.
-            model_card_kwargs: Likewise; the card has a template of its own.
-
-        Returns:
-            The commit, or the last one if nothing has changed; with ``create_pr`` its ``pr_url`` is the request's.
-
-        Raises:
-            ConfigError: if an argument is wrong, if the results are of another GHN, or if the repository holds pickled
-                files, or is public where a private one was asked for; nothing is sent.
-            CheckpointError: if a weight is not finite, or on the meta device; nothing is sent.
-            HubError: if the Hub cannot be reached, or refuses. No commit is made, or the whole one, if only the answer
-                to it was lost; to push again does no harm.
-        """
-        if _publish is None:
-            raise RuntimeError('expected the package timm_ghn to be imported as a whole')
-        if branch is not None and revision not in (None, branch):
-            raise ConfigError(f'revision and branch are the same thing (got {revision!r} and {branch!r})')
-        return _publish(
-            self,
-            repo_id,
-            results=results,
-            license=license,
-            private=private,
-            revision=branch if revision is None else revision,
-            create_pr=bool(create_pr),
-            commit_message=commit_message,
-            token=token,
-        )
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from timm_ghn.nn.storage import save_ghn
-
-        save_ghn(self, save_directory)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> GHN:
-        """Read a GHN from a folder or from the Hub; :func:`timm_ghn.load_ghn` does more and is clearer in its errors.
-
-        Args:
-            pretrained_model_name_or_path: The folder, or 'user/name'.
-            **arguments: Those of the mixin (``revision``, ``token``, ...), ``device`` and ``dtype``.
-
-        Raises:
-            ConfigError: if the token can be none.
-            GHNError: as :func:`timm_ghn.nn.storage.read_ghn`.
-        """
-        if not os.path.isdir(pretrained_model_name_or_path):
-            check_token(arguments.get('token'))
-        found: GHN = super().from_pretrained(pretrained_model_name_or_path, **arguments)
-        return found
-
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]  # no further keyword arguments: unknown ones are errors
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        config: object = None,  # what the mixin read: save_ghn's file, which read_ghn reads and checks itself
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> GHN:
-        from timm_ghn.nn.storage import read_ghn
-
-        directory = model_id
-        if not os.path.isdir(model_id):
-            directory = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=['*.json', '*.safetensors'],
-            )
-        return read_ghn(Path(directory), device=device, dtype=dtype)

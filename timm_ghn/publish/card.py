@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePath
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_ghn.errors import ConfigError
-from timm_ghn.hub.entry import REPO
+from timm_ghn.errors import LIMIT, ConfigError, printable
+from timm_ghn.graph.primitives import Primitive
+from timm_ghn.hub.catalogue import REPO
+from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.postprocess import NAMED, PostProcess
-from timm_ghn.publish.facts import Facts, Training, entry_of
-from timm_ghn.text import Markdown, code, markdown, printable
+from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, entry_of, origin_of
+from timm_ghn.publish.training import MetaTraining, Training
 from timm_ghn.version import __version__
 
 #: Papers behind every prediction: key of the entry, arXiv identifier, title, authors, year.
@@ -32,10 +35,46 @@ PAPERS = (
     ),
 )  # fmt: skip
 
-_HUB = 'https://huggingface.co'
+_TEMPLATE = """---
+{{ card_data }}
+---
 
-#: End of a card.
-CITATION = """## Citation
+# {{ name }}
+
+{{ summary }}
+
+## Use it
+
+```python
+{{ usage }}
+```
+
+{{ needs }}
+
+## Facts
+
+| | |
+| --- | --- |
+{% for key, value in rows -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+{%- if limits %}
+## Limits
+
+{% for limit in limits -%}
+- {{ limit }}
+{% endfor %}
+{%- endif %}
+{%- if code %}
+## Reproduce it
+
+With timm_ghn {{ version }}{{ remark }}:
+
+```python
+{{ code }}
+```
+{% endif %}
+## Citation
 
 ```bibtex
 {% for key, arxiv, title, authors, year in papers -%}
@@ -49,172 +88,164 @@ CITATION = """## Citation
 ```
 """
 
-#: Options of a fine-tuning run that have no part in what comes out of it.
-_FREE = (
+#: Options of a fine-tuning run that do not change the trained weights.
+_WITHOUT_EFFECT = (
     'output', 'resume', 'workers', 'log_with', 'val_batch_size', 'time_limit', 'checkpoint_steps', 'checkpoint_hist',
     'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
     'hub_license',
 )  # fmt: skip
 
-_TEMPLATE = """---
-{{ card_data }}
----
+_KINDS = {'graphormer': 'GHN-3 (Graphormer)', 'gated': 'GHN-2 or GHN-1 (gated graph network)', 'mlp': 'baseline (MLP)'}
 
-# {{ name }}
+#: An address that needs no escaping.
+_ADDRESS = re.compile(r'https://[\w./-]+', re.ASCII)
 
-{{ summary }}
+#: What Markdown reads as markup inside a line, links without brackets among it. An underscore inside a word is none.
+_MARKUP = re.compile(
+    r'[\\`*\[\]<>|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.(?=\w)', re.ASCII | re.IGNORECASE
+)
 
-## Use it
-
-```python
-import timm
-
-model = timm.create_model('{{ address }}', pretrained=True)
-```
-
-This needs timm alone: the weights are safetensors, and the architecture is in `config.json`.
-
-## Facts
-
-| | |
-| --- | --- |
-{% for key, value in rows -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-{%- if code %}
-## Reproduce it
-
-With timm_ghn {{ version }}{{ remark }}:
-
-```python
-{{ code }}
-```
-{% endif %}
-"""
+_Rows = Iterator[tuple[str, Any]]
 
 
-def model_card(facts: Facts) -> ModelCard:
-    """The card of a model.
+class Markdown(str):
+    """Text that is Markdown already: text of this module, in which everything from files is escaped."""
+
+    __slots__ = ()
+
+
+def markdown(text: object, limit: int = LIMIT) -> Markdown:
+    """One printable line of text in which Markdown finds no markup; :class:`Markdown` stays as it is."""
+    return text if isinstance(text, Markdown) else Markdown(_MARKUP.sub(r'\\\g<0>', printable(text, limit)))
+
+
+def code_span(text: object) -> Markdown:
+    """A code span of Markdown; plain text where a span cannot hold it."""
+    shown = printable(text)
+    return markdown(text) if not shown or set('`|') & set(shown) else Markdown(f'`{shown}`')
+
+
+def make_card(facts: Facts) -> ModelCard:
+    """The card of a timm model or of a GHN.
 
     Args:
         facts: All that it says.
 
     Raises:
-        ValueError: if huggingface_hub refuses the metadata.
-    """
-    code, remark = _code(facts)
-    address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
-    return card_from(
-        _TEMPLATE,
-        metadata(facts),
-        facts.repo_id,
-        _rows(facts),
-        summary=_summary(facts),
-        address=address,
-        code=code,
-        remark=remark,
-        version=__version__,
-    )
-
-
-def card_from(
-    template: str, data: ModelCardData, repo_id: str, rows: Iterable[tuple[str, Any]], **more: Any
-) -> ModelCard:
-    """A card of ours: the template with its table of facts, and whom to cite.
-
-    Args:
-        template: In the Hub's form, with ``card_data`` and a loop over ``rows``.
-        data: What the Hub reads.
-        repo_id: Repository on the Hub.
-        rows: Of the table of facts; what is not Markdown already is escaped.
-        more: What else the template names.
-
-    Raises:
-        ValueError: if huggingface_hub refuses the metadata.
-    """
-    card: ModelCard = ModelCard.from_template(
-        data,
-        template_str=template + CITATION,
-        name=repo_id.split('/')[1],
-        rows=[(markdown(key), markdown(value)) for key, value in rows],
-        papers=PAPERS,
-        **more,
-    )
-    return card
-
-
-def save_card(make: Callable[[], ModelCard], path: Path) -> None:
-    """Write a card.
-
-    Raises:
         ConfigError: if huggingface_hub refuses the metadata, or if a run's results are not those that a run writes.
     """
     try:
-        make().save(path)
+        if isinstance(facts, GHNFacts):
+            data, rows, parts = _ghn_metadata(facts), _ghn_rows(facts), _ghn_parts(facts)
+        else:
+            assert isinstance(facts, ModelFacts)
+            data, rows, parts = _model_metadata(facts), _model_rows(facts), _model_parts(facts)
+        card: ModelCard = ModelCard.from_template(
+            data,
+            template_str=_TEMPLATE,
+            name=facts.repo_id.split('/')[1],
+            rows=[
+                (markdown(key), markdown(value)) for key, value in (*rows, ('written by', f'timm_ghn {__version__}'))
+            ],
+            papers=PAPERS,
+            version=__version__,
+            **parts,
+        )
     except (AttributeError, LookupError, TypeError) as error:
         raise ConfigError(f'the results of the run are incomplete ({type(error).__name__}: {error})') from error
     except ValueError as error:
         raise ConfigError(f'the card cannot be written: {error}') from error
+    return card
 
 
-def link(repo_id: str) -> Markdown:
-    """A repository on the Hub, linked if it can be one."""
-    return Markdown(f'[{repo_id}]({_HUB}/{repo_id})') if REPO.fullmatch(repo_id) else markdown(repo_id)
-
-
-def metadata(facts: Facts) -> ModelCardData:
-    """What the Hub reads of a card.
-
-    Raises:
-        ValueError: if huggingface_hub refuses it.
-    """
-    training = facts.training
-    task = 'image-classification' if facts.num_classes else 'image-feature-extraction'
-    public = training is not None and training.dataset_is_public
+def _metadata(facts: Facts, results: list[EvalResult], **more: Any) -> ModelCardData:
+    """What the Hub reads of a card."""
+    training: Training | MetaTraining | None = getattr(facts, 'training', None)
     return ModelCardData(
         license=facts.license,
-        library_name='timm',
-        pipeline_tag=task,
-        tags=[
-            task,
-            'timm',
-            'transformers',
-            'timm_ghn',
-            'graph-hypernetwork',
-            *(f'arxiv:{paper[1]}' for paper in PAPERS),
-        ],
-        datasets=[training.dataset] if training is not None and public else None,
-        metrics=['accuracy'] if training is not None else None,
-        eval_results=[_evaluation(training)] if training is not None else None,
-        model_name=facts.repo_id.split('/')[1] if training is not None else None,
+        datasets=[training.dataset] if training is not None and not training.is_local('dataset') else None,
+        metrics=['accuracy'] if results else None,
+        eval_results=results or None,
+        model_name=facts.repo_id.split('/')[1] if results else None,
+        **more,
     )
 
 
-def _evaluation(training: Training) -> EvalResult:
-    subset, tested = training.arguments.get('subset'), training.test_top1
+def _evaluation(training: Training | MetaTraining, split: str | None, name: str, value: float) -> EvalResult:
+    subset = training.arguments.get('subset')
     return EvalResult(
         task_type='image-classification',
         task_name='Image Classification',
         dataset_type=training.dataset,
         dataset_name=training.dataset,
         dataset_config=printable(subset) if subset else None,
-        dataset_split=printable(training.run['splits'][1]) if tested is None else 'test',
+        dataset_split=printable(split) if split else None,
         metric_type='accuracy',
-        metric_name=f'top-1 {"validation" if tested is None else "test"} accuracy in percent, fine-tuned for '
-        f'{training.epoch:g} epochs',
-        metric_value=round(training.top1 if tested is None else tested, 4),
+        metric_name=name,
+        metric_value=round(value, 4),
     )
 
 
-def _summary(facts: Facts) -> str:
+def _link(repo_id: str) -> Markdown:
+    """A repository on the Hub, linked if it can be one."""
+    return Markdown(f'[{repo_id}](https://huggingface.co/{repo_id})') if REPO.fullmatch(repo_id) else markdown(repo_id)
+
+
+def _origin_rows(origin: Origin, *, original: bool = False) -> _Rows:
+    """Where the weights of a GHN came from; ``original`` on the card of that GHN itself."""
+    if origin.repo_id:
+        yield 'original repository' if original else 'repository of the GHN', _link(origin.repo_id)
+    if origin.revision:
+        yield 'its revision', code_span(origin.revision)
+    if origin.embedded:
+        yield 'where it comes from', 'the package timm_ghn'
+    if origin.file:
+        yield 'original file' if original else 'its file', code_span(PurePath(origin.file).name)
+    if origin.sha256:
+        yield 'SHA-256 of that file', code_span(origin.sha256)
+
+
+def _call(arguments: Mapping[str, Any]) -> str:
+    return ', '.join(f'{printable(key)}={value!r}' for key, value in arguments.items())
+
+
+# Models
+
+
+def _model_metadata(facts: ModelFacts) -> ModelCardData:
+    task = 'image-classification' if facts.num_classes else 'image-feature-extraction'
+    tags = [task, 'timm', 'transformers', 'timm_ghn', 'graph-hypernetwork', *(f'arxiv:{paper[1]}' for paper in PAPERS)]
+    training, results = facts.training, []
+    if training is not None:
+        tested = training.test_top1
+        split = training.run['splits'][1] if tested is None else 'test'
+        name = f'top-1 {"validation" if tested is None else "test"} accuracy in percent, fine-tuned for '
+        name += f'{training.epoch:g} epochs'
+        results = [_evaluation(training, split, name, training.top1 if tested is None else tested)]
+    return _metadata(facts, results, library_name='timm', pipeline_tag=task, tags=tags)
+
+
+def _model_parts(facts: ModelFacts) -> dict[str, Any]:
+    code, remark = _reproduction(facts)
+    address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
+    return {
+        'summary': _model_summary(facts),
+        'usage': f"import timm\n\nmodel = timm.create_model('{address}', pretrained=True)",
+        'needs': 'This needs timm alone: the weights are safetensors, and the architecture is in `config.json`.',
+        'code': code,
+        'remark': remark,
+    }
+
+
+def _model_summary(facts: ModelFacts) -> str:
     ghn, training = facts.ghn, facts.training
     start = f'parameters that the graph hypernetwork {markdown(ghn)} predicted' if ghn else None
     if training is not None:
-        init = str(training.arguments['init'])
-        start = start or {'pretrained': "timm's pretrained weights"}.get(init, 'random weights')
+        known = {'pretrained': "timm's pretrained weights", 'random': 'random weights'}
+        start = start or known.get(str(training.init), markdown(training.init))
         text = (
             f'`{facts.architecture}`, fine-tuned for {training.epoch:g} epochs on {markdown(training.dataset)} from '
-            f'{start}: {training.top1:.2f} % validation accuracy on its split {code(training.run["splits"][1])}.'
+            f'{start}: {training.top1:.2f} % validation accuracy on its split {code_span(training.run["splits"][1])}.'
         )
         if training.test_top1 is not None:
             text += f' On the test split, by which nothing was chosen: {training.test_top1:.2f} %.'
@@ -232,118 +263,212 @@ def _summary(facts: Facts) -> str:
     return text
 
 
-def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
-    more = f' with {code(_call(facts.model_args))}' if facts.model_args else ''
+def _model_rows(facts: ModelFacts) -> _Rows:
+    more = f' with {code_span(_call(facts.model_args))}' if facts.model_args else ''
     yield 'architecture', Markdown(f'`{facts.architecture}`{more}')
     yield 'input size', ' x '.join(map(str, facts.input_size))
     yield 'classes', facts.num_classes or 'none'
     yield 'parameters', f'{facts.parameters:,}'
-    if facts.provenance is not None:
-        yield from _ghn_rows(facts.ghn, facts.provenance)
+    origin = origin_of(facts.provenance)
+    if facts.provenance is not None and origin is not None:
+        provenance = facts.provenance
+        yield 'GHN', facts.ghn
+        yield from _origin_rows(origin)
+        if provenance.get('timm_ghn'):
+            yield 'predicted by', f'timm_ghn {provenance["timm_ghn"]}'
+        if provenance.get('elements'):
+            predicted, elements = provenance['predicted_elements'], provenance['elements']
+            tensors = f'{provenance["predicted_tensors"]} of {provenance["tensors"]} tensors'
+            share = f'{100 * predicted / elements:.2f} % ({predicted:,} of {elements:,}; {tensors})'
+            yield 'predicted parameters', share
+        options = provenance.get('postprocess')
+        described = PostProcess(**options).describe() if isinstance(options, dict) else options or 'none'
+        yield 'post-processing', described
+        yield 'seed', provenance.get('seed', 'not recorded')
     if facts.training is not None:
-        yield from _training_rows(facts.training)
-    yield 'written by', f'timm_ghn {__version__}'
+        training, arguments, images = facts.training, facts.training.arguments, facts.training.run['images']
+        yield 'data set', training.dataset + (f', {arguments["subset"]}' if arguments.get('subset') else '')
+        yield 'images', f'{images["train"]:,} to train on, {images["val"]:,} to validate on'
+        batches = f'batches of {arguments["batch_size"]}'
+        yield 'training', f'{arguments["opt"]}, learning rate {arguments["lr"]:g}, {batches}'
+        yield 'epochs of these weights', f'{training.epoch:g} of {arguments["epochs"]}'
+        yield f'validation accuracy, fine-tuned for {training.epoch:g} epochs', f'{training.top1:.2f} %'
+        if training.test_top1 is not None:
+            tested = f'{training.test_top1:.2f} % ({images["test"]:,} images)'
+            yield f'test accuracy, fine-tuned for {training.epoch:g} epochs', tested
 
 
-def origin_rows(origin: Mapping[str, Any], *, original: bool = False) -> Iterator[tuple[str, Any]]:
-    """Where the weights of a GHN came from, of :class:`~timm_ghn.nn.config.Origin`.
-
-    Args:
-        origin: Its fields.
-        original: Whether the card is that of the GHN itself.
-    """
-    if origin.get('repo_id'):
-        yield 'original repository' if original else 'repository of the GHN', link(origin['repo_id'])
-    if origin.get('revision'):
-        yield 'its revision', code(origin['revision'])
-    if origin.get('embedded'):
-        yield 'where it comes from', 'the package timm_ghn'
-    if origin.get('file'):
-        yield 'original file' if original else 'its file', code(PurePath(origin['file']).name)
-    if origin.get('sha256'):
-        yield 'SHA-256 of that file', code(origin['sha256'])
-
-
-def _ghn_rows(ghn: str | None, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield 'GHN', ghn
-    yield from origin_rows(said.get('origin') or {})
-    if said.get('timm_ghn'):
-        yield 'predicted by', f'timm_ghn {said["timm_ghn"]}'
-    if said.get('elements'):
-        share = said['predicted_elements'] / said['elements']
-        counts = f'{said["predicted_elements"]:,} of {said["elements"]:,}'
-        yield (
-            'predicted parameters',
-            f'{100 * share:.2f} % ({counts}; {said["predicted_tensors"]} of {said["tensors"]} tensors)',
-        )
-    options = said.get('postprocess')
-    yield 'post-processing', PostProcess(**options).describe() if isinstance(options, dict) else options or 'none'
-    yield 'seed', said.get('seed', 'not recorded')
-
-
-def _training_rows(training: Training) -> Iterator[tuple[str, Any]]:
-    said, images = training.arguments, training.run['images']
-    yield 'data set', training.dataset + (f', {said["subset"]}' if said.get('subset') else '')
-    yield 'images', f'{images["train"]:,} to train on, {images["val"]:,} to validate on'
-    yield 'training', f'{said["opt"]}, learning rate {said["lr"]:g}, batches of {said["batch_size"]}'
-    yield 'epochs of these weights', f'{training.epoch:g} of {said["epochs"]}'
-    yield f'validation accuracy, fine-tuned for {training.epoch:g} epochs', f'{training.top1:.2f} %'
-    if training.test_top1 is not None:
-        tested = f'{training.test_top1:.2f} % ({images["test"]:,} images)'
-        yield f'test accuracy, fine-tuned for {training.epoch:g} epochs', tested
-
-
-def _code(facts: Facts) -> tuple[str | None, str]:
-    """Lines that do it again, and what to know of them."""
+def _reproduction(facts: ModelFacts) -> tuple[str | None, str]:
+    """Lines that make the model again, and what to know of them."""
     if facts.training is not None:
         return _training_code(facts.training), ''
-    said = facts.provenance
-    if said is None or isinstance(said.get('postprocess'), str):
+    provenance, origin = facts.provenance, origin_of(facts.provenance)
+    if provenance is None or origin is None or isinstance(provenance.get('postprocess'), str):
         return None, ''
     remark = '; parameters that are not predicted are drawn anew by timm'
-    if said.get('predicted_elements') and said['predicted_elements'] == said.get('elements'):
+    if provenance.get('predicted_elements') and provenance['predicted_elements'] == provenance.get('elements'):
         remark = ''
-    arguments = {'head': said.get('head', 'auto'), 'seed': said.get('seed', 0)}
-    call = f'{_ghn_code(facts)}, {_call(arguments)}, postprocess={_postprocess_code(said.get("postprocess"), said)}'
-    if said.get('input_size'):
-        call += f', input_size={tuple(said["input_size"])}'
+    entry, seed, options = entry_of(origin), provenance.get('seed', 0), provenance.get('postprocess')
+    name = entry.name if entry is not None else origin.repo_id or PurePath(origin.file or '').name
+    ghn = repr(printable(name or facts.ghn))
+    if origin.revision:
+        ghn = f'timm_ghn.load_ghn({ghn}, revision={printable(origin.revision)!r})'
+    postprocess = 'None'
+    if options is not None:
+        made = PostProcess(**options)
+        named = [repr(name) for name in NAMED if PostProcess.of(name, seed=seed) == made]
+        postprocess = named[0] if named else f'timm_ghn.PostProcess({_call(options)})'
+    call = f'{ghn}, {_call({"head": provenance.get("head", "auto"), "seed": seed})}, postprocess={postprocess}'
+    if provenance.get('input_size'):
+        call += f', input_size={tuple(provenance["input_size"])}'
     model = ', '.join(filter(None, [repr(facts.architecture), _call(facts.model_args)]))
     lines = ['import timm, timm_ghn', f'model = timm.create_model({model})', f'timm_ghn.ghn_init(model, {call})']
     return '\n'.join(lines), remark
 
 
-def _ghn_code(facts: Facts) -> str:
-    said = facts.provenance or {}
-    origin, entry = said.get('origin') or {}, entry_of(said)
-    name = entry.name if entry is not None else origin.get('repo_id') or PurePath(origin.get('file') or '').name
-    name = printable(name or facts.ghn)
-    pinned = f', revision={printable(origin["revision"])!r}' if origin.get('revision') else ''
-    return f'timm_ghn.load_ghn({name!r}{pinned})' if pinned else repr(name)
-
-
-def _postprocess_code(options: Mapping[str, Any] | None, said: Mapping[str, Any]) -> str:
-    if options is None:
-        return 'None'
-    made = PostProcess(**options)
-    named = [name for name in NAMED if PostProcess.of(name, seed=said.get('seed', 0)) == made]
-    return repr(named[0]) if named else f'timm_ghn.PostProcess({_call(options)})'
-
-
 def _training_code(training: Training) -> str:
-    said = {key: value for key, value in training.arguments.items() if value is not None and value is not False}
-    if not training.dataset_is_public:
-        said['dataset'] = training.dataset
-    if training.is_local('init'):
-        said['init'] = PurePath(str(said['init'])).name
-    entry = entry_of(training.run.get('provenance'))
+    arguments = {key: value for key, value in training.arguments.items() if value is not None and value is not False}
+    arguments |= {'dataset': training.dataset} if training.is_local('dataset') else {}
+    arguments |= {'init': training.init} if training.is_local('init') else {}
+    entry = entry_of(origin_of(training.run.get('provenance')))
     if entry is not None:
-        said['init'] = entry.name  # the default may be another one elsewhere
+        arguments['init'] = entry.name  # the default may be another one elsewhere
     # What says where the run was and where it went. A run that is pushed later is to get the same card.
-    for free in _FREE:
-        said.pop(free, None)
+    for name in _WITHOUT_EFFECT:
+        arguments.pop(name, None)
     lines = ('from timm_ghn.finetune.loop import finetune', 'from timm_ghn.finetune.options import FinetuneOptions')
-    return '\n'.join((*lines, f'finetune(FinetuneOptions({_call(said)}))'))
+    return '\n'.join((*lines, f'finetune(FinetuneOptions({_call(arguments)}))'))
 
 
-def _call(arguments: Mapping[str, Any]) -> str:
-    return ', '.join(f'{printable(key)}={value!r}' for key, value in arguments.items())
+# GHNs
+
+
+def _ghn_metadata(facts: GHNFacts) -> ModelCardData:
+    training, results = facts.training, []
+    # Numbers without their context are read as those of the weights: an earlier step's stay out.
+    if training is not None and training.is_of_the_end:
+        split = training.arguments.get('val_split')
+        name = 'mean top-1 accuracy in percent, predicted, no training'
+        results = [
+            _evaluation(training, None if split == 'auto' else split, f'{name}: {training.networks(group)}', value)
+            for group, value in training.accuracies.items()
+        ]
+    tags = ['timm_ghn', 'graph-hypernetwork', 'parameter-prediction', 'timm', *(f'arxiv:{p[1]}' for p in PAPERS)]
+    return _metadata(facts, results, library_name='timm_ghn', tags=tags)
+
+
+def _ghn_parts(facts: GHNFacts) -> dict[str, Any]:
+    pinned = f', revision={facts.revision!r}' if facts.revision else ''
+    also = '' if pinned else f'`timm_ghn.ghn_init(model, {facts.repo_id!r})` loads it by its name. '
+    return {
+        'summary': _ghn_summary(facts),
+        'usage': (
+            f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({facts.repo_id!r}{pinned})\n'
+            f"model = timm_ghn.ghn_init(timm.create_model('resnet18', num_classes={facts.config.num_classes}), ghn)"
+        ),
+        'needs': f'This needs the package timm_ghn. {also}The weights are safetensors; nothing is executed.',
+        'limits': list(_ghn_limits(facts)),
+    }
+
+
+def _ghn_summary(facts: GHNFacts) -> str:
+    config, training, origin = facts.config, facts.training, facts.origin
+    text = f'A graph hypernetwork, {_KINDS.get(config.gnn, config.gnn)}: it predicts the parameters of timm models. '
+    if not config.trained:
+        return text + 'Its own weights are **random, not trained**: expect no more of its predictions than of these.'
+    if training is not None:
+        text += f'Trained with timm_ghn for {training.steps:,} steps on {markdown(training.dataset)}'
+        text += f', begun with the GHN {markdown(training.init)}.' if training.init is not None else '.'
+        if 'known' in training.accuracies and training.is_of_the_end:
+            text += (
+                f' Mean accuracy there of {training.networks("known")}: {training.accuracies["known"]:.2f} %, '
+                '**predicted, no training**.'
+            )
+        return text
+    if origin is None:
+        return text + 'How its weights were made was not recorded.'
+    start: str = _link(origin.repo_id) if origin.repo_id else f'the file {code_span(PurePath(origin.file or "").name)}'
+    if facts.entry is not None:
+        described = markdown(facts.entry.description, 1000)
+        start = f'`{facts.entry.name}` ({described})' + (f' of {start}' if origin.repo_id else '')
+    if not facts.unchanged:
+        return text + f'It began as {start}. What was done to its weights since was not recorded.'
+    how = 'Converted from' if facts.converted else 'A copy of'
+    return text + f'{how} {start}; every weight was compared with that file.'
+
+
+def _ghn_rows(facts: GHNFacts) -> _Rows:
+    config = facts.config
+    if config.name:
+        yield 'name', config.name
+    more = f', {config.layers} layers, {config.heads} heads' if config.gnn == 'graphormer' else ''
+    yield 'graph network', f'{config.gnn}{more}'
+    more = f', {config.templates} templates, {config.codes} codes' if config.decoder == 'templates' else ''
+    yield 'decoder', f'{config.decoder}{more}'
+    yield 'parameters', f'{facts.parameters:,}'
+    yield 'width of the node embeddings', config.hid
+    yield 'decoded at once', ' x '.join(map(str, config.max_shape)) + ' (out, in, height, width)'
+    yield 'classes', config.num_classes
+    edges = f'virtual edges for paths of up to {config.virtual_edges}'
+    edges = edges if config.virtual_edges > 1 else 'no virtual edges'
+    yield 'graphs', Markdown(f'rules {code_span(config.rules)}, {len(Primitive)} kinds of nodes, {edges}')
+    mean, std = (', '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
+    yield 'images', f'mean {mean}, standard deviation {std}'
+    if facts.origin is not None:
+        yield from _origin_rows(facts.origin, original=True)
+        if facts.entry is not None and facts.entry.paper:
+            paper = facts.entry.paper
+            yield 'paper', Markdown(paper) if _ADDRESS.fullmatch(paper) else paper
+    if facts.training is not None:
+        yield from _meta_training_rows(facts.training)
+
+
+def _meta_training_rows(training: MetaTraining) -> _Rows:
+    said, run = training.arguments, training.run
+    yield 'data set', training.dataset + (f', {said["subset"]}' if said.get('subset') else '')
+    size, images = said['image_size'], run['images']
+    yield 'images of the data set', f'{images["train"]:,} to train on, {images["val"]:,} to evaluate on, {size} pixels'
+    splits = code_span(said['train_split']), code_span(said['val_split'])
+    yield 'splits', Markdown(f'{splits[0]} to train on, {splits[1]} to evaluate on')
+    if training.init is not None:
+        yield 'begun with', training.init
+    yield 'steps', f'{training.steps:,} of {said["steps"]:,}'
+    yield 'a step', f'{said["meta_batch"]} architectures, {said["batch_size"]} images'
+    rates = f'learning rate {said["lr"]:g}, weight decay {said["weight_decay"]:g}'
+    yield 'optimiser', f'{said.get("opt", "adamw")}, {rates}'
+    pool = f', {said["pool"]:,} of them' if said.get('pool') else ''
+    families = (said.get('sampler_args') or {}).get('families') or list(training.families('known'))
+    named = f': {", ".join(map(markdown, families))}' if families else ''
+    yield 'architectures', Markdown(f'sampler {code_span(said["sampler"])}{pool}{named}')
+    yield 'seed', said['seed']
+    yield 'processes', f'{run["processes"]} ({run["device"]})'
+    yield 'seconds', f'{training.seconds:,.0f}'
+    if training.evaluation is None:
+        return
+    count = min(said['eval_images'], images['val'])
+    where = f'step {training.evaluation["step"]:,}, {count:,} images, {said["eval_count"]} networks of each family, '
+    where += 'batches normalised by themselves'
+    for group, value in training.accuracies.items():
+        parts = ', '.join(f'{markdown(name)} {share:.1f}' for name, share in training.families(group).items())
+        # Marked as Markdown: it is longer than the limit for text from files, and holds escaped parts.
+        title = Markdown(f'accuracy, predicted, no training: {training.networks(group)}')
+        yield title, Markdown(f'{value:.2f} % ({where}: {parts})')
+
+
+def _ghn_limits(facts: GHNFacts) -> Iterator[str]:
+    config, training = facts.config, facts.training
+    yield 'A predicted network is a start for training, not a trained network.'
+    yield (
+        'Running statistics of batch normalisation are not predicted: train, or calibrate them '
+        '(`timm_ghn.calibrate_batchnorm_`), before you look at the accuracy in eval mode.'
+    )
+    yield (
+        f'The classifier is predicted for {config.num_classes} classes; for another number it is kept as timm drew it, '
+        "unless `head='predict'` asks for it."
+    )
+    yield f'Layers of more than {max(config.max_shape[:2]):,} channels repeat what is predicted for so many.'
+    if training is not None:
+        yield (
+            f'It was trained on images of {training.arguments["image_size"]} pixels and on the architectures above; '
+            'what it predicts for others was measured only where this card says so.'
+        )

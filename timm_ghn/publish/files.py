@@ -1,4 +1,4 @@
-"""The files of a model's repository, checked by loading them; and models that other commands wrote to the disk."""
+"""The files of a repository, checked by loading them; and models that other commands wrote to the disk."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from torch import Tensor, nn
 
 from timm_ghn.architectures.timm_models import build_timm_model
 from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
-from timm_ghn.files import write_state_dict
+from timm_ghn.files import read_json, write_state_dict
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, save_ghn
+from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.checks import check_finite
-from timm_ghn.publish.facts import WEIGHTS, Facts, Training, check_provenance, read_header
-from timm_ghn.publish.send import CONFIG_FILE, WEIGHTS_FILE
+from timm_ghn.publish.facts import ModelFacts, check_provenance
+from timm_ghn.publish.training import WEIGHTS, Training, read_header
 
-#: Entries of a pretrained cfg that describe weights which somebody else trained.
+#: Entries of a pretrained cfg that describe timm's pretrained weights.
 _OF_OTHER_WEIGHTS = (
     'tag', 'license', 'paper_ids', 'paper_name', 'origin_url', 'description', 'notes', 'custom_load', 'hf_hub_filename',
 )  # fmt: skip
+
+#: Keys of a configuration that no model of timm has.
+_OF_GHNS = frozenset({'hid', 'max_shape', 'num_classes'})
 
 #: What timm's data config says of images, and where the pretrained cfg holds it.
 _IMAGES = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -158,8 +163,8 @@ def write_model(
     return config
 
 
-def write_config(config: dict[str, Any], folder: Path, facts: Facts) -> None:
-    """Write the configuration, which tells of these weights and not of those that timm knows."""
+def write_config(config: dict[str, Any], folder: Path, facts: ModelFacts) -> None:
+    """Write the configuration so that it describes these weights and not timm's pretrained ones."""
     cfg = dict(config['pretrained_cfg'])
     if facts.ghn is not None:
         for key in _OF_OTHER_WEIGHTS:
@@ -200,7 +205,7 @@ def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:
     wrong += [
         name
         for name in sorted(loaded.keys() & state.keys())
-        if loaded[name].shape != state[name].shape or not torch.equal(loaded[name], _as(state[name], loaded[name]))
+        if loaded[name].shape != state[name].shape or not torch.equal(loaded[name], state[name].to(loaded[name]))
     ]
     if wrong:
         raise UnsupportedModelError(
@@ -208,5 +213,28 @@ def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:
         )
 
 
-def _as(value: Tensor, like: Tensor) -> Tensor:
-    return value.detach().to(device=like.device, dtype=like.dtype)
+def is_ghn(path: Path) -> bool:
+    """Whether a path is the folder of a GHN.
+
+    Raises:
+        CheckpointError: if it is a folder whose configuration is damaged.
+    """
+    files = path / CONFIG_FILE, path / WEIGHTS_FILE
+    return all(file.is_file() for file in files) and read_json(files[0]).keys() >= _OF_GHNS
+
+
+def write_ghn(ghn: GHN, folder: Path) -> None:
+    """Write a GHN in the native format, and read it back.
+
+    Raises:
+        CheckpointError: if a weight is not finite or is on the meta device, or if another GHN comes back.
+    """
+    state = ghn.state_dict()
+    if any(value.is_meta for value in state.values()):
+        raise CheckpointError('the GHN is on the meta device and has no weights that could be pushed')
+    save_ghn(ghn, folder)
+    again = read_ghn(folder)
+    found = again.state_dict()
+    wrong = [key for key, value in state.items() if not torch.equal(value.to(found[key]), found[key])]
+    if again.config != ghn.config or wrong:
+        raise CheckpointError(f'another GHN comes back from its files: {len(wrong)} tensors differ')

@@ -40,9 +40,9 @@ from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images, 
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, TrainingError
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.precision import sum_dtype
-from timm_ghn.nn.storage import save_ghn
 from timm_ghn.runs.results import CURVES, RESULTS, read_results, versions
 from timm_ghn.runs.run import Run, build_accelerator, exclusive_output, local_arguments, undisturbed
 from timm_ghn.train.blueprints import Blueprints

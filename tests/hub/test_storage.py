@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from variants import GHN3
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import read_json
-from timm_ghn.nn import GHN, GHNConfig, storage as storage_module
-from timm_ghn.nn.storage import read_ghn, save_ghn
+from timm_ghn.hub import storage as storage_module
+from timm_ghn.hub.storage import read_ghn, save_ghn
+from timm_ghn.nn import GHN, GHNConfig
+
+GHN3 = GHNConfig(hid=16, max_shape=(24, 20, 11, 11), num_classes=30, layers=2, heads=2)
 
 
 @pytest.fixture
@@ -53,21 +56,19 @@ def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({key: value for key, value in state.items() if value is not None}, path)
 
 
-def test_saving_and_loading_is_exact(config, tmp_path):
-    ghn = GHN(config)
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'virtual_edges': 1, 'layers': 1}, {'gnn': 'gated', 'layers': 1, 'window': 'corner'},
+     {'gnn': 'mlp', 'layers': 1, 'decoder': 'mlp', 'window': 'corner', 'max_shape': (6, 6, 11, 11)}],
+    ids=['ghn3', 'no virtual edges', 'ghn2', 'mlp'],
+)  # fmt: skip
+def test_saving_and_loading_is_exact(changes, tmp_path):
+    ghn = GHN(dataclasses.replace(GHN3, **changes))
     save_ghn(ghn, tmp_path)
     found = read_ghn(tmp_path)
     expect_same(found, ghn)
     assert not found.training
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in found.parameters())
-
-
-def test_the_mixin_saves_and_loads_the_same_form(ghn, tmp_path):
-    ghn.save_pretrained(tmp_path / 'ghn')
-    assert {'config.json', 'model.safetensors'} <= {path.name for path in (tmp_path / 'ghn').iterdir()}
-    expect_same(GHN.from_pretrained(tmp_path / 'ghn'), ghn)
-    expect_same(read_ghn(tmp_path / 'ghn'), ghn)
-    assert json.loads((tmp_path / 'ghn/config.json').read_text())['format_version'] == GHNConfig.format_version
 
 
 def test_float64_is_kept_on_disk_and_read_on_request(ghn, tmp_path):
@@ -279,22 +280,23 @@ def test_a_file_of_another_configuration_than_expected_is_refused(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the peak of memory as Linux counts it')
-@pytest.mark.parametrize('form', ['ours', 'joblib'])
+@pytest.mark.parametrize('form', ['native', 'joblib', 'converted'])
 def test_the_peak_of_memory_is_about_the_size_of_the_file(tmp_path, form):
     config = GHNConfig(hid=128, max_shape=(128, 128, 16, 16), num_classes=1000, layers=24, heads=8)
     path = tmp_path / 'ghn'
     ghn = GHN(config)
     size = 4 * sum(parameter.numel() for parameter in ghn.parameters())
-    if form == 'ours':
+    if form == 'native':
         save_ghn(ghn, path)
     else:
         import joblib
 
         joblib.dump(ghn.state_dict(), path)
+    act = 'hub.load_ghn(path)' if form != 'converted' else 'hub.converted.convert_official(path, path.with_name("out"))'
     code = (
-        'import resource, sys, timm_ghn.hub as hub, torch; peak = lambda: resource.getrusage(resource.RUSAGE_SELF)'
-        '.ru_maxrss * 1024; torch.ones(8).sum(); before = peak(); ghn = hub.load_ghn(sys.argv[1]); '
-        'print(peak() - before)'
+        'import resource, sys, pathlib, timm_ghn.hub as hub, torch; path = pathlib.Path(sys.argv[1]); '
+        'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; torch.ones(8).sum(); '
+        f'before = peak(); kept = {act}; print(peak() - before)'
     )
     run = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1.25 * size

@@ -1,4 +1,4 @@
-"""GHNs on disk: a folder with ``config.json`` and ``model.safetensors``."""
+"""GHNs on disk in the native format: a folder with ``config.json`` and ``model.safetensors``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,7 @@ from torch import Tensor
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import atomic_write, read_json, sha256_of, write_json
 from timm_ghn.nn.config import GHNConfig, Origin
-
-if TYPE_CHECKING:
-    from timm_ghn.nn.ghn import GHN
+from timm_ghn.nn.ghn import GHN
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -35,7 +33,7 @@ _SHOWN = 3
 
 
 def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Write a GHN. Each file appears complete or not at all.
+    """Write a GHN in the native format (config.json and safetensors). Each file appears complete or not at all.
 
     Args:
         ghn: The GHN.
@@ -44,27 +42,36 @@ def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype 
 
     Raises:
         CheckpointError: if a weight is not finite; nothing is written.
+        OSError: if the folder cannot be written.
     """
-    folder = Path(directory)
     state = {
         key: value.detach().to(device='cpu', dtype=dtype or value.dtype).contiguous()
         for key, value in ghn.state_dict().items()
     }
+    write_native(state, ghn.config, Path(directory), label='the GHN')
+
+
+def write_native(state: Mapping[str, Tensor], config: GHNConfig, folder: Path, *, label: str) -> None:
+    """Write weights, which must be contiguous and on the CPU, and a configuration; see :func:`save_ghn`."""
     for key, value in state.items():
-        expect_finite(key, value, 'the GHN')
+        expect_floating(key, value.dtype, label)
+        expect_finite(key, value, label)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS_FILE) as path:
-        save_file(state, path, metadata={'format': 'pt'})
-    write_config(ghn.config, folder / CONFIG_FILE)
+        try:
+            save_file(dict(state), path, metadata={'format': 'pt'})
+        except SafetensorError as error:
+            raise OSError(f'{str(folder)!r} cannot be written: {error}') from error
+    write_json(config.to_dict(), folder / CONFIG_FILE)
 
 
-def write_config(config: GHNConfig, path: Path) -> None:
-    """Write a configuration as the folder of a GHN has it."""
-    write_json(config.to_dict(), path)
+def is_native(path: Path) -> bool:
+    """Whether a path names a GHN in the native format, and not a file of the authors."""
+    return path.is_dir() or path.suffix == '.safetensors'
 
 
 def read_config(path: Path) -> GHNConfig:
-    """Read what :func:`write_config` wrote.
+    """Read the configuration of a GHN.
 
     Raises:
         ConfigError: if it is wrong, or of a newer version of this package.
@@ -99,27 +106,42 @@ def read_ghn(
             put on the device or have the type.
         CheckpointError: if a file is damaged, if they do not fit together, or if a weight is not finite.
     """
-    weights = Path(directory)
-    if weights.suffix != '.safetensors':
-        weights = weights / WEIGHTS_FILE
-    config_path = weights.parent / CONFIG_FILE
-    for path in (config_path, weights):
+    found, weights = _native_files(Path(directory))
+    if config is not None:
+        expect_config(found, config, str(weights.parent / CONFIG_FILE))
+    try:
+        with safe_open(weights, framework='pt', device='cpu') as file:
+            ghn = build_ghn(found, _shapes(file), file.get_tensor, device=device, dtype=dtype, label=str(weights))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
+    ghn.origin = origin or Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
+    return ghn
+
+
+def read_shapes(directory: Path) -> tuple[GHNConfig, dict[str, tuple[int, ...]]]:
+    """Configuration and shapes of a GHN in the native format, without reading a weight; see :func:`read_ghn`."""
+    config, weights = _native_files(directory)
+    try:
+        with safe_open(weights, framework='pt', device='cpu') as file:
+            return config, _shapes(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
+
+
+def _native_files(directory: Path) -> tuple[GHNConfig, Path]:
+    """The configuration of a folder, and its weights."""
+    weights = directory if directory.suffix == '.safetensors' else directory / WEIGHTS_FILE
+    for path in (weights.parent / CONFIG_FILE, weights):
         if not path.is_file():
             raise GHNNotFoundError(
                 f'expected a GHN in {weights.parent}, which has no file {path.name}: a saved GHN is a folder with '
                 f'{CONFIG_FILE} and {WEIGHTS_FILE}'
             )
-    found = read_config(config_path)
-    if config is not None:
-        expect_config(found, config, str(config_path))
-    try:
-        with safe_open(weights, framework='pt', device='cpu') as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            ghn = build_ghn(found, shapes, file.get_tensor, device=device, dtype=dtype, label=str(weights))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
-    ghn.origin = origin or Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
-    return ghn
+    return read_config(weights.parent / CONFIG_FILE), weights
+
+
+def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def build_ghn(
@@ -170,8 +192,6 @@ def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: s
     Raises:
         CheckpointError: if keys or shapes differ from the configuration's.
     """
-    from timm_ghn.nn.ghn import GHN
-
     _expect_plausible(config, shapes, label)
     try:
         with torch.device('meta'):
@@ -251,7 +271,7 @@ def expect_finite(key: str, tensor: Tensor, label: str) -> None:
     Raises:
         CheckpointError: naming the tensor.
     """
-    # A sum needs no memory, and is finite only if every term is; one that overflows is told apart below.
+    # A sum needs no memory, and is finite only if every term is; one that overflows is looked at again below.
     if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
         return
     count = int((~torch.isfinite(tensor)).sum())
