@@ -6,7 +6,7 @@ Importing this module without matplotlib is a :class:`ConfigError` that says how
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +108,79 @@ def _draw_spectrum(ax: Any, comparison: Comparison) -> None:
     ax.set_title(title, fontsize=10, parse_math=False)
     ax.set(xlabel='eigenvalue, the largest first', ylabel=f'{_LEAST:g} stands for less', yscale='log')
     ax.grid(alpha=0.3)
+
+
+def plot_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw loss and accuracy over the epochs of a fine-tuning run.
+
+    Args:
+        log: Its lines, see :func:`timm_ghn.runs.results.read_results`.
+        path: The file; one that exists is replaced.
+        title: Stands above the picture.
+    """
+    figure = new_figure((9, 3.6), title)
+    losses, accuracies = figure.subplots(1, 2)
+    for axis, unit, curves in (
+        (losses, 'cross-entropy', {'training loss': 'train_loss', 'validation loss': 'val_loss'}),
+        (accuracies, '%', {'validation accuracy': 'val_top1', 'of averaged weights': 'ema_top1'}),
+    ):
+        for label, key in curves.items():
+            _draw_curve(axis, log, 'epoch', 'epoch', key, marker='.', label=label)
+        axis.set(xlabel='epochs trained', ylabel=unit)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str, *, chance: float) -> None:
+    """Draw the accuracy of predicted networks over the steps of meta-training.
+
+    Args:
+        log: Lines of the run, see :func:`timm_ghn.runs.results.read_results`.
+        path: The file; one that exists is replaced.
+        title: Stands above the picture.
+        chance: Accuracy of guessing, in percent.
+    """
+    figure = new_figure((7.5, 4), title)
+    axis = figure.subplots()
+    for kind, key, label, colour in (
+        ('train', 'top1', 'architectures and images of training', '#bbbbbb'),
+        ('eval', 'known', 'held-out designs of the trained families', '#00798c'),
+        ('eval', 'unseen', 'families that were never trained', '#d1495b'),
+    ):
+        marker = '.' if kind == 'eval' else ''
+        _draw_curve(axis, log, kind, 'step', key, marker=marker, color=colour, label=label)
+    axis.axhline(chance, color='black', linestyle=':', linewidth=1, label='chance')
+    axis.set(xlabel='steps', ylabel='accuracy, predicted, no training, %')
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_families(accuracies: Mapping[str, Sequence[float]], path: Path, *, chance: float) -> None:
+    """Draw a point for the accuracy of each predicted network, by family.
+
+    Args:
+        accuracies: Of the networks of each family, in percent.
+        path: The file; one that exists is replaced.
+        chance: Accuracy of guessing, in percent.
+    """
+    figure = new_figure((1.5 + 0.6 * len(accuracies), 3.6))
+    axis = figure.subplots()
+    for place, values in enumerate(accuracies.values()):
+        axis.plot([place] * len(values), values, 'o', color='#00798c', alpha=0.6)
+        axis.plot([place - 0.3, place + 0.3], [sum(values) / len(values)] * 2, color='#d1495b')
+    axis.axhline(chance, color='#999999', linestyle=':', label='chance')
+    axis.set_xticks(range(len(accuracies)), list(accuracies), rotation=40, ha='right', fontsize=8)
+    axis.set_ylabel('accuracy, predicted, no training, %')
+    axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _draw_curve(ax: Any, log: Sequence[dict[str, Any]], kind: str, x: str, y: str, **style: Any) -> None:
+    """Draw the lines of a kind that have both numbers."""
+    pairs = [(line.get(x), line.get(y)) for line in log if line['kind'] == kind]
+    points = [pair for pair in pairs if all(isinstance(number, int | float) for number in pair)]
+    if points:
+        ax.plot(*zip(*points, strict=True), **style)

@@ -58,8 +58,8 @@ def pixels(split):
 
 
 def test_a_share_is_held_out_with_a_seed(folder):
-    options = DataOptions(str(folder), val_split='0.2')
-    first, second, other = (load_splits(options, seed=seed) for seed in (3, 3, 4))
+    options = [DataOptions(str(folder), val_split='0.2', seed=seed) for seed in (3, 3, 4)]
+    first, second, other = map(load_splits, options)
     assert (len(first.train), len(first.val)) == (24, 6)
     assert pixels(first.val) == pixels(second.val) != pixels(other.val)
     assert not pixels(first.train) & pixels(first.val)
@@ -69,7 +69,7 @@ def test_a_share_is_held_out_with_a_seed(folder):
 @pytest.mark.parametrize('seed', range(3))
 def test_a_share_has_the_classes_in_their_proportions(tmp_path, seed):
     rows = make_dataset(60).select([*range(0, 30, 3), *range(1, 60, 3), *range(2, 60, 3)])
-    splits = load_splits(DataOptions(str(save_dataset(tmp_path / 'rare', rows)), val_split='0.2'), seed=seed)
+    splits = load_splits(DataOptions(str(save_dataset(tmp_path / 'rare', rows)), val_split='0.2', seed=seed))
     assert np.bincount(splits.train.labels).tolist() == [8, 16, 16]
     assert np.bincount(splits.val.labels).tolist() == [2, 4, 4]
     assert splits.train.labels.tolist() == sorted(splits.train.labels), 'the rows stay in their order'
@@ -131,7 +131,7 @@ def test_shots_are_the_first_of_each_class_in_order():
 @pytest.mark.parametrize('seed', range(3))
 @pytest.mark.parametrize('val_split', ['auto', '0.1', 'test'])
 def test_shots_are_the_same_whatever_is_validated_on(folder, val_split, seed):
-    splits = load_splits(DataOptions(str(folder), val_split=val_split), shots=4, seed=seed)
+    splits = load_splits(DataOptions(str(folder), val_split=val_split, seed=seed), shots=4)
     assert splits.train.labels.tolist() == [0, 1, 2] * 4
     assert pixels(splits.train) == {row['image']['bytes'] for row in undecoded(make_dataset(12))}
     assert len(splits.val) == (12 if val_split == 'test' else 3)

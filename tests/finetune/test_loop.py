@@ -108,7 +108,7 @@ def test_a_run_that_stopped_ends_as_if_it_had_not(base, tmp_path, changes):
 
 
 def test_the_best_weights_are_tested_once_at_the_end(base, monkeypatch):
-    evaluate, seen = loop._Run._evaluate, []
+    evaluate, seen = loop.FinetuneRun._evaluate, []
 
     def watched(run, model, batches, split):
         seen.append((split, len(batches.dataset)))
@@ -118,7 +118,7 @@ def test_the_best_weights_are_tested_once_at_the_end(base, monkeypatch):
             metrics['top1'] = 90.0 if run.progress.epoch == 2 else 10.0
         return metrics
 
-    monkeypatch.setattr(loop._Run, '_evaluate', watched)
+    monkeypatch.setattr(loop.FinetuneRun, '_evaluate', watched)
     options = dataclasses.replace(base, val_split='auto', epochs=3, lr=1e-2, model_ema=True)
     assert not finetune(dataclasses.replace(options, max_steps=7)).finished
     assert {split for split, _ in seen} == {'validation'}
@@ -166,7 +166,7 @@ def heard():
 @pytest.mark.parametrize('times', [1, 2])
 def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_path, monkeypatch, heard, times):
     finetune(base)
-    after_step = loop._Run._after_step
+    after_step = loop.FinetuneRun._after_step
     during = []
 
     def terminated(run, loss):
@@ -176,7 +176,7 @@ def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_pa
                 signal.raise_signal(signal.SIGTERM)
             during.extend(heard)
 
-    monkeypatch.setattr(loop._Run, '_after_step', terminated)
+    monkeypatch.setattr(loop.FinetuneRun, '_after_step', terminated)
     stopped = dataclasses.replace(base, output=tmp_path / 'stopped')
     result = finetune(stopped)
     assert (result.finished, result.steps) == (False, 3)
@@ -219,7 +219,7 @@ def test_a_run_is_not_written_over(base):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, tmp_path, harm):
     options = dataclasses.replace(base, max_steps=5, checkpoint_steps=2)
     finetune(options)
-    found = checkpoints._checkpoints(base.output / 'checkpoints')
+    found = checkpoints.checkpoints_in(base.output / 'checkpoints')
     last = found[-1]
     assert [place.name for place in found] == ['step_00000004', 'step_00000005']
     target = {'manifest': 'manifest.json', 'progress': 'progress.json'}.get(harm, 'model.safetensors')
@@ -240,14 +240,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, tmp_path, harm):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(base, monkeypatch):
     finetune(dataclasses.replace(base, max_steps=2))
-    write = checkpoints._write_json
+    write = checkpoints.write_json
 
-    def full(path, value):
+    def full(value, path):
         if path.name == 'manifest.json':
             raise OSError(28, 'No space left on device')
-        write(path, value)
+        write(value, path)
 
-    monkeypatch.setattr(checkpoints, '_write_json', full)
+    monkeypatch.setattr(checkpoints, 'write_json', full)
     with pytest.raises(TrainingError, match=r"No space left on device; the last good one is 'step_00000002'"):
         finetune(dataclasses.replace(base, resume=True))
     assert [place.name for place in (base.output / 'checkpoints').iterdir()] == ['step_00000002']
@@ -265,14 +265,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_clearly(base):
 def test_no_checkpoint_has_weights_that_are_lost(base, monkeypatch):
     # On a GPU the loss is looked at every few steps only, and an epoch may have fewer.
     monkeypatch.setattr(loop, '_LOOK', 10**9)
-    look = loop._Run._after_step
+    look = loop.FinetuneRun._after_step
 
     def seldom(run, loss):
         accelerator, run.accelerator = run.accelerator, SimpleNamespace(device=torch.device('cuda'))
         look(run, loss)
         run.accelerator = accelerator
 
-    monkeypatch.setattr(loop._Run, '_after_step', seldom)
+    monkeypatch.setattr(loop.FinetuneRun, '_after_step', seldom)
     with pytest.raises(TrainingError, match=r'the loss is (nan|inf) by step 4'):
         finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
     assert not list((base.output / 'checkpoints').glob('step_*'))
@@ -281,14 +281,14 @@ def test_no_checkpoint_has_weights_that_are_lost(base, monkeypatch):
 
 def test_weights_that_the_last_step_lost_are_not_written(base, monkeypatch):
     # The losses are finite: they are computed before the step.
-    step = loop._Run._after_step
+    step = loop.FinetuneRun._after_step
 
     def lost(run, loss):
         if run.progress.step == 3:
-            torch.nn.init.constant_(run.bare.head.weight, torch.nan)
+            torch.nn.init.constant_(run.trained.head.weight, torch.nan)
         step(run, loss)
 
-    monkeypatch.setattr(loop._Run, '_after_step', lost)
+    monkeypatch.setattr(loop.FinetuneRun, '_after_step', lost)
     options = dataclasses.replace(base, epochs=1, model_ema=True)
     with pytest.raises(TrainingError, match=r'weights are not finite after step 4; begin again with a smaller --lr'):
         finetune(options)
@@ -299,14 +299,14 @@ def test_weights_that_the_last_step_lost_are_not_written(base, monkeypatch):
 
 
 def test_a_stop_writes_no_weights_that_are_lost(base, monkeypatch):
-    step = loop._Run._after_step
+    step = loop.FinetuneRun._after_step
 
     def lost(run, loss):
         step(run, loss)
         if run.progress.step == 2:
             torch.nn.init.constant_(run.average.module.head.weight, torch.inf)
 
-    monkeypatch.setattr(loop._Run, '_after_step', lost)
+    monkeypatch.setattr(loop.FinetuneRun, '_after_step', lost)
     with pytest.raises(TrainingError, match='weights are not finite after step 2'):
         finetune(dataclasses.replace(base, max_steps=2, model_ema=True))
     assert not list((base.output / 'checkpoints').glob('step_*'))
@@ -474,7 +474,7 @@ def test_a_few_images_more_than_a_batch_can_be_calibrated_with(base, tmp_path):
 
 def test_what_lies_ahead_of_a_run_is_removed_and_never_kept_in_its_place(base):
     finetune(dataclasses.replace(base, max_steps=5, checkpoint_hist=1))
-    (damaged,) = checkpoints._checkpoints(base.output / 'checkpoints')
+    (damaged,) = checkpoints.checkpoints_in(base.output / 'checkpoints')
     (damaged / 'model.safetensors').unlink()
     with pytest.warns(UserWarning, match='passed over'):
         finetune(dataclasses.replace(base, max_steps=3, checkpoint_hist=1, resume=True))
@@ -484,7 +484,7 @@ def test_what_lies_ahead_of_a_run_is_removed_and_never_kept_in_its_place(base):
 
 def test_a_checkpoint_that_lacks_its_name_alone_is_taken(base, tmp_path):
     finetune(dataclasses.replace(base, max_steps=5))
-    place = checkpoints._checkpoints(base.output / 'checkpoints')[-1]
+    place = checkpoints.checkpoints_in(base.output / 'checkpoints')[-1]
     # Killed behind the removal of an older one of the same step.
     place.rename(place.with_name(place.name + '.partial'))
     assert len(finetune(dataclasses.replace(base, resume=True)).epochs) == 3
@@ -494,12 +494,12 @@ def test_a_checkpoint_that_lacks_its_name_alone_is_taken(base, tmp_path):
 
 def test_a_checkpoint_of_before_an_option_existed_goes_on_with_its_default(base):
     finetune(dataclasses.replace(base, max_steps=3))
-    place = checkpoints._checkpoints(base.output / 'checkpoints')[-1]
+    place = checkpoints.checkpoints_in(base.output / 'checkpoints')[-1]
     path = place / 'progress.json'
     read = json.loads(path.read_text())
     del read['run']['smoothing']
     path.write_text(json.dumps(read))
-    (place / 'manifest.json').write_text(json.dumps(checkpoints._manifest(place)))
+    (place / 'manifest.json').write_text(json.dumps(checkpoints.manifest_of(place)))
     manifest = json.loads((place / 'manifest.json').read_text())
     manifest.pop('manifest.json', None)
     (place / 'manifest.json').write_text(json.dumps(manifest))

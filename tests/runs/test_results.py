@@ -7,8 +7,9 @@ import math
 
 import pytest
 
+from timm_ghn.plots import plot_curves
 from timm_ghn.runs import checkpoints
-from timm_ghn.runs.results import RESULTS, Results, plot_curves, read_results
+from timm_ghn.runs.results import RESULTS, Results, read_results
 
 RUN, FIRST, SECOND = {'kind': 'run'}, {'kind': 'epoch', 'epoch': 0}, {'kind': 'epoch', 'epoch': 1}
 NO_RESULTS = [b'5', b'null', b'["kind"]', b'{"epoch": 1}', b'{"kind": 3}', b'{', b'\xff\xfe', b'[' * 100_000]
@@ -57,14 +58,14 @@ def test_a_run_that_goes_on_keeps_what_lies_before_it(tmp_path):
 def test_curves_leave_out_what_is_no_number(tmp_path):
     values = [{'epoch': 0, 'val_loss': None}, {'epoch': None, 'val_loss': 1.0}, {'epoch': 2, 'val_loss': 'low'}]
     lines = [{'kind': 'epoch', 'val_top1': 5.0, **value} for value in values]
-    assert plot_curves(lines, tmp_path / 'curves.png', 'title')
+    plot_curves(lines, tmp_path / 'curves.png', 'title')
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     (tmp_path / checkpoints.PROGRESS).write_text('{"progress": {"step": 1}, "run": {}}')
-    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps(checkpoints._manifest(tmp_path)))
+    (tmp_path / checkpoints.MANIFEST).write_text(json.dumps(checkpoints.manifest_of(tmp_path)))
     return tmp_path
 
 
@@ -84,5 +85,5 @@ def test_a_manifest_that_cannot_be_read_is_a_damage(checkpoint, text):
 def test_a_progress_that_cannot_be_read_is_a_damage(checkpoint, text):
     (checkpoint / checkpoints.MANIFEST).unlink()
     (checkpoint / checkpoints.PROGRESS).write_text(text)
-    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(checkpoints._manifest(checkpoint)))
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(checkpoints.manifest_of(checkpoint)))
     assert 'its progress cannot be read' in checkpoints.damage(checkpoint)

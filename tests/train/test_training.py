@@ -111,14 +111,14 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monke
     options = dataclasses.replace(base, **changes)
     train(options)
     stopped = dataclasses.replace(options, output=tmp_path / 'stopped')
-    step = loop._Run._step
+    step = loop.TrainRun._step
 
     def stop(self, number):
         if number == 5 and not self.options.resume:
             raise KeyboardInterrupt
         step(self, number)
 
-    monkeypatch.setattr(loop._Run, '_step', stop)
+    monkeypatch.setattr(loop.TrainRun, '_step', stop)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     resumed = train(dataclasses.replace(stopped, resume=True))
@@ -129,7 +129,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monke
 
 
 def test_sigterm_leaves_a_checkpoint_and_a_ghn(base, monkeypatch):
-    step = loop._Run._step
+    step = loop.TrainRun._step
     heard = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
 
@@ -138,7 +138,7 @@ def test_sigterm_leaves_a_checkpoint_and_a_ghn(base, monkeypatch):
         if number == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Run, '_step', terminated)
+    monkeypatch.setattr(loop.TrainRun, '_step', terminated)
     try:
         result = train(base)
     finally:
@@ -234,7 +234,7 @@ def test_steps_without_a_finite_loss_end_the_run(base, monkeypatch):
 
 
 def test_steps_whose_gradient_is_not_finite_end_the_run_too(base, monkeypatch):
-    monkeypatch.setattr(loop._Run, '_clip', lambda run: math.inf)
+    monkeypatch.setattr(loop.TrainRun, '_clip', lambda run: math.inf)
     with pytest.raises(TrainingError, match=r'and gradient in 3 steps \(now 3\)'):
         train(dataclasses.replace(base, max_skipped=3))
 

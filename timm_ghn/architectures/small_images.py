@@ -20,8 +20,8 @@ import torch
 from timm.layers import BlurPool2d, PatchEmbed, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
 
+from timm_ghn.contexts import preserve_modes, preserve_rng
 from timm_ghn.errors import UnsupportedModelError
-from timm_ghn.modes import kept_modes
 
 #: By how much the total stride is divided.
 REDUCTION = 4
@@ -91,7 +91,7 @@ def _built(model_name: str, arguments: dict[str, Any]) -> nn.Module:
             model = timm.create_model(model_name, pretrained=False, **arguments)
     except (NotImplementedError, RuntimeError):
         # Some classes of older timm look at values of tensors while they are built; there are none on that device.
-        with torch.random.fork_rng(devices=[]):
+        with preserve_rng():
             model = timm.create_model(model_name, pretrained=False, **arguments)
     return model
 
@@ -233,6 +233,6 @@ def _forward(model: nn.Module, size: tuple[int, int, int]) -> None:
     """Run a model on an empty image, in eval mode and without a trace."""
     parameter = next(model.parameters())
     image = torch.zeros((1, *size), device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), kept_modes(model):
+    with torch.no_grad(), preserve_modes(model):
         model.eval()
         model(image)

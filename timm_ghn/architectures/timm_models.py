@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
+from timm_ghn.contexts import preserve_rng
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.timm_source import DEFAULT_TAG
@@ -69,8 +69,7 @@ def build_timm_model(
     for side in size if isinstance(size, list | tuple) else (size,):
         check_side(side)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with preserve_rng(seed):
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     # The classes of models check their arguments little: what does not fit is whatever error comes of it.
     except Exception as error:

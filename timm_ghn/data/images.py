@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 
+from timm_ghn.contexts import preserve_rng, seed_rng
+from timm_ghn.data.options import TransformOptions
 from timm_ghn.data.splits import Split
 from timm_ghn.errors import ConfigError, DataError
-from timm_ghn.generators import kept_generators
-from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, PROPORTION, Options, option
 
 #: Label of an image that cannot be decoded; losses and metrics leave it out.
 NO_LABEL = -100
@@ -29,38 +26,7 @@ NO_LABEL = -100
 #: Sides up to which images are taken as they are, without the margin that a centre crop cuts off.
 SMALL_IMAGE = 64
 
-#: How training images are cropped: timm's random resized crop, its two resizes that keep the ratio, or a crop out of
-#: the image with an eighth of its size around it (arXiv 2110.13100: 4 of 32 pixels).
-CROP_MODES = ('rrc', 'rkrc', 'rkrr', 'pad')
-
 _decoder = Image()
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformOptions(Options):
-    """How training images become tensors; the names are timm's. Every field is an option and a key of a recipe.
-
-    Raises:
-        ConfigError: if an option makes no sense.
-    """
-
-    no_aug: bool = option(False, 'train without augmentation')
-    train_crop_mode: str = option('rrc', 'rrc, rkrc, rkrr (see timm) or pad (crop out of a padded image)',
-                                  choices=CROP_MODES)  # fmt: skip
-    scale: tuple[float, float] | None = option(None, 'area of the random crop, as shares of the image', within=POSITIVE)
-    ratio: tuple[float, float] | None = option(None, 'aspect ratio of the random crop', within=POSITIVE)
-    hflip: float = option(0.5, 'probability of a horizontal flip', within=PROPORTION)
-    vflip: float = option(0.0, 'probability of a vertical flip', within=PROPORTION)
-    color_jitter: float | None = option(None, 'strength of colour jitter (default: none)', within=NOT_NEGATIVE)
-    aa: str | None = option(None, "automatic augmentation, e.g. 'rand-m9-mstd0.5'")
-    reprob: float = option(0.0, 'probability of random erasing', within=PROPORTION)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ('scale', 'ratio'):
-            values = getattr(self, name)
-            if values is not None and not values[0] <= values[1]:
-                raise ConfigError(f'expected {name} to be two ascending numbers (got {values})')
 
 
 def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Callable[[PILImage.Image], Tensor]:
@@ -168,7 +134,9 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             at = (row + damaged) % rows
             image = decoded(self.split.rows[at][self.split.image_column], self.mode)
             if image is not None:
-                with drawn_from(self.seed, key) if self.training else contextlib.nullcontext():
+                with preserve_rng():
+                    if self.training:
+                        seed_rng(self.seed, key)
                     return self.transform(image), int(self.split.labels[at]), damaged
         if self.training:
             raise DataError(f'none of the {rows} training images can be read')
@@ -205,17 +173,6 @@ def _in_bytes(image: PILImage.Image) -> PILImage.Image:
     unit = image.mode == 'F' and peak <= 1
     scale = 1.0 if unit else 2.0 ** max(8, math.ceil(math.log2(max(peak, 1) + 1))) - 1
     return PILImage.fromarray((values.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
-
-
-@contextlib.contextmanager
-def drawn_from(*seeds: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global generators, which transforms draw from; they are restored after."""
-    with kept_generators():
-        words = np.random.SeedSequence(seeds).generate_state(3)
-        random.seed(int(words[0]))
-        np.random.seed(int(words[1]))
-        torch.default_generator.manual_seed(int(words[2]))
-        yield
 
 
 class EpochSampler(Sampler[int]):

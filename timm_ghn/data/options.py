@@ -1,11 +1,15 @@
-"""The options of a data set that every command with images has."""
+"""The options of a data set of images and of how its images are augmented."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from timm_ghn.errors import ConfigError
-from timm_ghn.runs.recipes import Options, option
+from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, PROPORTION, Options, option
+
+#: How training images are cropped: timm's random resized crop, its two resizes that keep the ratio, or a crop out of
+#: the image with an eighth of its size around it (arXiv 2110.13100: 4 of 32 pixels).
+CROP_MODES = ('rrc', 'rkrc', 'rkrr', 'pad')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,7 @@ class DataOptions(Options):
             there is one, else a tenth of the training split; never the test split.
         image_column: Column of images; None finds it by its type.
         label_column: Column of labels; None finds it by its type and name.
+        seed: Of the images that are held out, and of all else that is drawn.
 
     Raises:
         ConfigError: if there is no data set, or a share that leaves nothing.
@@ -36,6 +41,7 @@ class DataOptions(Options):
     )
     image_column: str | None = option(None, 'column of images (default: found by its type)')
     label_column: str | None = option(None, 'column of labels (default: found by its name or type)')
+    seed: int = option(0, 'of everything that is drawn', within=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,3 +57,30 @@ class DataOptions(Options):
             return float(self.val_split)
         except ValueError:
             return None
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformOptions(Options):
+    """How training images become tensors; the names are timm's. Every field is an option and a key of a recipe.
+
+    Raises:
+        ConfigError: if an option makes no sense.
+    """
+
+    no_aug: bool = option(False, 'train without augmentation')
+    train_crop_mode: str = option('rrc', 'rrc, rkrc, rkrr (see timm) or pad (crop out of a padded image)',
+                                  choices=CROP_MODES)  # fmt: skip
+    scale: tuple[float, float] | None = option(None, 'area of the random crop, as shares of the image', within=POSITIVE)
+    ratio: tuple[float, float] | None = option(None, 'aspect ratio of the random crop', within=POSITIVE)
+    hflip: float = option(0.5, 'probability of a horizontal flip', within=PROPORTION)
+    vflip: float = option(0.0, 'probability of a vertical flip', within=PROPORTION)
+    color_jitter: float | None = option(None, 'strength of colour jitter (default: none)', within=NOT_NEGATIVE)
+    aa: str | None = option(None, "automatic augmentation, e.g. 'rand-m9-mstd0.5'")
+    reprob: float = option(0.0, 'probability of random erasing', within=PROPORTION)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ('scale', 'ratio'):
+            values = getattr(self, name)
+            if values is not None and not values[0] <= values[1]:
+                raise ConfigError(f'expected {name} to be two ascending numbers (got {values})')

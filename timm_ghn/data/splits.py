@@ -84,9 +84,7 @@ class Splits:
     names: tuple[str, str]
 
 
-def load_splits(
-    options: DataOptions, *, seed: int = 0, shots: int | None = None, shots_seed: int | None = None
-) -> Splits:
+def load_splits(options: DataOptions, *, shots: int | None = None, shots_seed: int | None = None) -> Splits:
     """Load a data set and find its images, labels, classes and splits.
 
     A validation split that is held out has the classes of the training split in its proportions. Of a few-shot problem
@@ -94,7 +92,6 @@ def load_splits(
 
     Args:
         options: Which data set, and what of it.
-        seed: Of the images that are held out for validation.
         shots: Images of each class to train on; None for all.
         shots_seed: Draw the shots with this seed; None takes the first of each class in the order of the data set.
 
@@ -125,7 +122,7 @@ def load_splits(
     if share is None:
         held_out = None
     else:
-        held_out = _held_out(whole.labels, share, seed, np.array([]) if shots is None else chosen, names[0])
+        held_out = _held_out(whole.labels, share, options.seed, np.array([]) if shots is None else chosen, names[0])
         chosen = np.setdiff1d(chosen, held_out)
         _check_classes(whole.labels[chosen], classes, names[0])
     return Splits(

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm_ghn.data.images import TransformOptions
-from timm_ghn.data.options import DataOptions
+from timm_ghn.data.options import DataOptions, TransformOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.prediction.plan import HEAD_OPTIONS
 from timm_ghn.prediction.postprocess import PostProcess
@@ -20,17 +19,16 @@ from timm_ghn.runs.recipes import (
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_PROPORTION,
+    RunOptions,
     option,
     read_yaml,
 )
 
 #: Values of ``small_stem``.
 SMALL_STEM = ('auto', 'on', 'off')
-#: Values of ``mixed_precision``, which are those of accelerate.
-PRECISIONS = ('no', 'fp16', 'bf16')
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'model': 'start', 'image_size': 'images',
-          'epochs': 'training', 'seed': 'run',
+          'epochs': 'training', 'lr': 'training', 'seed': 'run', 'output': 'run', 'workers': 'run',
           'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
@@ -38,7 +36,7 @@ _OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneOptions(TransformOptions, DataOptions):
+class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
     """What to train, on what, and how. Every field is an option of the command line and a key of a recipe.
 
     Raises:
@@ -70,18 +68,13 @@ class FinetuneOptions(TransformOptions, DataOptions):
     )
     mixup: float = option(0.0, 'alpha of mixup', within=NOT_NEGATIVE)
     cutmix: float = option(0.0, 'alpha of cutmix', within=NOT_NEGATIVE)
-    smoothing: float = option(0.0, 'label smoothing', within=BELOW_ONE)
 
     epochs: int = option(10, 'epochs to train', within=POSITIVE)
     max_steps: int | None = option(None, 'stop after so many optimiser steps', within=POSITIVE)
-    time_limit: float | None = option(
-        None, 'stop, with a checkpoint, after so many minutes', within=POSITIVE, metavar='MINUTES'
-    )
     batch_size: int = option(64, 'images in a batch, of each process', within=POSITIVE)
     val_batch_size: int | None = option(None, 'images in a batch when validating (default: the same)', within=POSITIVE)
     grad_accum_steps: int = option(1, 'batches whose gradients are averaged for one step', within=POSITIVE)
     opt: str = option('adamw', 'optimiser of timm')
-    lr: float = option(1e-3, 'learning rate', within=POSITIVE)
     weight_decay: float = option(0.05, 'weight decay', within=NOT_NEGATIVE)
     momentum: float = option(0.9, 'momentum', within=NOT_NEGATIVE)
     decay_norms: bool = option(False, 'weight decay also on biases and norm layers, as in plain torch')
@@ -100,20 +93,10 @@ class FinetuneOptions(TransformOptions, DataOptions):
         8, 'batches for batch-norm statistics before training; not if pretrained', within=NOT_NEGATIVE
     )
 
-    seed: int = option(0, 'of everything that is drawn', within=NOT_NEGATIVE)
-    mixed_precision: str | None = option(
-        None, 'no, fp16 or bf16 (default: as accelerate is configured)', choices=PRECISIONS
-    )
+    workers: int = option(0, 'processes that load images, of each process', within=NOT_NEGATIVE)
     torchcompile: bool = option(False, 'compile the model')
     channels_last: bool = option(False, 'channels-last memory: often faster for convolutions, on a CPU too')
-    workers: int = option(0, 'processes that load images, of each process', within=NOT_NEGATIVE)
     output: Path = option(Path('finetune-out'), 'folder for results, checkpoints and weights', metavar='DIR')
-    resume: bool = option(False, 'go on from the last good checkpoint in the output folder')
-    checkpoint_steps: int | None = option(
-        None, 'steps between checkpoints (default: after each epoch)', within=POSITIVE
-    )
-    checkpoint_hist: int = option(2, 'checkpoints to keep', within=POSITIVE)
-    log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
 
     # No token: options are written into results, weights and trackers, and whoever lists the processes reads them.
     push_to_hub: str | None = option(None, 'push the best weights there when all is done', metavar='USER/NAME')

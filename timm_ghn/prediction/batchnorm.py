@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from timm_ghn.contexts import preserve_modes
 from timm_ghn.errors import ConfigError, PredictionError
-from timm_ghn.modes import kept_modes
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -50,7 +50,7 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
     momenta = {norm: norm.momentum for norm in norms}
     images = _Images(batches, device or _device(model))
     try:
-        with kept_modes(model):
+        with preserve_modes(model):
             _update(images, _OnlyNorms(model, norms))
         if not images.count:
             raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
@@ -78,7 +78,7 @@ def batch_statistics(model: M) -> Iterator[M]:
     """
     norms = _norms(model)
     tracked = [norm.track_running_stats for norm in norms]
-    with kept_modes(model):
+    with preserve_modes(model):
         try:
             model.eval()
             for norm in norms:

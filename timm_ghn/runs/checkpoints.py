@@ -1,30 +1,34 @@
 """Checkpoints of a run, whole or not at all.
 
-accelerate writes the state into a folder with another name; a manifest with the size and the hash of each file goes in
-last, everything is flushed to the disk, and only then the folder gets its name. A folder whose files do not agree with
-its manifest is passed over for the one before it.
+accelerate writes the state into a folder with a temporary name; a manifest with the size and the SHA-256 of each file
+goes in last, everything is flushed to the disk, and only then the folder gets its name. A folder whose files do not
+agree with its manifest is passed over for the one before it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from timm_ghn.errors import CheckpointError, TrainingError
+from timm_ghn.files import read_json, sha256_of, write_json, write_state_dict
 
+#: Folder of the checkpoints in the output folder of a run.
+CHECKPOINTS = 'checkpoints'
 MANIFEST = 'manifest.json'
 PROGRESS = 'progress.json'
 AVERAGE = 'average.safetensors'
@@ -33,140 +37,154 @@ _NAME = re.compile(r'step_(\d+)')
 _PARTIAL = '.partial'
 
 
-def save_checkpoint(
-    folder: Path,
-    accelerator: Accelerator,
-    progress: dict[str, Any],
-    *,
-    run: dict[str, Any],
-    average: nn.Module | None = None,
-    keep: int = 2,
-) -> Path:
-    """Write a checkpoint; all processes call it.
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a run; all of its processes call :meth:`save` and :meth:`load`.
 
-    Args:
-        folder: Of the checkpoints.
+    Attributes:
+        folder: Where they are.
         accelerator: Holds the model, the optimiser and so on.
-        progress: Where the run stands, as plain values; its 'step' names the checkpoint.
-        run: What must be the same for a run that goes on from here, as plain values.
+        identity: What must be the same for a run that goes on, as plain values.
+        defaults: What entries of ``identity`` were that a checkpoint of an earlier version does not have.
         average: Averaged weights.
         keep: How many to keep.
-
-    Raises:
-        TrainingError: if it cannot be written; those before it are still there.
     """
-    place = folder / f'step_{progress["step"]:08d}'
-    partial = place.with_name(place.name + _PARTIAL)
-    written = None
-    try:
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            tidy(folder)
+
+    folder: Path
+    accelerator: Accelerator
+    identity: Mapping[str, Any]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    average: nn.Module | None = None
+    keep: int = 2
+
+    def save(self, progress: dict[str, Any]) -> None:
+        """Write a checkpoint and remove the oldest.
+
+        Args:
+            progress: Where the run stands, as plain values; its 'step' names the checkpoint.
+
+        Raises:
+            TrainingError: if it cannot be written; those before it are still there.
+        """
+        place = self.folder / f'step_{progress["step"]:08d}'
+        partial = place.with_name(place.name + _PARTIAL)
+
+        def prepare() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean_up(self.folder)
             partial.mkdir()
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors have errors of their own for a full disk.
-        written = error
-    # No process may go on as if the checkpoint of all were there.
-    failed = any_process(accelerator, written is not None)
-    if accelerator.is_main_process and not failed:
-        try:
-            if average is not None:
-                save_file(_tensors(average), partial / AVERAGE)
-            _write_json(partial / PROGRESS, {'progress': progress, 'run': run})
-            _write_json(partial / MANIFEST, _manifest(partial))
-            _flush(partial)
+
+        def finish() -> None:
+            if self.average is not None:
+                write_state_dict(self.average.state_dict(), partial / AVERAGE, {})
+            write_json({'progress': progress, 'run': _plain(self.identity)}, partial / PROGRESS)
+            write_json(manifest_of(partial), partial / MANIFEST)
+            _flush(*(path for path in partial.rglob('*') if path.is_file()), partial)
             if place.exists():
                 shutil.rmtree(place)
             os.replace(partial, place)
-            _flush_folder(folder)
-            found = _checkpoints(folder)
+            _flush(self.folder)
+            found = checkpoints_in(self.folder)
             # What lies ahead was damaged, or this run would have gone on from there.
-            kept = found[: found.index(place) + 1][-keep:]
+            kept = found[: found.index(place) + 1][-self.keep :]
             for old in found:
                 if old not in kept:
                     shutil.rmtree(old)
-        except (OSError, SafetensorError) as error:
-            written = error
-    failed = any_process(accelerator, written is not None)
-    if failed:
-        if accelerator.is_main_process:
-            tidy(folder)
-        last = _checkpoints(folder)
-        raise TrainingError(
-            f'the checkpoint {str(place)!r} cannot be written: {written or "another process failed"}; '
+
+        main = self.accelerator.is_main_process
+        save_state = functools.partial(self.accelerator.save_state, str(partial))
+        for action, acts in ((prepare, main), (save_state, True), (finish, main)):
+            cause: Exception | None = None
+            try:
+                if acts:
+                    action()
+            except (OSError, RuntimeError, SafetensorError) as error:
+                # torch and safetensors have errors of their own for a full disk.
+                cause = error
+            # No process may go on as if the checkpoint of all were there.
+            if any_process(self.accelerator, cause is not None):
+                raise self._not_written(place, cause) from cause
+
+    def _not_written(self, place: Path, cause: Exception | None) -> TrainingError:
+        if self.accelerator.is_main_process:
+            clean_up(self.folder)
+        last = checkpoints_in(self.folder)
+        return TrainingError(
+            f'the checkpoint {str(place)!r} cannot be written: {cause or "another process failed"}; '
             + (f'the last good one is {last[-1].name!r}: ' if last else 'there is none before it: ')
             + 'make room and start again with --resume'
-        ) from written
-    return place
+        )
+
+    def load(self) -> dict[str, Any] | None:
+        """Read the last good checkpoint: where the run stands; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: if the last good one belongs to another run.
+        """
+        if self.accelerator.is_main_process:
+            clean_up(self.folder)
+        self.accelerator.wait_for_everyone()
+        for place in reversed(checkpoints_in(self.folder)):
+            flaw = damage(place)
+            if flaw is not None:
+                if self.accelerator.is_main_process:
+                    warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
+                continue
+            read = read_json(place / PROGRESS)
+            self._check_run(place, read['run'])
+            self.accelerator.load_state(str(place))
+            if self.average is not None:
+                self.average.load_state_dict(load_file(place / AVERAGE))
+            found: dict[str, Any] = read['progress']
+            return found
+        return None
+
+    def _check_run(self, place: Path, written: dict[str, Any]) -> None:
+        before = {**_plain(self.defaults), **written}
+        changed = [
+            f'{name} was {before.get(name)!r} and is {value!r}'
+            for name, value in sorted(_plain(self.identity).items())
+            if before.get(name) != value
+        ]
+        if changed:
+            raise CheckpointError(
+                f'{str(place)!r} is of another run ({"; ".join(changed[:3])}); choose another --output, or the same '
+                'options'
+            )
 
 
-def load_checkpoint(
-    folder: Path,
-    accelerator: Accelerator,
-    *,
-    run: dict[str, Any],
-    defaults: dict[str, Any] | None = None,
-    average: nn.Module | None = None,
-) -> dict[str, Any] | None:
-    """Read the last good checkpoint; all processes call it.
-
-    Args:
-        folder: Of the checkpoints.
-        accelerator: Gets the state of the model, the optimiser and so on.
-        run: What must be as it was when the checkpoint was written.
-        defaults: What entries of ``run`` were that a checkpoint of an earlier version does not have.
-        average: Gets the averaged weights.
-
-    Returns:
-        Where the run stands; None if there is no checkpoint.
-
-    Raises:
-        CheckpointError: if the last good one belongs to another run.
-    """
-    for place in reversed(_checkpoints(folder)):
-        flaw = damage(place)
-        if flaw is not None:
-            if accelerator.is_main_process:
-                warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
-            continue
-        read = _read_json(place / PROGRESS)
-        _check_run(place, {**(defaults or {}), **read['run']}, run)
-        accelerator.load_state(str(place))
-        if average is not None:
-            average.load_state_dict(load_file(place / AVERAGE))
-        found: dict[str, Any] = read['progress']
-        return found
-    return None
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Those that are complete, the oldest first."""
+    found = [place for place in folder.glob('step_*') if _NAME.fullmatch(place.name) and place.is_dir()]
+    return sorted(found, key=lambda place: int(place.name.removeprefix('step_')))
 
 
 def damage(place: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     reading = 'manifest'
     try:
-        manifest = _read_json(place / MANIFEST)
+        manifest = read_json(place / MANIFEST)
         for name, (size, digest) in manifest.items():
             file = place / name
             if not file.is_file():
                 return f'{name} is missing'
             if file.stat().st_size != size:
                 return f'{name} has {file.stat().st_size} of {size} bytes'
-            if _digest(file) != digest:
+            if sha256_of(file) != digest:
                 return f'{name} has changed'
         if PROGRESS not in manifest:
             return f'{PROGRESS} is missing'
         reading = 'progress'
-        read = _read_json(place / PROGRESS)
+        read = read_json(place / PROGRESS)
         if not all(isinstance(read[part], dict) for part in ('progress', 'run')):
             raise ValueError('it does not say where which run stands')
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except (CheckpointError, OSError, ValueError, TypeError, LookupError) as error:
         return f'its {reading} cannot be read ({" ".join(str(error).split()) or type(error).__name__})'
     return None
 
 
-def tidy(folder: Path) -> None:
-    """Remove what runs that were killed left unfinished, and give its name to a checkpoint that lacks no more."""
+def clean_up(folder: Path) -> None:
+    """Remove what killed runs left unfinished; a checkpoint that lacks its name alone gets it."""
     for partial in folder.glob(f'step_*{_PARTIAL}'):
         place = partial.with_name(partial.name.removesuffix(_PARTIAL))
         if damage(partial) is None and not place.exists():
@@ -175,72 +193,31 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Those that have their name, the oldest first."""
-    found = [place for place in folder.glob('step_*') if _NAME.fullmatch(place.name) and place.is_dir()]
-    return sorted(found, key=lambda place: int(place.name.removeprefix('step_')))
-
-
-def _check_run(place: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    was, now = (json.loads(json.dumps(values, default=str)) for values in (was, now))
-    changed = [
-        f'{name} was {was.get(name)!r} and is {value!r}'
-        for name, value in sorted(now.items())
-        if was.get(name) != value
-    ]
-    if changed:
-        raise CheckpointError(
-            f'{str(place)!r} is of another run ({"; ".join(changed[:3])}); choose another --output, or the same options'
-        )
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    # Tied tensors share memory, which the format has no word for.
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-
-
-def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    files = sorted(path for path in folder.rglob('*') if path.is_file())
-    return {path.relative_to(folder).as_posix(): (path.stat().st_size, _digest(path)) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open('rb') as file:
-        found = hashlib.sha256()
-        read: Callable[[], bytes] = lambda: file.read(1 << 20)  # noqa: E731
-        for part in iter(read, b''):
-            found.update(part)
-    return found.hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding='utf-8'))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding='utf-8')
-
-
-def _flush(folder: Path) -> None:
-    """Have all files of a folder on the disk before it gets its name."""
-    for path in folder.rglob('*'):
-        if path.is_file():
-            with path.open('rb') as file:
-                os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != 'posix':
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def manifest_of(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file in a folder."""
+    files = (path for path in folder.rglob('*') if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files}
 
 
 def any_process(accelerator: Accelerator, value: bool) -> bool:
     """Whether a value is true in any process; also the point where they wait for one another."""
     flag = torch.tensor([float(value)], device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction='sum').item() > 0)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
+    return found
+
+
+def _flush(*paths: Path) -> None:
+    """Have files and folders on the disk."""
+    if os.name != 'posix':
+        return
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

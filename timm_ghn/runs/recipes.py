@@ -83,6 +83,27 @@ class Options:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions(Options):
+    """What every run of training is told. Every field is an option of the command line and a key of a recipe."""
+
+    output: Path = option(Path('out'), 'folder for the log, checkpoints and weights', metavar='DIR')
+    resume: bool = option(False, 'go on from the last good checkpoint in the output folder')
+    checkpoint_steps: int | None = option(
+        None, 'steps between checkpoints (default: after each epoch)', within=POSITIVE
+    )
+    checkpoint_hist: int = option(2, 'checkpoints to keep', within=POSITIVE)
+    time_limit: float | None = option(
+        None, 'stop, with a checkpoint, after so many minutes', within=POSITIVE, metavar='MINUTES'
+    )
+    mixed_precision: str | None = option(
+        None, 'no, fp16 or bf16 (default: as accelerate is configured)', choices=('no', 'fp16', 'bf16')
+    )
+    log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
+    lr: float = option(1e-3, 'learning rate', within=POSITIVE)
+    smoothing: float = option(0.0, 'label smoothing', within=BELOW_ONE)
+
+
 def converted(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values in the types that the annotations of a dataclass ask for, and within the ranges of its options.
 
@@ -229,14 +250,14 @@ def add_arguments(parser: argparse.ArgumentParser, options: Any, groups: Mapping
     Args:
         parser: Gets the options.
         options: Dataclass of the options.
-        groups: Headings of the help, by the option that each begins with.
+        groups: Headings of the help in their order, by the options with which they begin or go on.
     """
     parser.add_argument('--config', type=Path, metavar='FILE', help='recipe in YAML; other options override it')
     hints = typing.get_type_hints(options)
+    sections = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(groups.values())}
     group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(options):
-        if field.name in groups:
-            group = parser.add_argument_group(groups[field.name])
+        group = sections[groups[field.name]] if field.name in groups else group
         kinds, _ = _kinds(hints[field.name])
         kind = kinds[0] if kinds else None
         flag = '--' + field.name.replace('_', '-')

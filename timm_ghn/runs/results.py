@@ -1,4 +1,4 @@
-"""What a run leaves for people: a line of JSON for each epoch, and a picture of the curves."""
+"""The log of a run: a line of JSON for the run, for each evaluation, and for its end."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from timm_ghn.errors import ConfigError
+from timm_ghn.files import atomic_write
 from timm_ghn.version import __version__
 
 RESULTS = 'results.jsonl'
@@ -33,12 +33,12 @@ def versions() -> dict[str, str]:
 
 
 class Results:
-    """The file of results: first the run, then a line for each evaluation, then the summary.
+    """The log on the disk: first the run, then a line for each evaluation, then the summary.
 
     Args:
         folder: Where it is.
-        resume: For a run that goes on: an entry of the lines and where it stood; lines that lie behind are dropped,
-            since they will be written again. None begins a new file.
+        resume: For a run that goes on: an entry by which lines are ordered, and where it stood in the checkpoint;
+            lines after that are dropped, since they will be written again. None begins a new file.
     """
 
     def __init__(self, folder: Path, *, resume: tuple[str, float] | None = None) -> None:
@@ -47,9 +47,8 @@ class Results:
         kept = []
         if resume is not None and self.path.exists():
             kept = [line for line in read_results(self.path) if _before(line, *resume)]
-        part = self.path.with_name(f'.{RESULTS}')
-        part.write_text(''.join(to_json(line) + '\n' for line in kept), encoding='utf-8')
-        os.replace(part, self.path)
+        with atomic_write(self.path) as part:
+            part.write_text(''.join(to_json(line) + '\n' for line in kept), encoding='utf-8')
 
     def add(self, kind: str, values: dict[str, Any]) -> None:
         """Append a line; it is on the disk when this returns."""
@@ -102,35 +101,3 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             stacklevel=2,
         )
     return lines
-
-
-def points(lines: Iterable[dict[str, Any]], kind: str, x: str, y: str) -> list[tuple[float, float]]:
-    """A curve of the lines of a kind, of those that have both numbers."""
-    pairs = [(line.get(x), line.get(y)) for line in lines if line['kind'] == kind]
-    return [(a, b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
-
-
-def plot_curves(lines: list[dict[str, Any]], path: Path, title: str) -> bool:
-    """Draw loss and accuracy over epochs; False where matplotlib is not installed."""
-    try:
-        from timm_ghn.plots import new_figure
-    except ConfigError:
-        return False
-    figure = new_figure((9, 3.6), title)
-    losses, accuracies = figure.subplots(1, 2)
-    for axis, curves in (
-        (losses, {'training loss': 'train_loss', 'validation loss': 'val_loss'}),
-        (accuracies, {'validation accuracy': 'val_top1', 'of averaged weights': 'ema_top1'}),
-    ):
-        for label, key in curves.items():
-            curve = points(lines, 'epoch', 'epoch', key)
-            if curve:
-                axis.plot(*zip(*curve, strict=True), marker='.', label=label)
-        axis.set_xlabel('epochs trained')
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
-    losses.set_ylabel('cross-entropy')
-    accuracies.set_ylabel('%')
-    figure.savefig(path, dpi=120)
-    return True

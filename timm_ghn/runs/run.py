@@ -1,9 +1,14 @@
-"""What all runs of training do: go on from a checkpoint, stop in time, say and write down how it goes."""
+"""The engine of a training run: it goes on from a checkpoint, stops in time, keeps the log, and ends.
+
+A subclass of :class:`Run` says what a step, an epoch and an evaluation are.
+"""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
+import datetime
 import errno
 import logging
 import math
@@ -13,144 +18,111 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import InitProcessGroupKwargs
+from timm.utils import ModelEmaV3
 from torch import nn
+from tqdm import tqdm
 
+from timm_ghn.contexts import restore_global_state
 from timm_ghn.errors import ConfigError, TrainingError
-from timm_ghn.generators import kept_generators
-from timm_ghn.runs.checkpoints import any_process, load_checkpoint, save_checkpoint, tidy
-from timm_ghn.runs.results import Results
+from timm_ghn.runs.checkpoints import CHECKPOINTS, Checkpoints, any_process, checkpoints_in
+from timm_ghn.runs.recipes import RunOptions
+from timm_ghn.runs.results import CURVES, RESULTS, Results, read_results, versions
 
 if sys.platform != 'win32':
     import fcntl
 
-#: Folder of the checkpoints in the output folder.
-CHECKPOINTS = 'checkpoints'
 #: File in the output folder that the main process of a run locks.
 _LOCK = '.lock'
-#: Steps after which several processes ask one another whether to end; each time they wait for the slowest.
-_AGREE = 16
+#: How long processes on CPUs wait for one another. The half hour of torch would end a run whose processes were stopped
+#: for longer (by SIGSTOP, or with the machine), and SIGTERM could not give it a checkpoint any more. One that dies is
+#: noticed at once, since its connections close.
+_PATIENCE = datetime.timedelta(days=1)
+#: Most steps, and about the seconds, between two times that several processes ask one another whether to stop.
+_MOST_STEPS, _ASK_SECONDS = 16, 1.0
+#: A second SIGTERM within so many seconds is the same one: launchers pass on what schedulers send to all processes.
+_SAME_SIGNAL_SECONDS = 10.0
+
+OptionsType = TypeVar('OptionsType', bound=RunOptions)
+ProgressType = TypeVar('ProgressType', bound='Progress')
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, as checkpoints keep it.
+
+    Attributes:
+        step: Optimiser steps done.
+        seconds: Time spent before this process went on with the run.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls: type[ProgressType], values: Mapping[str, Any]) -> ProgressType:
+        """What a checkpoint holds."""
+        return cls(**values)
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave what belongs to the whole process as a run finds it: accelerate's settings, the random generators.
+def session(options: RunOptions, module: str, **arguments: Any) -> Iterator[Accelerator]:
+    """The accelerator of a run, which has its output folder for itself and leaves the process as it finds it.
 
-    Settings of accelerate that the caller made, by an accelerator of their own, stay too, and hold for the run.
+    Settings of accelerate that the caller made, by an accelerator of their own, stay, and hold for the run.
+
+    Args:
+        options: Of the run.
+        module: What ``accelerate launch`` starts.
+        **arguments: More of accelerate's.
+
+    Raises:
+        ConfigError: if accelerate refuses the options, if the tracker is not installed, if another run is at work in
+            the folder, or if there are checkpoints and the run is not to go on.
     """
     own = not is_initialized()
     try:
-        with kept_generators():
-            yield
+        with restore_global_state():
+            accelerator = _build_accelerator(options, module, arguments)
+            with _locked(options.output) if accelerator.is_main_process else contextlib.nullcontext():
+                if not options.resume and checkpoints_in(options.output / CHECKPOINTS):
+                    raise ConfigError(
+                        f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output'
+                    )
+                yield accelerator
     finally:
         if own:
             # Else the next run would have the precision of this one, whatever it asks for.
             AcceleratorState._reset_state()
 
 
-def local_arguments(arguments: dict[str, Any]) -> list[str]:
-    """Which arguments name files or folders of this machine: those who read the results elsewhere cannot tell."""
-    named = {name: arguments.get(name) for name in ('dataset', 'init')}
-    return [name for name, value in named.items() if value and os.path.exists(os.path.expanduser(str(value)))]
-
-
-class RunOptions(Protocol):
-    """What the options of every run say."""
-
-    @property
-    def output(self) -> Path:
-        """Folder of all that the run writes."""
-
-    @property
-    def resume(self) -> bool:
-        """Whether to go on from the last good checkpoint."""
-
-    @property
-    def time_limit(self) -> float | None:
-        """Minutes after which to stop."""
-
-    @property
-    def checkpoint_hist(self) -> int:
-        """Checkpoints to keep."""
-
-    @property
-    def mixed_precision(self) -> str | None:
-        """Precision of the networks; None as accelerate says."""
-
-    @property
-    def log_with(self) -> str | None:
-        """A tracker."""
-
-
-@contextlib.contextmanager
-def exclusive_output(options: RunOptions, *, main: bool) -> Iterator[None]:
-    """Keep other runs out of the output folder until the context ends, and refuse one that holds a run already.
-
-    The main process locks a file in the folder; the lock ends with the process, however that ends. Where the system
-    has no such locks (Windows, some network file systems), nothing is locked.
-
-    Args:
-        options: Of the run.
-        main: Whether this is the main process.
-
-    Raises:
-        ConfigError: if another run is at work there, or if there are checkpoints and the run is not to go on.
-    """
-    with _locked(options.output) if main else contextlib.nullcontext():
-        if not options.resume and any((options.output / CHECKPOINTS).glob('step_*[0-9]')):
-            raise ConfigError(f'{str(options.output)!r} holds a run: go on with --resume, or choose another --output')
-        yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if sys.platform == 'win32':
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    # A lock of the process, which workers that are forked do not share: they may outlive it by seconds.
-    with (folder / _LOCK).open('w') as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ConfigError(
-                    f'another run is at work in {str(folder)!r}: wait for its end, or choose another --output'
-                ) from error
-        yield
-
-
-def build_accelerator(options: RunOptions, module: str, **arguments: Any) -> Accelerator:
-    """The accelerator of a run; in several processes where ``accelerate launch`` started them.
-
-    Args:
-        options: Of the run.
-        module: What was launched, for the warning that processes are missing.
-        **arguments: More of accelerate's.
-
-    Raises:
-        ConfigError: if accelerate refuses the options, or if the tracker is not installed.
-    """
+def _build_accelerator(options: RunOptions, module: str, arguments: dict[str, Any]) -> Accelerator:
     if _lost_processes():
         warnings.warn(
             'accelerate launch starts one process on a CPU, whatever --num_processes says, unless MPI starts them; '
             f"'accelerate launch --multi_gpu --num_processes N -m {module}' starts N, on a CPU too",
-            stacklevel=3,
+            stacklevel=5,
         )
+    cpu = not torch.accelerator.is_available()
+    # NCCL refuses several processes on one GPU, which a GHN for small networks needs to keep it busy.
+    shared_gpu = 0 < torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    backend: dict[str, Any] = {'backend': 'gloo'} if shared_gpu else {}
     try:
         accelerator = Accelerator(
             # Without this, several processes that another launcher started would not find one another on a CPU.
-            cpu=not torch.accelerator.is_available(),
+            cpu=cpu,
             mixed_precision=options.mixed_precision,
             log_with=options.log_with,
             project_dir=options.output,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE, **backend)] if cpu or shared_gpu else None,
             **arguments,
         )
     except ValueError as error:
@@ -167,43 +139,257 @@ def _lost_processes() -> bool:
     return on_cpu and 'MASTER_PORT' in os.environ and not any(name in os.environ for name in ranks)
 
 
-class Run:
-    """A run in progress.
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder: lock a file in it until the context or the process ends, however that ends.
+
+    Where the system has no such locks (Windows, some network file systems), nothing is locked.
+    """
+    if sys.platform == 'win32':
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock of the process, which workers that are forked do not share: they may outlive it by seconds.
+    with (folder / _LOCK).open('w') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f'another run is at work in {str(folder)!r}: wait for its end, or choose another --output'
+                ) from error
+        yield
+
+
+def _local_arguments(arguments: dict[str, Any]) -> list[str]:
+    """Which arguments name files or folders of this machine: those who read the results elsewhere cannot tell."""
+    named = {name: arguments.get(name) for name in ('dataset', 'init')}
+    return [name for name, value in named.items() if value and os.path.exists(os.path.expanduser(str(value)))]
+
+
+class Run(abc.ABC, Generic[OptionsType, ProgressType]):
+    """A run of training in one or several processes.
 
     Args:
         options: Of the run.
-        accelerator: Its processes.
-        started: When it began, of ``time.monotonic``.
-        logger: Where the main process says what it does.
+        accelerator: Its processes, see :func:`session`.
+
+    Attributes:
+        progress: Where the run stands.
+        facts: First line of the log: the options, what they led to, and the versions.
+        average: Exponential moving average of the weights, if there is one.
     """
 
-    def __init__(self, options: RunOptions, accelerator: Accelerator, started: float, logger: logging.Logger) -> None:
-        self._settings = options
-        self.accelerator = accelerator
-        self.started = started
-        self.facts: dict[str, Any] = {}
-        self.results: Results | None = None
-        self._logger = logger
-        self._terminated = False
-        self._asked = 0
-        self._agreed = False
+    #: Entry of the progress and of the lines of the log by which they are ordered.
+    ordered_by: ClassVar[str]
+    #: Options that may change when a run goes on.
+    may_change: ClassVar[tuple[str, ...]]
+    logger: ClassVar[logging.Logger]
 
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """Let SIGTERM stop the run with a checkpoint, and end its trackers and processes when the context does."""
-        with self._terminable():
+    def __init__(self, options: OptionsType, accelerator: Accelerator, progress: ProgressType) -> None:
+        self.options = options
+        self.accelerator = accelerator
+        self.progress = progress
+        self.average: ModelEmaV3 | None = None
+        self.facts: dict[str, Any] = {
+            'arguments': options.to_dict(),
+            'local': _local_arguments(options.to_dict()),
+            'processes': accelerator.num_processes,
+            'versions': versions(),
+            'device': accelerator.device.type,
+        }
+        self._started = time.monotonic()
+        self._results: Results | None = None
+        self._saved_step: int | None = None
+        self._terminated: float | None = None
+        self._stopping = False
+        self._steps_between = self._unasked_steps = 0
+        self._asked = self._started
+
+    # What a subclass says.
+
+    @property
+    @abc.abstractmethod
+    def finished(self) -> bool:
+        """Whether all is done."""
+
+    @property
+    @abc.abstractmethod
+    def trained(self) -> nn.Module:
+        """The network that is trained, without what accelerate wraps around it."""
+
+    @abc.abstractmethod
+    def train(self) -> None:
+        """Train until all is done, or until :meth:`should_stop`."""
+
+    @abc.abstractmethod
+    def finish(self) -> dict[str, Any]:
+        """Write what the run is for, whether it is finished or not; gives more entries of the last line of the log."""
+
+    @abc.abstractmethod
+    def plot(self, log: list[dict[str, Any]], path: Path) -> None:
+        """Draw the curves; a :class:`ConfigError` without matplotlib."""
+
+    def begin(self) -> None:
+        """What comes before the first step."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same when the run goes on."""
+        return {name: value for name, value in self.options.to_dict().items() if name not in self.may_change}
+
+    # What every run does.
+
+    def run(self) -> list[dict[str, Any]]:
+        """Go on from the last good checkpoint, or begin; train until all is done or a limit is met.
+
+        SIGTERM, by which schedulers announce the end of a job, stops the run with a checkpoint; then the process ends
+        by it.
+
+        Returns:
+            The log.
+        """
+        with self._stop_at_sigterm():
             try:
-                yield
+                self._start()
+                self.train()
+                return self._end()
             finally:
                 self.accelerator.end_training()
                 self.accelerator.free_memory()
 
-    @contextlib.contextmanager
-    def _terminable(self) -> Iterator[None]:
-        """Let SIGTERM, by which schedulers announce the end of a job, stop the run with a checkpoint.
+    def _start(self) -> None:
+        options, key = self.options, self.ordered_by
+        found = self._checkpoints.load() if options.resume else None
+        if found is not None:
+            self.progress = self.progress.of(found)
+            self._saved_step = self.progress.step
+        if self.accelerator.is_main_process:
+            self._results = Results(options.output, resume=None if found is None else (key, found[key]))
+        if options.log_with is not None:
+            # What every tracker takes as hyper-parameters.
+            config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.to_dict().items()}
+            self.accelerator.init_trackers('timm_ghn', config=config)
+        if found is None:
+            self.record('run', self.facts)
+            self.begin()
+        else:
+            self.say('going on from step %d', self.progress.step)
 
-        The process ends by it when the context does. A second one ends it at once.
+    def _end(self) -> list[dict[str, Any]]:
+        output = self.options.output
+        if self._saved_step != self.progress.step:
+            self.save_checkpoint()
+        if not self.finished:
+            self.say('stopped after %d steps; go on with --resume', self.progress.step)
+        self.expect_finite_weights()
+        values = self.finish()
+        self.record('end', {**values, 'finished': self.finished, 'seconds': self.seconds})
+        if self.accelerator.is_main_process:
+            try:
+                self.plot(read_results(output / RESULTS), output / CURVES)
+            except ConfigError:
+                self.say('no picture of the curves: matplotlib is not installed')
+        self.accelerator.wait_for_everyone()
+        return read_results(output / RESULTS)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the run, in the processes before this one too."""
+        return round(self.progress.seconds + time.monotonic() - self._started, 3)
+
+    @property
+    def weights(self) -> list[nn.Module]:
+        """What has weights that are written: the network, and its average."""
+        return [self.trained, *([self.average.module] if self.average is not None else [])]
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        options = self.options
+        defaults = {field.name: field.default for field in dataclasses.fields(options)}
+        folder = options.output / CHECKPOINTS
+        return Checkpoints(
+            folder, self.accelerator, self.identity, defaults, self.average, keep=options.checkpoint_hist
+        )
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint, unless weights are not finite; all processes call it."""
+        self.expect_finite_weights()
+        self._checkpoints.save({**dataclasses.asdict(self.progress), 'seconds': self.seconds})
+        self._saved_step = self.progress.step
+
+    def should_stop(self) -> bool:
+        """Whether the time is up or the process is to end; all processes call it after each step, and agree.
+
+        They ask one another at the first step, and then about once a second: each time they wait for the slowest.
         """
+        limit, now = self.options.time_limit, time.monotonic()
+        stop = self._terminated is not None or (limit is not None and now - self._started > 60 * limit)
+        if self.accelerator.num_processes == 1:
+            return stop
+        if not self._stopping and self._unasked_steps == 0:
+            asked = torch.tensor([float(stop), now - self._asked], device=self.accelerator.device)
+            self._asked = now
+            stopping, waited = self.accelerator.reduce(asked, reduction='mean').tolist()
+            self._stopping = stopping > 0
+            fitting = _ASK_SECONDS * max(1, self._steps_between) / max(waited, 1e-9)
+            self._steps_between = self._unasked_steps = int(min(max(fitting, 1), _MOST_STEPS))
+        self._unasked_steps -= 1
+        return self._stopping
+
+    def expect_finite_weights(self) -> None:
+        """Refuse to go on, and above all to write anything, with weights that are lost; all processes call it.
+
+        Raises:
+            TrainingError: if parameters or buffers are not finite.
+        """
+        finite = [parameter.isfinite().all() for module in self.weights for parameter in module.parameters()]
+        # Constant buffers may be masks of minus infinity.
+        finite += [(b < math.inf).all() for module in self.weights for b in module.buffers() if b.is_floating_point()]
+        if any_process(self.accelerator, not bool(torch.stack(finite).all())):
+            raise self._lost(f'weights are not finite after step {self.progress.step}')
+
+    def expect_finite_loss(self, loss: float) -> None:
+        """Refuse to go on with a loss that is not finite.
+
+        Raises:
+            TrainingError: if it is not.
+        """
+        if not math.isfinite(loss):
+            raise self._lost(f'the loss is {loss} by step {self.progress.step}')
+
+    def _lost(self, what: str) -> TrainingError:
+        left = checkpoints_in(self.options.output / CHECKPOINTS)
+        return TrainingError(
+            f'{what}; begin again with a smaller --lr or --clip-grad, or from another start'
+            + ('. The checkpoints before it are in the output folder' if left else '')
+        )
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Append a line to the log."""
+        if self._results is not None:
+            self._results.add(kind, values)
+
+    def record_metrics(self, kind: str, values: dict[str, Any]) -> None:
+        """Append metrics to the log, and give their numbers to the tracker."""
+        values = {**values, 'seconds': self.seconds}
+        self.record(kind, values)
+        if self.options.log_with is not None:
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=self.progress.step)
+
+    def say(self, text: str, *values: Any) -> None:
+        """Log a message in the main process."""
+        if self.accelerator.is_main_process:
+            self.logger.info(text, *values)
+
+    def progress_bar(self, batches: Iterable[Any] | None = None, **arguments: Any) -> Any:
+        """tqdm's progress bar, shown by the main process on a terminal."""
+        return tqdm(batches, disable=None if self.accelerator.is_main_process else True, **arguments)
+
+    @contextlib.contextmanager
+    def _stop_at_sigterm(self) -> Iterator[None]:
+        """Let SIGTERM be noted until the context ends, and end the process then; a second one ends it at once."""
         previous = signal.getsignal(signal.SIGTERM)
         if previous is None or threading.current_thread() is not threading.main_thread():
             # A handler that Python cannot put back, or a thread that may not set one.
@@ -211,93 +397,17 @@ class Run:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            self._terminated = True
-            signal.signal(signal.SIGTERM, previous)
+            now = time.monotonic()
+            if self._terminated is None:
+                self._terminated = now
+            elif now - self._terminated >= _SAME_SIGNAL_SECONDS:
+                signal.signal(signal.SIGTERM, previous)
+                signal.raise_signal(signal.SIGTERM)
 
         signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
-            if self._terminated:
+            if self._terminated is not None:
                 signal.raise_signal(signal.SIGTERM)
-
-    def _restored(self, identity: dict[str, Any], average: nn.Module | None, entry: str) -> dict[str, Any] | None:
-        """Read the last good checkpoint if the run is to go on, and open the results.
-
-        Args:
-            identity: What must be as it was.
-            average: Gets the averaged weights.
-            entry: Of the progress and of the results: lines behind where the progress stands are dropped.
-
-        Returns:
-            The progress; None for a run that begins.
-        """
-        options, main = self._settings, self.accelerator.is_main_process
-        found = None
-        if options.resume:
-            if main:
-                tidy(options.output / CHECKPOINTS)
-            self.accelerator.wait_for_everyone()
-            found = load_checkpoint(
-                options.output / CHECKPOINTS,
-                self.accelerator,
-                run=identity,
-                defaults=self._defaults(),
-                average=average,
-            )
-        if main:
-            self.results = Results(options.output, resume=(entry, found[entry]) if found is not None else None)
-        return found
-
-    def _defaults(self) -> dict[str, Any]:
-        """What the options are that a run of before did not have yet."""
-        return {field.name: field.default for field in dataclasses.fields(self._settings)}  # type: ignore[arg-type]
-
-    def _expect_finite_weights(self, step: int, *modules: nn.Module | None) -> None:
-        """Refuse to go on, and above all to write anything, with weights that are lost; all processes call it.
-
-        Raises:
-            TrainingError: if parameters or buffers are not finite.
-        """
-        kept = [module for module in modules if module is not None]
-        finite = [parameter.isfinite().all() for module in kept for parameter in module.parameters()]
-        # Constant buffers may be masks of minus infinity.
-        finite += [(b < math.inf).all() for module in kept for b in module.buffers() if b.is_floating_point()]
-        lost = not bool(torch.stack(finite).all())
-        if any_process(self.accelerator, lost):
-            left = any((self._settings.output / CHECKPOINTS).glob('step_*[0-9]'))
-            raise TrainingError(
-                f'weights are not finite after step {step}; begin again with a smaller --lr or --clip-grad, or from '
-                'another start' + ('. The checkpoints before it are in the output folder' if left else '')
-            )
-
-    def _save(self, progress: dict[str, Any], identity: dict[str, Any], average: nn.Module | None) -> None:
-        options = self._settings
-        save_checkpoint(
-            options.output / CHECKPOINTS,
-            self.accelerator,
-            progress,
-            run=identity,
-            average=average,
-            keep=options.checkpoint_hist,
-        )
-
-    def _late(self) -> bool:
-        """Whether the time is up or the process is to end; all processes agree."""
-        limit = self._settings.time_limit
-        late = self._terminated or (limit is not None and time.monotonic() - self.started > 60 * limit)
-        if self.accelerator.num_processes == 1:
-            return late
-        self._asked += 1
-        if not self._agreed and (limit is not None or self._asked % _AGREE == 0):
-            self._agreed = any_process(self.accelerator, late)
-        return self._agreed
-
-    def _record(self, kind: str, values: dict[str, Any]) -> None:
-        if self.results is not None:
-            self.results.add(kind, values)
-
-    def _say(self, text: str, *values: Any) -> None:
-        if self.accelerator.is_main_process:
-            self._logger.info(text, *values)

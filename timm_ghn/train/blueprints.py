@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_ghn.architectures.architecture import Architecture
+from timm_ghn.contexts import preserve_rng
 from timm_ghn.errors import CheckpointError
 from timm_ghn.files import atomic_write
 from timm_ghn.graph.build import trace
@@ -106,8 +107,7 @@ def use_batch_statistics_(network: nn.Module) -> nn.Module:
 
 def _examine(architecture: Architecture, rules: str) -> tuple[Graph, dict[str, Tensor]]:
     """Trace an architecture, and initialise what is not predicted, always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with preserve_rng(0):
         model = architecture.build('cpu').eval()
     graph = trace(model, input_size=architecture.input_size, rules=rules)
     plan = plan_parameters(graph, ANY_GHN, head='predict')

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -20,15 +18,15 @@ from timm_ghn.devices import device_of
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import check_output
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.plots import SUFFIXES
-from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, option, read_recipe
+from timm_ghn.runs.recipes import POSITIVE, option, read_recipe
 from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.options import TrainOptions
 from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'dataset': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'batch_size': 'run'}
+GROUPS = {'dataset': 'data', 'image_size': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'seed': 'run',
+          'batch_size': 'run'}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,6 @@ class EvaluateOptions(DataOptions):
     )
 
     batch_size: int = option(64, 'images whose statistics batch normalisation uses', within=POSITIVE)
-    seed: int = option(0, 'of what is drawn', within=NOT_NEGATIVE)
     device: str = option('cpu', "where to compute, e.g. 'cuda'")
     cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
     json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
@@ -124,12 +121,15 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
         ConfigError: if the GHN was trained for another number of classes than the data set has.
         GHNError: if the GHN, the data or an architecture cannot be had.
     """
-    for path, suffixes in ((options.json, ('.json',)), (options.plot, SUFFIXES)):
-        if path is not None:
-            check_output(path, suffixes)
+    if options.json is not None:
+        check_output(options.json, ('.json',))
+    if options.plot is not None:
+        from timm_ghn.plots import SUFFIXES
+
+        check_output(options.plot, SUFFIXES)
     device = device_of(options.device)
     ghn = load_ghn(options.ghn, device=device)
-    splits = load_splits(options, seed=options.seed)
+    splits = load_splits(options)
     if ghn.config.num_classes != len(splits.classes):
         raise ConfigError(
             f'{options.ghn!r} predicts classifiers of {ghn.config.num_classes} classes, but {options.dataset!r} has '
@@ -158,24 +158,10 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
         }
         options.json.write_text(to_json(record, indent=1) + '\n', encoding='utf-8')
     if options.plot is not None:
-        _plot(rows, options.plot, 100 / len(splits.classes))
+        from timm_ghn.plots import plot_families
+
+        families: dict[str, list[float]] = {}
+        for row in rows:
+            families.setdefault(row.family, []).append(row.top1)
+        plot_families(families, options.plot, chance=100 / len(splits.classes))
     return tuple(rows)
-
-
-def _plot(rows: Sequence[Evaluation], path: Path, chance: float) -> None:
-    """A point for each network, by family."""
-    from timm_ghn.plots import new_figure
-
-    families: dict[str, list[float]] = {}
-    for row in rows:
-        families.setdefault(row.family, []).append(row.top1)
-    figure: Any = new_figure((1.5 + 0.6 * len(families), 3.6))
-    axis = figure.subplots()
-    for place, values in enumerate(families.values()):
-        axis.plot([place] * len(values), values, 'o', color='#00798c', alpha=0.6)
-        axis.plot([place - 0.3, place + 0.3], [sum(values) / len(values)] * 2, color='#d1495b')
-    axis.axhline(chance, color='#999999', linestyle=':', label='chance')
-    axis.set_xticks(range(len(families)), list(families), rotation=40, ha='right', fontsize=8)
-    axis.set_ylabel('accuracy, predicted, no training, %')
-    axis.legend()
-    figure.savefig(path, dpi=130)

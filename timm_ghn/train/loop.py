@@ -11,42 +11,31 @@ import dataclasses
 import functools
 import logging
 import math
-import os
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.pool import Pool
-from timm_ghn.architectures.samplers import (
-    ArchitectureSampler,
-    NamesSampler,
-    TimmSampler,
-    evaluation_set,
-    parts_of,
-    timm_parts,
-)
-from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images, training_batch
+from timm_ghn.architectures.samplers import NamesSampler, TimmSampler, evaluation_set, parts_of, timm_parts
+from timm_ghn.contexts import preserve_rng
+from timm_ghn.data.memory import evaluation_batches, load_images, training_batch
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, TrainingError
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.precision import sum_dtype
-from timm_ghn.runs.results import CURVES, RESULTS, read_results, versions
-from timm_ghn.runs.run import Run, build_accelerator, exclusive_output, local_arguments, undisturbed
+from timm_ghn.runs.run import Progress, Run, session
 from timm_ghn.train.blueprints import Blueprints
-from timm_ghn.train.curves import plot_training
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
 from timm_ghn.train.step import accuracies_of, sum_gradients, train_step
 
@@ -56,42 +45,28 @@ TRAINED = 'ghn'
 #: Normalisation of the images, which the GHN's configuration states.
 IMAGES = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
 
-#: Options that may change when a run goes on.
-_FREE = (
-    'init',
-    'output',
-    'resume',
-    'cache',
-    'time_limit',
-    'checkpoint_steps',
-    'checkpoint_hist',
-    'log_with',
-    'log_steps',
-)
-
 #: Rate of AdamW beside Muon, whose updates are a fifth of its rate.
 _FALLBACK = 0.5
 
-_logger = logging.getLogger('timm_ghn.train')
-
 
 @dataclasses.dataclass
-class Progress:
+class TrainProgress(Progress):
     """Where a run stands.
 
     Attributes:
-        step: Steps done.
         skipped: Networks left out so far, because their loss or gradient was not finite.
-        barren: Steps in a row without a finite loss and gradient.
-        seconds: Time spent in earlier runs.
+        steps_without_finite_loss: Steps in a row without a finite loss and gradient.
         window: Sums since the last line of the log: losses, shares of images that were right, networks.
     """
 
-    step: int = 0
     skipped: int = 0
-    barren: int = 0
-    seconds: float = 0.0
+    steps_without_finite_loss: int = 0
     window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainProgress:
+        """What a checkpoint holds; the first version named an entry otherwise."""
+        return cls(**{{'barren': 'steps_without_finite_loss'}.get(name, name): value for name, value in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,60 +92,17 @@ def train(options: TrainOptions) -> Result:
     Raises:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
-    with undisturbed():
-        return _trained(options)
-
-
-def _trained(options: TrainOptions) -> Result:
-    started = time.monotonic()
-    shared_gpu = 0 < torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    accelerator = build_accelerator(
-        options,
-        'timm_ghn.train',
-        # NCCL refuses several processes on one GPU, which a GHN for small networks needs to keep it busy.
-        kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')] if shared_gpu else None,
-    )
-    with exclusive_output(options, main=accelerator.is_main_process):
-        return _run(options, accelerator, started)
-
-
-def _run(options: TrainOptions, accelerator: Accelerator, started: float) -> Result:
-    if options.meta_batch % (accelerator.num_processes * options.accumulate):
-        raise ConfigError(
-            f'expected meta_batch to be a multiple of {accelerator.num_processes} processes times accumulate '
-            f'{options.accumulate} (got {options.meta_batch})'
-        )
-    with accelerator.main_process_first():
-        splits = load_splits(options, seed=options.seed)
-    size = (3, options.image_size, options.image_size)
-    train_data = load_images(splits.train, size, progress=accelerator.is_main_process).to(accelerator.device)
-    if len(train_data) < options.images_in_step:
-        raise ConfigError(
-            f'expected at least {options.images_in_step} training images, those of a step (got {len(train_data)})'
-        )
-    val_data = load_images(splits.val, size).to(accelerator.device)
-    ghn = _ghn(options, len(splits.classes))
-    run = _Run(options, accelerator, ghn, train_data, val_data, len(splits.classes), started)
-    run.facts = {
-        'arguments': options.to_dict(),
-        'local': local_arguments(options.to_dict()),
-        'config': ghn.config.to_dict(),
-        'parameters': sum(parameter.numel() for parameter in ghn.parameters()),
-        'processes': accelerator.num_processes,
-        'images': {'train': len(train_data), 'val': len(val_data)},
-        'damaged': {'train': train_data.damaged, 'val': val_data.damaged},
-        'versions': versions(),
-        'device': accelerator.device.type,
-    }
-    with run.closing():
-        return run.run()
+    with session(options, 'timm_ghn.train') as accelerator:
+        run = TrainRun(options, accelerator)
+        log = run.run()
+    evaluations = tuple(line for line in log if line['kind'] == 'eval')
+    return Result(options.output, run.progress.step, run.finished, evaluations)
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
     """The GHN before training; what depends on the classes is new where another GHN knows other ones."""
     config = options.config_for(num_classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(options.seed)
+    with preserve_rng(options.seed):
         found = GHN(config)
     if options.init is None:
         return found
@@ -234,87 +166,99 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
     return optimizer
 
 
-class _Run(Run):
-    """A run in progress."""
+class TrainRun(Run[TrainOptions, TrainProgress]):
+    """A meta-training run."""
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        accelerator: Accelerator,
-        ghn: GHN,
-        train_data: ImageTensors,
-        val_data: ImageTensors,
-        num_classes: int,
-        started: float,
-    ) -> None:
-        super().__init__(options, accelerator, started, _logger)
-        self.options = options
-        self.train_data, self.val_data = train_data, val_data
-        self.sampler: ArchitectureSampler = options.sampler_for(num_classes)
+    ordered_by = 'step'
+    may_change = (
+        'init', 'output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with',
+        'log_steps',
+    )  # fmt: skip
+    logger = logging.getLogger('timm_ghn.train')
+
+    def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
+        super().__init__(options, accelerator, TrainProgress())
+        if options.meta_batch % (accelerator.num_processes * options.accumulate):
+            raise ConfigError(
+                f'expected meta_batch to be a multiple of {accelerator.num_processes} processes times accumulate '
+                f'{options.accumulate} (got {options.meta_batch})'
+            )
+        with accelerator.main_process_first():
+            splits = load_splits(options)
+        size = (3, options.image_size, options.image_size)
+        data = load_images(splits.train, size, progress=accelerator.is_main_process)
+        if len(data) < options.images_in_step:
+            raise ConfigError(
+                f'expected at least {options.images_in_step} training images, those of a step (got {len(data)})'
+            )
+        self.train_data = data.to(accelerator.device)
+        self.val_data = load_images(splits.val, size).to(accelerator.device)
+        self.sampler = options.sampler_for(len(splits.classes))
         cache = options.cache or options.output / 'architectures'
         self.pool = Pool(self.sampler, options.seed, cache / 'drawn')
-        self.progress = Progress()
+        ghn = _ghn(options, len(splits.classes))
         self.blueprints = Blueprints(ghn.config, cache)
         optimizer = _optimizer(options, ghn)
         # Gradients are averaged below: which parameters get one depends on the architectures of a process.
         self.ghn: GHN = accelerator.prepare_model(ghn, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.average = ModelEmaV3(self.ghn, decay=options.ema_decay, use_warmup=True) if options.ema_decay else None
+        if options.ema_decay:
+            self.average = ModelEmaV3(self.ghn, decay=options.ema_decay, use_warmup=True)
+        self.facts |= {
+            'config': ghn.config.to_dict(),
+            'parameters': sum(parameter.numel() for parameter in ghn.parameters()),
+            'images': {'train': len(self.train_data), 'val': len(self.val_data)},
+            'damaged': {'train': self.train_data.damaged, 'val': self.val_data.damaged},
+        }
+
+    @property
+    def trained(self) -> nn.Module:
+        """The GHN; gradients are averaged over processes without a wrapper."""
+        return self.ghn
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same when the run goes on; the number of processes may change."""
-        # A constant rate leaves the number of steps open: a run may go on for longer than it was meant to.
-        free = (*_FREE, 'steps') if self.options.decay_steps else _FREE
-        implied = {'max_channels': self.ghn.config.max_shape[0]}
-        return {name: value for name, value in {**self.options.to_dict(), **implied}.items() if name not in free}
+        identity = {**super().identity, 'max_channels': self.ghn.config.max_shape[0]}
+        if self.options.decay_steps:
+            # A constant rate leaves the number of steps open: a run may go on for longer than it was meant to.
+            del identity['steps']
+        return identity
 
-    def run(self) -> Result:
-        """Go on from the last checkpoint, or begin; train to the end."""
-        options = self.options
-        found = self._restored(self.identity, self.average, 'step')
-        if found is not None:
-            self.progress = Progress(**found)
-        if options.log_with is not None:
-            self.accelerator.init_trackers('timm_ghn', config={k: str(v) for k, v in options.to_dict().items()})
-        if found is None:
-            self._record('run', self.facts)
-        else:
-            self._say('going on from step %d', self.progress.step)
-        self._train()
-        finished = self.progress.step >= options.steps
-        self._checkpoint()
-        if self.accelerator.is_main_process:
-            save_ghn(self.shipped, options.output / TRAINED)
-            self._record('end', {'step': self.progress.step, 'finished': finished, 'seconds': self._seconds()})
-        self.accelerator.wait_for_everyone()
-        lines = read_results(options.output / RESULTS)
-        if self.accelerator.is_main_process:
-            title = f'{options.name}: {Path(options.dataset).name}, {self.progress.step} steps'
-            plot_training(lines, options.output / CURVES, title, chance=100 / self.ghn.config.num_classes)
-        evaluations = tuple(line for line in lines if line['kind'] == 'eval')
-        return Result(options.output, self.progress.step, finished, evaluations)
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.step >= self.options.steps
 
-    def _train(self) -> None:
+    def train(self) -> None:
+        """Train until all steps are done, or until the run should stop."""
         options, progress = self.options, self.progress
-        bar = tqdm(
-            total=options.steps,
-            initial=progress.step,
-            desc='training',
-            unit='step',
-            disable=None if self.accelerator.is_main_process else True,
-        )
-        while progress.step < options.steps and not self._late():
+        bar = self.progress_bar(total=options.steps, initial=progress.step, desc='training', unit='step')
+        while not self.finished and not self.should_stop():
             self._step(progress.step)
             progress.step += 1
             bar.update()
             if progress.step % options.log_steps == 0:
                 self._log()
-            if progress.step % options.eval_steps == 0 or progress.step == options.steps:
+            if progress.step % options.eval_steps == 0 or self.finished:
                 self._evaluate()
             if progress.step % options.checkpoint_steps == 0:
-                self._checkpoint()
+                self.save_checkpoint()
         bar.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Write the GHN."""
+        if self.accelerator.is_main_process:
+            save_ghn(self.shipped, self.options.output / TRAINED)
+        return {'step': self.progress.step}
+
+    def plot(self, log: list[dict[str, Any]], path: Path) -> None:
+        """Draw the accuracy of predicted networks over the steps."""
+        from timm_ghn.plots import plot_training
+
+        options = self.options
+        title = f'{options.name}: {Path(options.dataset).name}, {self.progress.step} steps'
+        plot_training(log, path, title, chance=100 / self.ghn.config.num_classes)
 
     def _step(self, step: int) -> None:
         """Sample, predict, differentiate, and change the GHN."""
@@ -342,13 +286,15 @@ class _Run(Run):
             torch.tensor([sum(losses), sum(rights), len(losses), skipped], dtype=sum_dtype(accelerator.device))
         )
         loss, right, counted, skipped = sums.tolist()
-        self.progress.skipped += int(skipped)
+        progress = self.progress
+        progress.skipped += int(skipped)
         useful = counted > 0 and math.isfinite(self._clip())
-        self.progress.barren = 0 if useful else self.progress.barren + 1
-        if self.progress.barren >= options.max_skipped:
+        progress.steps_without_finite_loss = 0 if useful else progress.steps_without_finite_loss + 1
+        if progress.steps_without_finite_loss >= options.max_skipped:
             raise TrainingError(
-                f'no network had a finite loss and gradient in {self.progress.barren} steps (now {step + 1}); begin '
-                'again with a smaller --lr or --clip-grad, in another --output. --init may name a GHN to begin with'
+                f'no network had a finite loss and gradient in {progress.steps_without_finite_loss} steps (now '
+                f'{step + 1}); begin again with a smaller --lr or --clip-grad, in another --output. --init may name a '
+                'GHN to begin with'
             )
         for group in self.optimizer.param_groups:
             group['lr'] = rate(options, step)
@@ -357,8 +303,7 @@ class _Run(Run):
             if self.average is not None:
                 self.average.update(self.ghn, step=step + 1)
         self.optimizer.zero_grad()
-        window = self.progress.window
-        self.progress.window = [old + new for old, new in zip(window, (loss, right, counted), strict=True)]
+        progress.window = [old + new for old, new in zip(progress.window, (loss, right, counted), strict=True)]
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and labels of a step: a batch for all architectures, or one for each that this process takes."""
@@ -444,14 +389,9 @@ class _Run(Run):
             for architecture, share in zip(architectures, shares, strict=True):
                 families.setdefault(architecture.family, []).append(share)
             values |= {f'{group}/{name}': sum(part) / len(part) for name, part in families.items()}
-        self._record('eval', {'step': self.progress.step, **values, 'seconds': self._seconds()})
-        self._say(
-            'step %d: predicted, no training: %s',
-            self.progress.step,
-            ', '.join(f'{name} {values[name]:.1f} %' for name in ('known', 'unseen') if name in values),
-        )
-        if options.log_with is not None:
-            accelerator.log(values, step=self.progress.step)
+        self.record_metrics('eval', {'step': self.progress.step, **values})
+        shares = ', '.join(f'{name} {values[name]:.1f} %' for name in self.evaluated)
+        self.say('step %d: predicted, no training: %s', self.progress.step, shares)
 
     def _log(self) -> None:
         loss, right, count = self.progress.window
@@ -462,17 +402,6 @@ class _Run(Run):
             'top1': 100 * right / max(count, 1),
             'lr': rate(self.options, self.progress.step),
             'skipped': self.progress.skipped,
-            'seconds': self._seconds(),
         }
-        self._record('train', values)
-        self._say('step %d: loss %.3f, accuracy in training %.1f %%', values['step'], values['loss'], values['top1'])
-        if self.options.log_with is not None:
-            self.accelerator.log(values, step=self.progress.step)
-
-    def _checkpoint(self) -> None:
-        self._expect_finite_weights(self.progress.step, self.ghn, None if self.average is None else self.average.module)
-        progress = {**dataclasses.asdict(self.progress), 'seconds': self._seconds()}
-        self._save(progress, self.identity, self.average)
-
-    def _seconds(self) -> float:
-        return round(self.progress.seconds + time.monotonic() - self.started, 1)
+        self.record_metrics('train', values)
+        self.say('step %d: loss %.3f, accuracy in training %.1f %%', values['step'], values['loss'], values['top1'])

@@ -12,19 +12,19 @@ from timm_ghn.data.memory import AUGMENTATIONS
 from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.nn.config import GHNConfig
-from timm_ghn.runs.recipes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, option, read_yaml
+from timm_ghn.runs.recipes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, RunOptions, option, read_yaml
 
 #: Headings of the help, by the option that each begins with.
-GROUPS = {'dataset': 'data', 'name': 'GHN', 'sampler': 'architectures', 'steps': 'training', 'seed': 'run'}
+GROUPS = {'dataset': 'data', 'image_size': 'data', 'name': 'GHN', 'sampler': 'architectures', 'steps': 'training',
+          'lr': 'training', 'seed': 'run', 'output': 'run', 'eval_steps': 'run'}  # fmt: skip
 
-PRECISIONS = ('no', 'bf16')
 OPTIMISERS = ('adamw', 'muon')
 #: Options that are hyper-parameters of the GHN.
 OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smooth', 'templates', 'codes', 'name')
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions(DataOptions):
+class TrainOptions(RunOptions, DataOptions):
     """What GHN to train, on which architectures and images, and how. Every field is an option and a key of a recipe.
 
     Raises:
@@ -71,7 +71,6 @@ class TrainOptions(DataOptions):
     batch_size: int = option(64, 'images that an architecture sees in a step', within=POSITIVE)
     own_images: bool = option(False, 'each architecture of a step sees other images, instead of all the same')
     opt: str = option('adamw', 'optimiser: adamw, or muon for the templates and adamw for the rest', choices=OPTIMISERS)
-    lr: float = option(1e-3, 'learning rate', within=POSITIVE)
     weight_decay: float = option(0.01, 'weight decay', within=NOT_NEGATIVE)
     warmup_steps: int = option(100, 'steps of linear warm-up', within=NOT_NEGATIVE)
     decay_steps: int = option(
@@ -79,28 +78,20 @@ class TrainOptions(DataOptions):
     )
     clip_grad: float = option(1.0, 'largest norm of the gradient', within=POSITIVE)
     clip_network: float = option(1.0, 'largest norm of the gradient of each network', within=POSITIVE)
-    smoothing: float = option(0.0, 'label smoothing', within=BELOW_ONE)
     ema_decay: float = option(
         0.998, 'decay of the averaged weights, which are evaluated and shipped; 0 for none', within=BELOW_ONE
     )
     max_skipped: int = option(50, 'give up after so many steps in a row without a finite loss', within=POSITIVE)
 
-    seed: int = option(0, 'of everything that is drawn', within=NOT_NEGATIVE)
     eval_steps: int = option(500, 'steps between evaluations', within=POSITIVE)
     eval_count: int = option(2, 'architectures of each family to evaluate', within=POSITIVE)
     eval_images: int = option(512, 'images to evaluate on', within=POSITIVE)
     log_steps: int = option(20, 'steps between lines of the log', within=POSITIVE)
     checkpoint_steps: int = option(200, 'steps between checkpoints', within=POSITIVE)
-    checkpoint_hist: int = option(2, 'checkpoints to keep', within=POSITIVE)
-    time_limit: float | None = option(
-        None, 'stop, with a checkpoint, after so many minutes', within=POSITIVE, metavar='MINUTES'
-    )
     mixed_precision: str | None = option(
-        None, 'no or bf16, for the networks (default: as accelerate says)', choices=PRECISIONS
+        None, 'no or bf16, for the networks (default: as accelerate says)', choices=('no', 'bf16')
     )
     output: Path = option(Path('train-out'), 'folder for the log, checkpoints and the GHN', metavar='DIR')
-    resume: bool = option(False, 'go on from the last good checkpoint in the output folder')
-    log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
 
     def __post_init__(self) -> None:
         super().__post_init__()
