@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, make_ghn
+from tiny import LARGE_GOLDEN, TINY, make_ghn
 
 from timm_ghn import GHN
 from timm_ghn.cli import main as cli
@@ -45,11 +45,10 @@ def call_cli(capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, s
 
 @pytest.fixture(scope='session')
 def golden() -> Path:
-    """Checkpoints in the published formats, and what the reference predicted from them."""
-    place = Path(os.environ.get('TIMM_GHN_GOLDEN') or Path(__file__).parents[2] / 'shared' / 'golden')
-    if not (place / 'README.md').exists():
-        pytest.skip('no golden data: set TIMM_GHN_GOLDEN to its folder')
-    return place
+    """Checkpoints of the published sizes, and what the reference predicted from them."""
+    if not (LARGE_GOLDEN / 'README.md').exists():
+        pytest.skip('no large golden set: set TIMM_GHN_GOLDEN to its folder')
+    return LARGE_GOLDEN
 
 
 @pytest.fixture(scope='session')

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny import GOLDEN
 
 from timm_ghn import register_ghn
 from timm_ghn.analysis import norms
@@ -38,15 +39,10 @@ def verify(call_cli):
     return run
 
 
-@pytest.fixture
-def checkpoint(golden):
-    return golden / 'checkpoints' / 'ghn3tm8.pt'
-
-
-def reference_norms(golden: Path) -> dict[str, float]:
+def reference_norms(golden: Path, ghn: str) -> dict[str, float]:
     """Norms over all parameters that the reference predicted, of the networks of which it predicted every value."""
     found = {}
-    for file in sorted((golden / 'predictions' / 'ghn3tm8').glob('torchvision--*.json')):
+    for file in sorted((golden / 'predictions' / ghn).glob('torchvision--*.json')):
         record = json.loads(file.read_text())
         parameters = record['parameters'].values()
         if all(parameter['predicted'] and not parameter.get('random') for parameter in parameters):
@@ -62,16 +58,15 @@ def test_the_side_of_the_image_is_that_of_the_weights(arch, side):
     assert norms.image_side(arch) == side
 
 
-def test_verify_agrees_with_what_the_reference_predicted(verify, golden, checkpoint):
-    published = {arch: reference_norms(golden)[arch] for arch in ('squeezenet1_1', 'inception_v3', 'resnet18')}
+def test_verify_agrees_with_what_the_reference_predicted(verify):
+    checkpoint = GOLDEN / 'checkpoints' / 'ghn2_hub.pt'
+    published = reference_norms(GOLDEN, 'ghn2_hub')
+    assert published.keys() == {'densenet121', 'mobilenet_v3_small', 'resnet18'}
     code, rows, last, err = verify(checkpoint, published)
     assert {arch: row[3] for arch, row in rows.items()} == dict.fromkeys(published, 'yes')
     assert (code, last, err) == (0, '3 of 3 norms agree', '')
-    code, rows, last, _ = verify(
-        checkpoint, {**published, 'inception_v3': published['inception_v3'] + 2 * norms.NORM_TOLERANCE}
-    )
-    assert [arch for arch, row in rows.items() if row[3] == 'NO'] == ['inception_v3']
-    assert (code, last) == (1, '2 of 3 norms agree')
+    code, rows, last, _ = verify(checkpoint, {'resnet18': published['resnet18'] + 2 * norms.NORM_TOLERANCE})
+    assert (code, rows['resnet18'][3], last) == (1, 'NO', '0 of 1 norms agree')
 
 
 def test_a_network_that_fails_is_a_row_with_its_reason(verify, monkeypatch):
@@ -114,8 +109,9 @@ def test_only_classification_networks_have_norms(verify):
 
 
 @pytest.mark.slow
-def test_verify_goes_through_all_published_networks(verify, golden, checkpoint):
-    reference = reference_norms(golden)
+def test_verify_goes_through_all_published_networks(verify, golden):
+    checkpoint = golden / 'checkpoints' / 'ghn3tm8.pt'
+    reference = reference_norms(golden, 'ghn3tm8')
     names = known_ghns()['ghn3_tm8'].norms
     assert len(names) == 74
     code, rows, last, err = verify(checkpoint, {arch: reference.get(arch, 1.0) for arch in names})

@@ -1,114 +1,106 @@
-"""The grid of initialisations runs, goes on where it stopped, and reports what it ran."""
+"""The grid of initialisations: each cell is run once, goes into the report, and chooses the learning rates."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import logging
+from types import SimpleNamespace
 
+import pytest
 from pictures import make_dataset, save_dataset
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'benchmarks' / 'init_grid.py'
+ARMS = ('random', 'orth')
 
 
-def run(out: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        '--ghn',
-        'ghn_tiny',
-        '--dataset',
-        f'colours={folder}',
-        '--models',
-        'test_vit',
-        '--arms',
-        'random',
-        'orth',
-        '--seeds',
-        '2',
-        '--epochs',
-        '2',
-        '--workers',
-        '1',
-        '--out',
-        str(out),
-        '--name',
-        'trial',
-    ]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    return subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=environment)
+class Pool:
+    """Stands for a pool of processes, and runs everything in this one."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def apply_async(self, function, arguments):
+        result = function(*arguments)
+        return SimpleNamespace(get=lambda: result)
+
+    def close(self) -> None:
+        pass
+
+    join = close
 
 
-def test_every_cell_runs_once_and_is_in_the_table(tmp_path):
-    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
-    out = tmp_path / 'out'
-    done = run(out, folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    cells = [json.loads(line) for line in (out / 'init_grid-trial.jsonl').read_text().splitlines()]
-    assert {(cell['arm'], cell['seed']) for cell in cells} == {(a, s) for a in ('random', 'orth') for s in (0, 1)}
-    assert all([epoch['epoch'] for epoch in cell['epochs']] == [0, 1, 2] for cell in cells)
-    text = (out / 'init_grid-trial.md').read_text()
-    assert '4 of 4 runs are finished; 0 failed' in text
-    assert str(tmp_path) not in text.replace(str(out), '')
-    assert '| colours | test_vit | ' in text
-    assert (out / 'init_grid-trial.png').stat().st_size > 10_000
-    runs = {path: path.stat().st_mtime_ns for path in (out / 'runs').rglob('results.jsonl')}
-    assert run(out, folder).returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in (out / 'runs').rglob('results.jsonl')} == runs
-    assert not list((out / 'runs').rglob('*.safetensors')), 'only the curves are kept'
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return save_dataset(tmp_path_factory.mktemp('data') / 'colours', make_dataset(24), make_dataset(12, seed=1))
 
 
-def test_later_seeds_take_the_best_learning_rate_of_their_arm(tmp_path):
-    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
-    out = tmp_path / 'out'
-    done = run(out, folder, '--lr', '1e-3', '1e-5', '--sweep-seeds', '1')
-    assert done.returncode == 0, done.stderr[-2000:]
-    cells = [json.loads(line) for line in (out / 'init_grid-trial.jsonl').read_text().splitlines()]
+@pytest.fixture
+def grid(script, monkeypatch, folder):
+    """The script, whose runs stay in this process, and the arguments of a small grid."""
+    module = script('init_grid')
+    monkeypatch.setattr(module.multiprocessing, 'get_context', lambda _: SimpleNamespace(Pool=Pool))
+    arguments = ['--ghn', 'ghn_tiny', '--dataset', f'colours={folder}', '--models', 'test_vit', '--arms', *ARMS]
+    yield module, [*arguments, '--seeds', '2', '--epochs', '1', '--name', 'trial']
+    logging.disable(logging.NOTSET)
+
+
+def read_cells(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_cells_run_once_and_later_seeds_take_the_best_learning_rate_of_their_arm(grid, tmp_path):
+    module, arguments = grid
+    arguments += ['--lr', '1e-3', '1e-5', '--sweep-seeds', '1', '--out', str(tmp_path)]
+    assert module.main(arguments) == 0
+    cells = read_cells(tmp_path / 'init_grid-trial.jsonl')
+    assert all([epoch['epoch'] for epoch in cell['epochs']] == [0, 1] for cell in cells)
     final = {(cell['arm'], cell['lr']): cell['epochs'][-1]['val_top1'] for cell in cells if cell['seed'] == 0}
-    for arm in ('random', 'orth'):
+    assert final.keys() == {(arm, lr) for arm in ARMS for lr in (1e-3, 1e-5)}
+    text = (tmp_path / 'init_grid-trial.md').read_text()
+    for arm in ARMS:
         (chosen,) = [cell['lr'] for cell in cells if (cell['arm'], cell['seed']) == (arm, 1)]
         assert final[arm, chosen] == max(final[arm, lr] for lr in (1e-3, 1e-5))
-    text = (out / 'init_grid-trial.md').read_text()
+        assert f'| colours | test_vit | {arm} | {final[arm, 1e-5]:.1f} | {final[arm, 1e-3]:.1f} |' in text
     assert '6 of 6 runs are finished; 0 failed' in text
     assert '- orth: ' in text
+    assert '| colours | test_vit | ' in text
     assert '| data | model | arm | 1e-05 | 0.001 |' in text
-    for arm in ('random', 'orth'):
-        assert f'| colours | test_vit | {arm} | {final[arm, 1e-5]:.1f} | {final[arm, 1e-3]:.1f} |' in text
+    assert str(tmp_path) not in text
+    assert (tmp_path / 'init_grid-trial.png').stat().st_size > 10_000
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / 'runs').rglob('*') if path.is_file()}
+    assert {path.name for path in runs} == {'results.jsonl'}, 'only the curves are kept'
+    assert module.main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs
 
 
-def test_another_grid_chooses_the_learning_rates(tmp_path):
-    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
-    epochs = {1e-3: 40.0, 2e-3: 60.0, 4e-3: 50.0}
-    cells = [
-        {'dataset': 'colours', 'model': 'test_vit', 'arm': arm, 'lr': lr, 'seed': 0}
-        | {'epochs': [{'epoch': 1, 'val_top1': top1 if arm == 'random' else 100 - top1}]}
-        for arm in ('random', 'orth')
-        for lr, top1 in epochs.items()
-    ]
+def test_another_grid_chooses_the_learning_rates(grid, tmp_path):
+    module, arguments = grid
+    top1 = {1e-3: 40.0, 2e-3: 60.0, 4e-3: 50.0}
     rates = tmp_path / 'rates.jsonl'
-    rates.write_text(''.join(json.dumps(cell) + '\n' for cell in cells))
-    out = tmp_path / 'out'
-    done = run(out, folder, '--rates', str(rates))
-    assert done.returncode == 0, done.stderr[-2000:]
-    cells = [json.loads(line) for line in (out / 'init_grid-trial.jsonl').read_text().splitlines()]
-    assert {(cell['arm'], cell['lr'], cell['seed']) for cell in cells} == {
+    with rates.open('w') as file:
+        for arm in ARMS:
+            for lr, accuracy in top1.items():
+                epochs = [{'epoch': 1, 'val_top1': accuracy if arm == 'random' else 100 - accuracy}]
+                cell = {'dataset': 'colours', 'model': 'test_vit', 'arm': arm, 'lr': lr, 'seed': 0, 'epochs': epochs}
+                file.write(json.dumps(cell) + '\n')
+    arguments += ['--rates', str(rates), '--out', str(tmp_path)]
+    args = module.parse(arguments)
+    assert '--rates rates.jsonl' in args.command
+    assert {(cell.arm, cell.lr, cell.seed) for cell in module.cells_of(args)} == {
         (arm, lr, seed) for arm, lr in (('random', 2e-3), ('orth', 1e-3)) for seed in (0, 1)
     }
-    text = (out / 'init_grid-trial.md').read_text()
-    assert '4 of 4 runs are finished; 0 failed' in text
-    assert 'Learning rates: colours test_vit: orth 0.001, random 0.002.' in text
-    assert '--rates rates.jsonl' in text
-    assert 'By learning rate' not in text
-    lacking = run(out, folder, '--rates', str(rates), '--arms', 'random', 'raw')
-    assert lacking.returncode == 1
-    assert "no learning rate for 'colours test_vit raw'" in lacking.stderr
+    with pytest.raises(SystemExit, match="no learning rate for 'colours test_vit raw'"):
+        module.main([*arguments, '--arms', 'random', 'raw'])
 
 
-def test_a_run_that_fails_is_named(tmp_path):
-    folder = save_dataset(tmp_path / 'colours', make_dataset(48), make_dataset(12, seed=1))
-    done = run(tmp_path / 'out', folder, '--shots', '1000', '--seeds', '1')
-    assert done.returncode == 1
-    assert 'expected 1000 images of each class' in done.stderr
-    assert 'nothing is finished yet' in done.stderr
+def test_a_run_that_fails_is_named(grid, tmp_path, capsys):
+    module, arguments = grid
+    assert module.main([*arguments, '--shots', '1000', '--seeds', '1', '--out', str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert 'expected 1000 images of each class' in errors
+    assert 'nothing is finished yet' in errors

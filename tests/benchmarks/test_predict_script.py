@@ -1,15 +1,12 @@
 """The benchmark runs and reports what it measured; nothing here looks at the numbers but what is computed from them."""
 
-import os
-import runpy
+import contextlib
+import io
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / 'benchmarks' / 'predict.py'
 #: Says 12.5 seconds as a whole and 2 without the graph, whatever the network.
 OTHER = """
 import sys
@@ -19,12 +16,21 @@ for number, network in enumerate(sys.stdin):
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return runpy.run_path(str(SCRIPT))
+def benchmark(script, monkeypatch):
+    """The script; what it would run in new processes is run in this one."""
+
+    def here(code: str, *argv: str) -> list[float]:
+        monkeypatch.setattr(sys, 'argv', ['-c', *argv])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, {})
+        return [float(number) for number in printed.getvalue().split()]
+
+    monkeypatch.setattr(script('fresh_process'), 'in_new_process', here)
+    return script('predict')
 
 
 def other(code: str) -> str:
+    """A command that answers as other implementations do."""
     return f'{sys.executable} -c {shlex.quote(code)}'
 
 
@@ -32,7 +38,7 @@ def test_tables_of_every_part_are_written(benchmark, tmp_path, capsys):
     out = tmp_path / 'tables.md'
     parts = ['compare', 'tag', 'speed', 'memory', 'load', 'imports']
     options = ['--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--repeat', '1', '--device', 'cpu']
-    benchmark['main']([*options, '--parts', *parts, '--compare', other(OTHER), '--out', str(out)])
+    benchmark.main([*options, '--parts', *parts, '--compare', other(OTHER), '--out', str(out)])
     text = out.read_text()
     titles = ('side by side', "timm's tag, post-processing", 'speed, milliseconds and share', 'memory of a prediction')
     for title in (*titles, 'loading from our own format', 'Import of timm_ghn beyond'):
@@ -65,41 +71,34 @@ def test_both_implementations_take_turns(benchmark, monkeypatch):
 
         def predict_once(self, network: str):
             turns.append('other')
-            return benchmark['Seconds'](float(len(turns)), 1.0)
+            return benchmark.Seconds(float(len(turns)), 1.0)
 
     def ours(model, ghn, machine):
         turns.append('ours')
-        return benchmark['Seconds'](1.0, 0.5)
+        return benchmark.Seconds(1.0, 0.5)
 
-    monkeypatch.setitem(benchmark['compare'].__globals__, 'Other', Other)
-    monkeypatch.setitem(benchmark['compare'].__globals__, 'predict_once', ours)
-    machine = benchmark['Machine']('cpu', 3, 1, 1)
-    (row,) = benchmark['compare']('ghn_tiny', ['test_resnet'], 'command', machine)
+    monkeypatch.setattr(benchmark, 'Other', Other)
+    monkeypatch.setattr(benchmark, 'predict_once', ours)
+    machine = benchmark.Machine('cpu', 3, 1, 1)
+    (row,) = benchmark.compare('ghn_tiny', ['test_resnet'], 'command', machine)
     assert turns == [('command', 'ghn_tiny'), *['ours', 'other'] * 4, 'end']
     assert [run.whole for run in row.others] == [5, 7, 9]
     assert (row.ratio(), row.ratio('prediction')) == (5, 2)
     assert row.ratio('whole', max) == 9
 
 
-def test_a_command_that_says_nothing_is_named(benchmark):
-    with pytest.raises(SystemExit, match='expected two numbers of seconds from .*ghn_tiny'):
-        benchmark['main'](
-            ['--parts', 'compare', '--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--compare', other('')]
-        )
-
-
-def test_a_comparison_needs_a_command(benchmark, capsys):
+def test_a_comparison_needs_a_command_that_answers(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, 'measure_machine', lambda device, repeat: benchmark.Machine(device, repeat, 1, 1))
     with pytest.raises(SystemExit):
-        benchmark['main'](['--parts', 'compare'])
+        benchmark.main(['--parts', 'compare'])
     assert 'the part compare needs --compare COMMAND' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='expected two numbers of seconds from .*ghn_tiny'):
+        benchmark.main(['--parts', 'compare', '--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--compare', other('')])
 
 
-def test_the_script_is_itself_such_a_command():
-    command = [sys.executable, str(SCRIPT), '--seconds', 'ghn_tiny', '--device', 'cpu']
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        command, input='test_resnet\ntest_resnet\n', capture_output=True, text=True, check=True, env=environment
-    )
-    seconds = [[float(number) for number in line.split()] for line in done.stdout.splitlines()]
+def test_the_script_is_itself_such_a_command(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('test_resnet\ntest_resnet\n'))
+    benchmark.main(['--seconds', 'ghn_tiny', '--device', 'cpu'])
+    seconds = [[float(number) for number in line.split()] for line in capsys.readouterr().out.splitlines()]
     assert [len(numbers) for numbers in seconds] == [2, 2]
     assert min(whole - prediction for whole, prediction in seconds) > 0
