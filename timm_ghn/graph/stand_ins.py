@@ -40,7 +40,7 @@ class _InPlace(_StandIn):
         return data
 
 
-class Mean(_StandIn):
+class _MeanStandIn(_StandIn):
     """Mean over dimensions, which autograd keeps."""
 
     @staticmethod
@@ -55,8 +55,7 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 @functools.cache
-def _operator(name: str, *, in_place: bool = False) -> Callable[..., Tensor]:
-    base = _InPlace if in_place else _StandIn
+def _operator(name: str, base: type[_StandIn] = _StandIn) -> Callable[..., Tensor]:
     found: Callable[..., Tensor] = type(name, (base,), {}).apply  # type: ignore[attr-defined]
     return found
 
@@ -89,7 +88,7 @@ def unary(name: str) -> Callable[..., Any]:
         if not _is_plain(input) or (inplace and input._is_view()):
             return NotImplemented
         if inplace:
-            return _operator(name, in_place=True)(input)
+            return _operator(name, _InPlace)(input)
         return _operator(name)(_like(input), input)
 
     return function
@@ -126,7 +125,7 @@ def mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -
         return NotImplemented
     reduced = {d % rank for d in dims}
     sizes = [1 if d in reduced else size for d, size in enumerate(input.shape) if keepdim or d not in reduced]
-    return Mean.apply(_empty(*sizes), input, tuple(dims))
+    return _operator('Mean', _MeanStandIn)(_empty(*sizes), input, tuple(dims))
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Any:

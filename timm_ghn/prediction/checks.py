@@ -94,7 +94,7 @@ def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], 
     _write_or_put_back(
         {name: parameter for name, parameter in parameters.items() if not _is_ordinary(parameter)}, write
     )
-    pending = [item for item in reversed(parameters.items()) if _is_ordinary(item[1])]
+    pending = [item for item in parameters.items() if _is_ordinary(item[1])][::-1]
     interruption = None
     while pending:
         try:

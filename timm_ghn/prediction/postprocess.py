@@ -22,7 +22,7 @@ from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_
 
 M = TypeVar('M', bound=nn.Module)
 
-#: Columns of a QR decomposition that are handled at a time: fewer make thin products, more of them leave more to LAPACK.
+#: Columns of a QR decomposition that are handled at a time: fewer make thin products, more leave more to LAPACK.
 _BLOCK = 64
 #: Columns of a Gram matrix that are computed at a time.
 _BLOCK_OF_GRAM = 128
@@ -300,10 +300,10 @@ def _orthogonal_factor(matrix: Tensor) -> Tensor:
         - matrix: (m, n) with m >= n, float32 or float64 and finite; the result has the same shape.
     """
     rows, columns = matrix.shape
+    orthogonal: Tensor
     if columns < 2 * _BLOCK or matrix.device.type != 'cpu':
-        orthogonal: Tensor
         orthogonal, triangular = torch.linalg.qr(matrix)
-        return orthogonal * triangular.diagonal().sign()
+        return orthogonal.mul_(triangular.diagonal().sign())
     rest = matrix.t().contiguous().t().clone()  # columns one after the other, as LAPACK has them
     reflections, signs = [], []
     for first in range(0, columns, _BLOCK):
