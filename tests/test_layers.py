@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
-    'version', 'errors', 'contexts', 'devices', 'files', 'graph', 'ops', 'nn', 'hub',
+    'version', 'errors', 'contexts', 'files', 'graph', 'ops', 'nn', 'hub',
     'prediction', 'plots', 'timm_source', 'runs', 'architectures', 'publish', 'data', 'finetune', 'train', 'analysis',
     'cli',
 )  # fmt: skip

@@ -102,9 +102,9 @@ def hub(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    source.register()
+    source.enable_timm_tags()
     yield fake
-    source.register()
+    source.enable_timm_tags()
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def user_module(monkeypatch):
     module = types.ModuleType('users_own_models')
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield module
-    source.unregister()
+    source.disable_timm_tags()
     for name in getattr(module, '__all__', ()):
         for tagged in (name, *_registry._model_with_tags.pop(name, ())):
             _registry._model_pretrained_cfgs.pop(tagged, None)
@@ -192,7 +192,7 @@ class TestRequest:
     @pytest.mark.parametrize('cfg', [None, 'r160_in1k', {'tag': 'mine', 'num_classes': 7}, timm.models.PretrainedCfg()])
     def test_other_requests_are_timms(self, hub, cfg):
         model = timm.create_model('test_resnet', pretrained_cfg=cfg)
-        source.unregister()
+        source.disable_timm_tags()
         assert model.pretrained_cfg == timm.create_model('test_resnet', pretrained_cfg=cfg).pretrained_cfg
         assert not hub.loaded
         assert not is_predicted(model)
@@ -306,7 +306,7 @@ class TestArguments:
         nn.init.constant_(model.fc.bias, 3.0)
         torch.save(model.state_dict(), tmp_path / 'trained.pth')
         assert timm.create_model('test_resnet.ghn', checkpoint_path=tmp_path / 'trained.pth').fc.bias.eq(3).all()
-        source.unregister()
+        source.disable_timm_tags()
         plain = timm.create_model('test_resnet', checkpoint_path=tmp_path / 'trained.pth')
         assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
 
@@ -344,7 +344,7 @@ class TestTruth:
 
     def test_plain_timm_accepts_the_cfg(self):
         cfg = timm.create_model('test_resnet.ghn').pretrained_cfg
-        source.unregister()
+        source.disable_timm_tags()
         assert timm.create_model('test_resnet', pretrained_cfg=cfg).pretrained_cfg == cfg
 
     def test_arguments_that_scripts_resolve_ask_for_the_same(self, hub):
@@ -366,7 +366,7 @@ class TestTruth:
         timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
         for registered in (True, False):
             if not registered:
-                source.unregister()
+                source.disable_timm_tags()
             again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
             assert all(torch.equal(model.state_dict()[key], value) for key, value in again.state_dict().items())
         assert len(hub.loaded) == 1
@@ -394,7 +394,7 @@ class TestListing:
             }
 
         with_ghns = answers()
-        source.unregister()
+        source.disable_timm_tags()
         assert answers() == with_ghns
 
     def test_a_tag_of_every_architecture_is_known_though_not_listed(self):
@@ -421,8 +421,8 @@ class TestUsersArchitectures:
     # Bound before the source is registered anew, like an import above that of timm_ghn.
     @pytest.mark.parametrize('bound', [timm.models.register_model, _registry.register_model])
     def test_architecture_without_cfgs(self, hub, user_module, bound):
-        source.unregister()
-        source.register()
+        source.disable_timm_tags()
+        source.enable_timm_tags()
         add_architecture(user_module, 'users_net', register_model=bound)
         model = timm.create_model('users_net.ghn', pretrained=True)
         assert is_predicted(model)
@@ -452,7 +452,7 @@ class TestUsersArchitectures:
         assert 'url' not in model.pretrained_cfg
         for _ in range(2):
             assert timm.list_pretrained('users_net*') == ['users_net.first']
-            source.unregister()
+            source.disable_timm_tags()
         assert timm.list_models('users_net*', include_tags=True) == ['users_net.first', 'users_net.second']
 
     def test_architecture_registered_twice(self, user_module):
@@ -469,23 +469,23 @@ class TestUsersArchitectures:
         add_architecture(user_module, 'users_net')
         assert not is_predicted(timm.create_model('users_net.ghn'))
         assert not hub.loaded
-        source.unregister()
+        source.disable_timm_tags()
         assert timm.list_pretrained('users_net*') == ['users_net.ghn']
 
 
 class TestRegistration:
     def test_reversible_and_idempotent(self):
-        source.unregister()
+        source.disable_timm_tags()
         before, entrypoint = registry(), _factory.model_entrypoint
         objects = {name: getattr(_registry, name) for name in CONTAINERS}
         assert entrypoint is timm.model_entrypoint
-        source.register()
+        source.enable_timm_tags()
         once, hooked = registry(), _factory.model_entrypoint
-        source.register()
+        source.enable_timm_tags()
         assert registry() == once
         assert _factory.model_entrypoint is hooked is not entrypoint
-        source.unregister()
-        source.unregister()
+        source.disable_timm_tags()
+        source.disable_timm_tags()
         assert registry() == before
         assert _factory.model_entrypoint is entrypoint
         assert all(getattr(_registry, name) is value for name, value in objects.items())
@@ -493,7 +493,7 @@ class TestRegistration:
         assert timm.create_model.__defaults__[0] is False
         with pytest.raises(RuntimeError, match=r'Invalid pretrained tag \(ghn\)'):
             timm.create_model('test_resnet.ghn')
-        source.register()
+        source.enable_timm_tags()
         assert registry() == once
         assert is_predicted(timm.create_model('test_resnet.ghn'))
 
@@ -505,28 +505,28 @@ class TestRegistration:
 
         _factory.model_entrypoint = theirs
         try:
-            source.unregister()
+            source.disable_timm_tags()
             assert _factory.model_entrypoint is theirs
             assert not is_predicted(timm.create_model('test_resnet'))
-            source.register()
+            source.enable_timm_tags()
             assert is_predicted(timm.create_model('test_resnet.ghn'))
             assert len(hub.loaded) == 1
-            source.unregister()
+            source.disable_timm_tags()
             assert _factory.model_entrypoint is theirs
         finally:
             _factory.model_entrypoint = timm.model_entrypoint
 
     def test_another_timm_is_left_alone_with_a_warning(self, monkeypatch):
-        source.unregister()
+        source.disable_timm_tags()
         before = registry()
         with monkeypatch.context() as other_timm:
             other_timm.setattr(_registry, '_model_has_pretrained', [])
             with pytest.warns(RuntimeWarning, match=re.escape(timm.__version__) + r'.*_model_has_pretrained.*ghn_init'):
-                source.register()
+                source.enable_timm_tags()
             other_timm.undo()
             other_timm.setattr(_factory.create_model, '__defaults__', (True, *timm.create_model.__defaults__[1:]))
             with pytest.warns(RuntimeWarning, match=r'timm\.create_model\(model_name, pretrained=False\)'):
-                source.register()
+                source.enable_timm_tags()
         assert registry() == before
         assert _factory.model_entrypoint is timm.model_entrypoint
 
@@ -534,9 +534,9 @@ class TestRegistration:
 class TestPrivateSurface:
     @pytest.mark.parametrize('path', source.PRIVATE)
     def test_each_private_name_is_there(self, path):
-        source.unregister()
+        source.disable_timm_tags()
         assert path not in source._missing(), (
-            f'timm {timm.__version__} has no {path} of the expected type {source.PRIVATE[path]}: adapt source.py'
+            f'timm {timm.__version__} has no {path} of the expected type {source.PRIVATE[path]}: adapt timm_source.py'
         )
 
     @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ class TestPrivateSurface:
     )
     def test_timm_looks_each_up_when_called(self, function, name):
         assert name in function.__code__.co_names, (
-            f'timm {timm.__version__}: timm.{function.__name__} does not look {name} up when called: adapt source.py'
+            f'timm {timm.__version__}: timm.{function.__name__} does not look {name} when called: adapt timm_source.py'
         )
 
     def test_no_other_private_name_is_used(self):
@@ -560,9 +560,9 @@ class TestPrivateSurface:
         others = [
             str(path.relative_to(package))
             for path in package.rglob('*.py')
-            if path.name != 'source.py' and private.search(path.read_text(encoding='utf-8'))
+            if path.name != 'timm_source.py' and private.search(path.read_text(encoding='utf-8'))
         ]
-        assert not others, f"these use timm's private names, which is left to source.py: {others}"
+        assert not others, f"these use timm's private names, which is left to timm_source.py: {others}"
 
 
 SCRIPT = """

@@ -7,11 +7,13 @@ from timm_ghn import timm_source as timm_source
 from timm_ghn.errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
+    DataError as DataError,
     GHNError as GHNError,
     GHNFallbackWarning as GHNFallbackWarning,
     GHNNotFoundError as GHNNotFoundError,
     HubError as HubError,
     PredictionError as PredictionError,
+    TrainingError as TrainingError,
     UnsafeCheckpointError as UnsafeCheckpointError,
     UnsupportedModelError as UnsupportedModelError,
 )
@@ -34,7 +36,7 @@ from timm_ghn.prediction.plan import ParameterPlan as ParameterPlan, plan_parame
 from timm_ghn.prediction.postprocess import PostProcess as PostProcess, postprocess_ as postprocess_
 from timm_ghn.prediction.predict import Prediction as Prediction, ghn_init as ghn_init, predict as predict
 from timm_ghn.publish.push import push_to_hub as push_to_hub
-from timm_ghn.timm_source import register as register, unregister as unregister
+from timm_ghn.timm_source import disable_timm_tags as disable_timm_tags, enable_timm_tags as enable_timm_tags
 from timm_ghn.version import __version__ as __version__
 
-register()
+enable_timm_tags()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from timm_ghn.nn.ghn import GHN
 
-__all__ = ['DEFAULT_TAG', 'register', 'unregister']
+__all__ = ['DEFAULT_TAG', 'disable_timm_tags', 'enable_timm_tags']
 
 #: The tag that asks for the default GHN. It also is the name under which ``load_ghn`` knows the default.
 DEFAULT_TAG = 'ghn'
@@ -70,7 +70,7 @@ _NOT_FOR_FEATURES = ('num_classes', 'classifier')
 Entrypoint = Callable[..., 'nn.Module']
 Cfg = str | dict[str, Any] | PretrainedCfg | None
 
-#: What :func:`register` replaced, by its name in :data:`PRIVATE`; empty while nothing is registered.
+#: What :func:`enable_timm_tags` replaced, by its name in :data:`PRIVATE`; empty while nothing is registered.
 _originals: dict[str, Any] = {}
 _lock = threading.RLock()
 
@@ -110,7 +110,7 @@ def _with_ghns(lookup: Callable[..., Entrypoint]) -> Callable[..., Entrypoint]:
 _STAND_INS: dict[str, Callable[[Any], Any]] = {_LOOKUP: _with_ghns, _CFGS: _PretrainedCfgs, _PRETRAINED: _HasPretrained}
 
 
-def register() -> None:
+def enable_timm_tags() -> None:
     """Make GHNs a source of pretrained weights of timm. Importing the package does this; again changes nothing.
 
     A timm whose internals are not as expected is left alone, and a warning says so.
@@ -134,8 +134,8 @@ def register() -> None:
         _set_default(None)
 
 
-def unregister() -> None:
-    """Undo :func:`register`: timm is as it was, with what was registered in it meanwhile."""
+def disable_timm_tags() -> None:
+    """Undo :func:`enable_timm_tags`: timm is as it was, with what was registered in it meanwhile."""
     with _lock:
         if not _originals:
             return

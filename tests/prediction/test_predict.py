@@ -7,6 +7,7 @@ import dataclasses
 import json
 import operator
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from timm_ghn import (
     predict,
     trace,
 )
-from timm_ghn.prediction.fit import fitted
+from timm_ghn.prediction.fit import fitted, write_repeated
 
 CASES = pytest.mark.parametrize('name', NETWORKS)
 VISION = ('test_resnet', 'test_vit', 'test_efficientnet_gn', 'test_convnext')
@@ -418,6 +419,42 @@ def test_what_was_written_is_put_back_where_the_user_interrupts_even_again(monke
     with pytest.raises(KeyboardInterrupt):
         ghn_init(model, make_ghn(TINY['graphormer']), input_size=SIZE)
     assert equal(snapshot(model), before)
+
+
+def test_an_interruption_while_ordinary_parameters_are_written_comes_when_all_are(monkeypatch):
+    """Nothing of them is kept to be put back: what the user interrupts is written to the end."""
+    ghn, model = make_ghn(TINY['graphormer']), plain()
+    expected = copy.deepcopy(model)
+    ghn_init(expected, ghn, input_size=SIZE, postprocess=None)
+    module, calls = sys.modules['timm_ghn.prediction.predict'], []
+
+    def interrupted(*args: object) -> None:
+        calls.append(args)
+        if len(calls) in (2, 3):
+            raise KeyboardInterrupt
+        write_repeated(*args)
+
+    monkeypatch.setattr(module, 'write_repeated', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ghn_init(model, ghn, input_size=SIZE, postprocess=None)
+    assert len(calls) > 3
+    assert equal(snapshot(model), snapshot(expected))
+
+
+def test_a_prediction_is_applied_to_models_of_the_same_parameters_only(ghn):
+    model = plain()
+    prediction, expected = predict(model, ghn, input_size=SIZE), copy.deepcopy(model)
+    ghn_init(expected, ghn, input_size=SIZE, postprocess=None)
+    assert prediction.apply_(model) is model
+    assert equal(snapshot(model), snapshot(expected))
+    other = plain()
+    other.body[0] = nn.Conv2d(3, 9, 3)
+    before = snapshot(other)
+    with pytest.raises(UnsupportedModelError, match=r"a parameter 'body\.0\.weight' of shape .* \(got one of shape"):
+        prediction.apply_(other)
+    assert equal(snapshot(other), before)
+    with pytest.raises(UnsupportedModelError, match='got none of that name'):
+        prediction.apply_(nn.Linear(2, 2))
 
 
 def test_an_interruption_of_post_processing_leaves_the_model_as_it_was(monkeypatch):

@@ -247,9 +247,9 @@ def list_ghns(args: argparse.Namespace) -> int:
 def predict_weights(args: argparse.Namespace) -> int:
     """Predict the weights of a timm model and write them with those that are kept, raw unless asked otherwise."""
     from timm_ghn.cli.tables import totals_table
-    from timm_ghn.devices import device_of
     from timm_ghn.files import check_output, write_state_dict
     from timm_ghn.hub.load import load_ghn
+    from timm_ghn.prediction.checks import device_of
     from timm_ghn.prediction.postprocess import PostProcess, postprocess_
     from timm_ghn.prediction.predict import predict, provenance
 
@@ -429,9 +429,9 @@ def evaluate_ghn(args: argparse.Namespace) -> int:
 def verify_ghn(args: argparse.Namespace) -> int:
     """Compare parameter norms with the published ones, a row for each network as it comes; 1 if any does not agree."""
     from timm_ghn.analysis.norms import NORM_TOLERANCE, predicted_norm, published_norms
-    from timm_ghn.devices import device_of
     from timm_ghn.hub.catalogue import known_ghns
     from timm_ghn.hub.load import load_ghn
+    from timm_ghn.prediction.checks import device_of
 
     norms = published_norms(args.name, known_ghns(), args.arch)
     ghn = load_ghn(args.name, device=args.device and device_of(args.device))

@@ -49,9 +49,9 @@ class PostProcess:
     Attributes:
         orth: Whether to replace a weight by the orthogonal factor of its QR decomposition.
         beta: Noise, as a share of the spread of the correlations of the weight; 0 for none.
-        layer: The first layer to process: an integer is its number (0 and 1 both are the first), a float from 0 to 1
+        layer: The first layer to process: an integer is its number (0 and 1 both are the first), a float below 1
             a share of the depth, of which that share stays: 0.7 of 54 layers processes those from number 38 on, as
-            floor(0.7 * 54) = 37 stay. Mind that 1 is the first layer and 1.0 is no layer.
+            floor(0.7 * 54) = 37 stay. 1.0 is refused: it could mean the first layer or none.
         max_size: Only layers with more output or input channels than this are processed, and noise is added from
             this channel on (the published option for channels that a GHN repeats).
         seed: Of the noise.
@@ -72,8 +72,8 @@ class PostProcess:
         _expect(number and math.isfinite(self.beta) and self.beta >= 0, 'beta of 0 or more', self.beta)
         _expect(
             (_is_integer(self.layer) and self.layer >= 0)
-            or (isinstance(self.layer, float) and 0.0 <= self.layer <= 1.0),
-            "layer to be a layer's number (an integer) or a share of the depth (a float from 0.0 to 1.0)",
+            or (isinstance(self.layer, float) and 0.0 <= self.layer < 1.0),
+            "layer to be a layer's number (an integer) or a share of the depth (a float from 0.0 to below 1.0)",
             self.layer,
         )
         _expect(_is_integer(self.max_size) and self.max_size >= 0, 'max_size of 0 or more', self.max_size)

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.devices import device_of
 from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.requests import DecodeRequest
-from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, write_all_
+from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, device_of, write_all_
 from timm_ghn.prediction.fit import Fit, repeated, scaled, write_repeated
 from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers
@@ -41,6 +40,38 @@ class Prediction:
     state_dict: dict[str, Tensor]
     plan: ParameterPlan
     provenance: dict[str, Any]
+
+    def apply_(self, model: M) -> M:
+        """Write the prediction into a model, in place: all of it or, if anything fails, none.
+
+        Args:
+            model: The model that was predicted for, or another one whose parameters have the same names and shapes.
+
+        Returns:
+            The same model.
+
+        Raises:
+            UnsupportedModelError: if the model lacks a parameter or has one of another shape, or if one has no storage
+                or cannot be written.
+            PredictionError: if a parameter cannot be written.
+        """
+        parameters = dict(model.named_parameters())
+        rows = self.plan.predicted
+        for row in rows:
+            found = parameters.get(row.name)
+            if found is None or tuple(found.shape) != row.shape:
+                has = 'none of that name' if found is None else f'one of shape {tuple(found.shape)}'
+                raise UnsupportedModelError(
+                    f"expected a model with a parameter '{row.name}' of shape {row.shape} (got {has}): predict for "
+                    'this model'
+                )
+            check_storage(row.name, found)
+            check_writable(row.name, found)
+        write_all_(
+            {row.name: parameters[row.name] for row in rows},
+            lambda name, parameter: parameter.copy_(self.state_dict[name]),
+        )
+        return model
 
 
 def predict(

@@ -14,10 +14,10 @@ from timm_ghn.architectures.samplers import NamesSampler, TimmSampler, evaluatio
 from timm_ghn.data.memory import evaluation_batches, load_images
 from timm_ghn.data.options import DataOptions
 from timm_ghn.data.splits import load_splits
-from timm_ghn.devices import device_of
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import check_output
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.prediction.checks import device_of
 from timm_ghn.runs.recipes import POSITIVE, option, read_recipe
 from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprints
