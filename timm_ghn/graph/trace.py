@@ -141,22 +141,27 @@ def record(model: nn.Module, *, input_size: int | Sequence[int] | None = None, e
     Raises:
         UnsupportedModelError: if the forward pass fails on the meta device, or if no parameter is reached.
     """
-    modules = list(model.named_modules(remove_duplicate=False))
-    _refuse_compiled(modules)
-    parameters = _list_parameters(modules)
-    if not parameters.infos:
-        raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
-    size = resolve_input_size(model, input_size)
-    try:
-        return _record(model, modules, size, example_inputs, parameters)
-    except UnsupportedModelError:
-        # What the first convolution takes need not be the image: TResNet folds 4x4 pixels into channels first.
-        stated = (_stated_channels(model), *size[1:])
-        if example_inputs is not None or stated == size or (isinstance(input_size, Sequence) and len(input_size) == 3):
+    with _TRACING:  # another thread may have borrowed the network
+        modules = list(model.named_modules(remove_duplicate=False))
+        _refuse_compiled(modules)
+        parameters = _list_parameters(modules)
+        if not parameters.infos:
+            raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
+        size = resolve_input_size(model, input_size)
+        try:
+            return _record(model, modules, size, example_inputs, parameters)
+        except UnsupportedModelError:
+            # What the first convolution takes need not be the image: TResNet folds 4x4 pixels into channels first.
+            stated = (_stated_channels(model), *size[1:])
+            if (
+                example_inputs is not None
+                or stated == size
+                or (isinstance(input_size, Sequence) and len(input_size) == 3)
+            ):
+                raise
+            with contextlib.suppress(UnsupportedModelError):
+                return _record(model, modules, stated, example_inputs, parameters)
             raise
-        with contextlib.suppress(UnsupportedModelError):
-            return _record(model, modules, stated, example_inputs, parameters)
-        raise
 
 
 def _refuse_compiled(modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -237,7 +242,7 @@ def _record(
 ) -> Recording:
     """Run the model once and list what it did."""
     borrowed = list(dict.fromkeys(module for _, module in modules))
-    with _TRACING, _undisturbed(), _no_reentrant_checkpointing(), on_meta(borrowed, parameters.names) as names:
+    with _undisturbed(), _no_reentrant_checkpointing(), on_meta(borrowed, parameters.names) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         mode = MetaMode()
         try:
