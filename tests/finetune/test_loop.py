@@ -163,8 +163,13 @@ def heard():
     signal.signal(signal.SIGTERM, previous)
 
 
-@pytest.mark.parametrize('times', [1, 2])
-def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_path, monkeypatch, heard, times):
+@pytest.mark.parametrize(('times', 'apart', 'passed_on'), [(1, True, 0), (2, True, 1), (2, False, 0)])
+def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(
+    base, tmp_path, monkeypatch, heard, times, apart, passed_on
+):
+    """Two that come together are one: launchers pass on what schedulers send to all processes."""
+    if apart:
+        monkeypatch.setattr('timm_ghn.runs.run._SAME_SIGNAL_SECONDS', 0.0)
     finetune(base)
     after_step = loop.FinetuneRun._after_step
     during = []
@@ -180,8 +185,8 @@ def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_pa
     stopped = dataclasses.replace(base, output=tmp_path / 'stopped')
     result = finetune(stopped)
     assert (result.finished, result.steps) == (False, 3)
-    assert len(during) == times - 1, 'the first one waits for the checkpoint, no other does'
-    assert len(heard) == times
+    assert len(during) == passed_on, 'the first one waits for the checkpoint, a later one does not'
+    assert len(heard) == 1 + passed_on
     assert finetune(dataclasses.replace(stopped, resume=True)).finished
     assert same(weights(base), weights(stopped))
 
