@@ -51,9 +51,15 @@ def restore_global_state() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def seed_rng(*entropy: int) -> None:
-    """Seed the global generators of Python, NumPy and torch, each with a number of its own drawn from ``entropy``."""
+def seed_rng(*entropy: int, accelerators: bool = False) -> None:
+    """Seed the global generators of Python, NumPy and torch, each with a number of its own drawn from ``entropy``.
+
+    Args:
+        *entropy: What the seeds depend on.
+        accelerators: Whether torch's generators of other devices are seeded too, which :func:`preserve_rng` leaves
+            alone.
+    """
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))
+    (torch if accelerators else torch.default_generator).manual_seed(int(words[2]))

@@ -134,10 +134,12 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             at = (row + damaged) % rows
             image = decoded(self.split.rows[at][self.split.image_column], self.mode)
             if image is not None:
+                label = int(self.split.labels[at])
+                if not self.training:  # nothing is drawn
+                    return self.transform(image), label, damaged
                 with preserve_rng():
-                    if self.training:
-                        seed_rng(self.seed, key)
-                    return self.transform(image), int(self.split.labels[at]), damaged
+                    seed_rng(self.seed, key)
+                    return self.transform(image), label, damaged
         if self.training:
             raise DataError(f'none of the {rows} training images can be read')
         if self._empty is None:

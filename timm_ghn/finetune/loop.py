@@ -290,7 +290,8 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
     def _train_batch(self, batch: Batch) -> Tensor:
         """One forward and backward pass, and an optimiser step where enough gradients are summed."""
         images, labels, damaged = batch
-        seed_rng(self.options.seed, self.progress.epoch, self.progress.batch, self.accelerator.process_index)
+        drawn = self.options.seed, self.progress.epoch, self.progress.batch, self.accelerator.process_index
+        seed_rng(*drawn, accelerators=True)
         targets = labels
         if isinstance(self.mixup, Mixup):
             images, targets = self.mixup(images, labels)

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from timm_ghn.contexts import restore_global_state
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op, walk
 from timm_ghn.graph.graph import ParameterInfo
@@ -195,22 +194,11 @@ def _no_reentrant_checkpointing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Record gradients in float32 whatever the caller has switched off or on, and leave no mark on what is global.
-
-    The random generators of Python, NumPy and torch (on the CPU) are given back as they were.
-    """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    dtype = torch.get_default_dtype()
-    try:
+def _recording_gradients() -> Iterator[None]:
+    """Record gradients in float32 whatever the caller has switched off or on, and leave no mark on what is global."""
+    with restore_global_state(), torch.inference_mode(False), torch.enable_grad():
         torch.set_default_dtype(torch.float32)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        yield
 
 
 #: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
@@ -242,7 +230,7 @@ def _record(
 ) -> Recording:
     """Run the model once and list what it did."""
     borrowed = list(dict.fromkeys(module for _, module in modules))
-    with _undisturbed(), _no_reentrant_checkpointing(), on_meta(borrowed, parameters.names) as names:
+    with _recording_gradients(), _no_reentrant_checkpointing(), on_meta(borrowed, parameters.names) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         mode = MetaMode()
         try:
