@@ -63,9 +63,10 @@ def check_writable(name: str, parameter: Tensor) -> None:
     """Refuse a parameter that cannot be written in place.
 
     Raises:
-        UnsupportedModelError: if torch does not compute in its dtype, if it was made in inference mode, or if its
-            elements share memory.
+        UnsupportedModelError: if it has no storage, if torch does not compute in its dtype, if it was made in inference
+            mode, or if its elements share memory.
     """
+    check_storage(name, parameter)
     check_dtype(name, parameter.dtype)
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         raise UnsupportedModelError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import trace
 from timm_ghn.nn.precision import full_precision, sum_dtype
-from timm_ghn.prediction.checks import check_finite, check_storage, check_writable, write_all_
+from timm_ghn.prediction.checks import check_finite, check_writable, write_all_
 from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
 
 M = TypeVar('M', bound=nn.Module)
@@ -213,7 +213,6 @@ def postprocess_(
         if row.name not in parameters or tuple(parameters[row.name].shape) != row.shape:
             raise ConfigError(f"expected the plan of this model (got one with '{row.name}' of shape {row.shape})")
         parameter = parameters[row.name]
-        check_storage(row.name, parameter)
         check_writable(row.name, parameter)
         check_finite(f"values of '{row.name}'", parameter.detach())
     values = {row.name: parameters[row.name].detach() for row in rows}
@@ -304,7 +303,7 @@ def _orthogonal_factor(matrix: Tensor) -> Tensor:
     if columns < 2 * _BLOCK or matrix.device.type != 'cpu':
         orthogonal, triangular = torch.linalg.qr(matrix)
         return orthogonal.mul_(triangular.diagonal().sign())
-    rest = matrix.t().contiguous().t().clone()  # columns one after the other, as LAPACK has them
+    rest = matrix.new_empty(columns, rows).t().copy_(matrix)  # columns one after the other, as LAPACK has them
     reflections, signs = [], []
     for first in range(0, columns, _BLOCK):
         panel, tau = torch.geqrf(rest[first:, first : first + _BLOCK])

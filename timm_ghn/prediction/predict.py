@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -65,7 +65,6 @@ class Prediction:
                     f"expected a model with a parameter '{row.name}' of shape {row.shape} (got {has}): predict for "
                     'this model'
                 )
-            check_storage(row.name, found)
             check_writable(row.name, found)
         write_all_(
             {row.name: parameters[row.name] for row in rows},
@@ -108,8 +107,8 @@ def predict(
         GHNError: if the GHN cannot be loaded.
     """
     chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
-    decoded = _Decoded(chosen, plan, seed)
-    found = {row.name: decoded.tensor(row, chosen.device) for row in plan.predicted}
+    decoded = _Decoded(chosen, plan, seed, {row.name: chosen.device for row in plan.predicted})
+    found = {row.name: decoded.tensor(row) for row in plan.predicted}
     state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
 
@@ -191,11 +190,11 @@ def initialise(
     options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
     for row in plan.predicted:
         check_writable(row.name, parameters[row.name])
-    decoded = _Decoded(chosen, plan, seed)
+    decoded = _Decoded(chosen, plan, seed, {name: parameter.device for name, parameter in parameters.items()})
     finished: dict[str, Tensor] = {}
     if options is not None:
         layers = processed_layers(plan, options)
-        finished = {row.name: decoded.tensor(row, parameters[row.name].device) for row in layers}
+        finished = {row.name: decoded.tensor(row) for row in layers}
         process_(finished, layers, options)
     rows = {row.name: row for row in plan.predicted}
 
@@ -245,13 +244,14 @@ class _Decoded:
         ghn: The GHN.
         plan: Of the model.
         seed: Of the tokens without a position.
+        devices: Of the parameters by name: nothing is left to be moved when they are written.
 
     Raises:
         PredictionError: if a value is not finite in the dtype of its parameter.
     """
 
     @torch.no_grad()
-    def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int) -> None:
+    def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int, devices: Mapping[str, torch.device]) -> None:
         self._values: dict[str, Tensor] = {}
         embeddings_Nd = ghn.encode(plan.graph)
         if not bool(torch.isfinite(embeddings_Nd).all()):
@@ -259,11 +259,13 @@ class _Decoded:
                 f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "
                 'the model was left as it was'
             )
-        rows = plan.predicted
+        rows, sums = plan.predicted, []
         for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
-            self._values[rows[index].name] = scaled(decoded, _fit(rows[index]), rows[index].dtype)
-        sums = torch.stack([values.sum(dtype=torch.float32) for values in self._values.values()])
-        if not bool(sums.isfinite().all()):  # the sum of finite values may overflow
+            row = rows[index]
+            values = scaled(decoded, _fit(row), row.dtype)
+            sums.append(values.sum(dtype=torch.float32))
+            self._values[row.name] = values.to(devices[row.name])
+        if not bool(torch.stack(sums).isfinite().all()):  # the sum of finite values may overflow
             for name, values in self._values.items():
                 check_finite(f"values predicted for '{name}'", values)
         generator = torch.Generator().manual_seed(seed)
@@ -281,9 +283,9 @@ class _Decoded:
         else:
             write_repeated(target, self._values[row.name], _fit(row))
 
-    def tensor(self, row: ParameterRow, device: torch.device) -> Tensor:
+    def tensor(self, row: ParameterRow) -> Tensor:
         """A parameter as a tensor of its own."""
-        target = torch.empty(row.shape, dtype=row.dtype, device=device)
+        target = torch.empty(row.shape, dtype=row.dtype, device=self._values[row.name].device)
         self.write(row, target)
         return target
 
