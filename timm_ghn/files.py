@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,25 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            # Otherwise a power cut may leave zeros under the final name, which are finite weights.
-            with file.open('rb+') as written:
-                os.fsync(written.fileno())
+        flush(temporary.iterdir())
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Have files and folders on the disk: else a power cut may leave zeros under a name, which are finite weights."""
+    for path in paths:
+        if path.is_dir():
+            if os.name != 'posix':
+                continue  # folders cannot be opened there
+            handle = os.open(path, os.O_RDONLY)
+        else:
+            handle = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from timm_ghn.architectures.timm_models import build_timm_model
 from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
-from timm_ghn.files import read_json, write_state_dict
+from timm_ghn.files import read_json, write_json, write_state_dict
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, save_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.checks import check_finite
@@ -183,8 +183,7 @@ def write_config(config: dict[str, Any], folder: Path, facts: ModelFacts) -> Non
         # timm takes it from the root of the configuration; transformers passes it on from there, and fails if it comes
         # from here again.
         config = {**config, 'model_args': {k: v for k, v in config['model_args'].items() if k != 'num_classes'}}
-    text = json.dumps({**config, 'pretrained_cfg': cfg}, indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(text + '\n', encoding='utf-8')
+    write_json({**config, 'pretrained_cfg': cfg}, folder / CONFIG_FILE)
 
 
 def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from timm_ghn.errors import ConfigError, GHNError, HubError, printable
+from timm_ghn.files import write_json
 from timm_ghn.hub.fetch import check_token
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE
@@ -271,7 +271,7 @@ def check_pushable(model: nn.Module, model_args: Mapping[str, Any] | None) -> No
     check_model(model)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
         config = write_model(model, Path(name), model_args=model_args, images=None)
-        (Path(name) / CONFIG_FILE).write_text(json.dumps(config), encoding='utf-8')
+        write_json(config, Path(name) / CONFIG_FILE)
         check_loads(model.state_dict(), Path(name))
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from timm_ghn.errors import CheckpointError, TrainingError
-from timm_ghn.files import read_json, sha256_of, write_json, write_state_dict
+from timm_ghn.files import PARTIAL, flush, read_json, sha256_of, write_json, write_state_dict
 
 #: Folder of the checkpoints in the output folder of a run.
 CHECKPOINTS = 'checkpoints'
@@ -34,7 +34,6 @@ PROGRESS = 'progress.json'
 AVERAGE = 'average.safetensors'
 
 _NAME = re.compile(r'step_(\d+)')
-_PARTIAL = '.partial'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Checkpoints:
             TrainingError: if it cannot be written; those before it are still there.
         """
         place = self.folder / f'step_{progress["step"]:08d}'
-        partial = place.with_name(place.name + _PARTIAL)
+        partial = place.with_name(place.name + PARTIAL)
 
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +78,11 @@ class Checkpoints:
                 write_state_dict(self.average.state_dict(), partial / AVERAGE, {})
             write_json({'progress': progress, 'run': _plain(self.identity)}, partial / PROGRESS)
             write_json(manifest_of(partial), partial / MANIFEST)
-            _flush(*(path for path in partial.rglob('*') if path.is_file()), partial)
+            flush((*partial.rglob('*'), partial))
             if place.exists():
                 shutil.rmtree(place)
             os.replace(partial, place)
-            _flush(self.folder)
+            flush((self.folder,))
             found = checkpoints_in(self.folder)
             # What lies ahead was damaged, or this run would have gone on from there.
             kept = found[: found.index(place) + 1][-self.keep :]
@@ -185,8 +184,8 @@ def damage(place: Path) -> str | None:
 
 def clean_up(folder: Path) -> None:
     """Remove what killed runs left unfinished; a checkpoint that lacks its name alone gets it."""
-    for partial in folder.glob(f'step_*{_PARTIAL}'):
-        place = partial.with_name(partial.name.removesuffix(_PARTIAL))
+    for partial in folder.glob(f'step_*{PARTIAL}'):
+        place = partial.with_name(partial.name.removesuffix(PARTIAL))
         if damage(partial) is None and not place.exists():
             os.replace(partial, place)
         else:
@@ -209,15 +208,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON gives them back."""
     found: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
     return found
-
-
-def _flush(*paths: Path) -> None:
-    """Have files and folders on the disk."""
-    if os.name != 'posix':
-        return
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
