@@ -119,6 +119,7 @@ def expect_same(found: GHN, expected: GHN) -> None:
     state = found.state_dict()
     assert state.keys() == expected.state_dict().keys()
     for key, value in expected.state_dict().items():
+        assert state[key].dtype == value.dtype
         assert torch.equal(state[key], value), key
 
 

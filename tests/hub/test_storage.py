@@ -1,4 +1,4 @@
-"""Our own form on disk: what is saved is loaded exactly, and what cannot be right is refused."""
+"""The native format on disk: what is saved is loaded exactly, and what cannot be right is refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_fixtures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,23 +25,18 @@ GHN3 = GHNConfig(hid=16, max_shape=(24, 20, 11, 11), num_classes=30, layers=2, h
 
 
 @pytest.fixture
-def ghn() -> GHN:
-    torch.manual_seed(0)
-    return GHN(GHN3)
+def small() -> GHNConfig:
+    return GHN3
 
 
 @pytest.fixture
-def folder(ghn: GHN, tmp_path: Path) -> Path:
-    save_ghn(ghn, tmp_path / 'ghn')
-    return tmp_path / 'ghn'
+def ghn(small_ghn: GHN) -> GHN:
+    return small_ghn
 
 
 def expect_same(found: GHN, expected: GHN) -> None:
     assert found.config == expected.config
-    assert found.state_dict().keys() == expected.state_dict().keys()
-    for key, value in expected.state_dict().items():
-        assert found.state_dict()[key].dtype == value.dtype
-        assert torch.equal(found.state_dict()[key], value), key
+    hub_fixtures.expect_same(found, expected)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -121,6 +117,15 @@ def test_training_a_loaded_ghn_leaves_its_file_alone(folder, ghn):
         for parameter in found.parameters():
             parameter.add_(1)
     expect_same(read_ghn(folder), ghn)
+
+
+def test_a_file_that_another_process_removes_while_it_is_opened_is_no_raw_error(folder, monkeypatch):
+    def removed(*_: object, **__: object) -> None:
+        raise RuntimeError('unable to open file in read-only mode: No such file or directory (2)')
+
+    monkeypatch.setattr(storage_module, 'safe_open', removed)
+    with pytest.raises(CheckpointError, match='truncated or damaged: unable to open file'):
+        read_ghn(folder)
 
 
 def test_a_save_that_fails_leaves_the_old_files_alone(folder, ghn, monkeypatch):

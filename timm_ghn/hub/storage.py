@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,8 @@ def read_ghn(
     found, weights = _native_files(Path(directory))
     if config is not None:
         expect_config(found, config, str(weights.parent / CONFIG_FILE))
-    try:
-        with safe_open(weights, framework='pt', device='cpu') as file:
-            ghn = build_ghn(found, _shapes(file), file.get_tensor, device=device, dtype=dtype, label=str(weights))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
+    with _opened(weights) as file:
+        ghn = build_ghn(found, _shapes(file), file.get_tensor, device=device, dtype=dtype, label=str(weights))
     ghn.origin = origin or Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
     return ghn
 
@@ -121,9 +119,24 @@ def read_ghn(
 def read_shapes(directory: Path) -> tuple[GHNConfig, dict[str, tuple[int, ...]]]:
     """Configuration and shapes of a GHN in the native format, without reading a weight; see :func:`read_ghn`."""
     config, weights = _native_files(directory)
+    with _opened(weights) as file:
+        return config, _shapes(file)
+
+
+@contextlib.contextmanager
+def _opened(weights: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
     try:
-        with safe_open(weights, framework='pt', device='cpu') as file:
-            return config, _shapes(file)
+        try:
+            opened = safe_open(weights, framework='pt', device='cpu')
+        except RuntimeError as error:  # torch's, which maps it: another process has removed it meanwhile
+            raise OSError(error) from error
+        with opened as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
 
