@@ -110,9 +110,13 @@ def binary(name: str) -> Callable[..., Any]:
     return function
 
 
+_add = binary('Add')
+_gelu, _roll = unary('Gelu'), unary('Roll')
+
+
 def gelu(input: Tensor, approximate: str = 'none') -> Any:  # as torch.nn.functional.gelu
     """GELU."""
-    return unary('Gelu')(input)
+    return _gelu(input)
 
 
 def mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
@@ -137,7 +141,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Any:
 
 def roll(input: Tensor, shifts: Any, dims: Any = None) -> Any:
     """Cyclic shift."""
-    return unary('Roll')(input) if dims is not None else NotImplemented
+    return _roll(input) if dims is not None else NotImplemented
 
 
 def cat(tensors: Any, dim: int = 0) -> Any:
@@ -172,7 +176,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     output = _operator('Mm')(_empty(*shape), rows, weight.t())
     if input.dim() > 2:
         output = _unsafe_view(output, (*input.shape[:-1], len(weight)))
-    return output if bias is None else binary('Add')(output, bias)
+    return output if bias is None else _add(output, bias)
 
 
 def matmul(input: Tensor, other: Tensor) -> Any:
@@ -273,7 +277,7 @@ STAND_INS: dict[Any, Callable[..., Any]] = {
     nn.functional.silu: unary('Silu'),
     torch.sigmoid: unary('Sigmoid'),
     Tensor.sigmoid: unary('Sigmoid'),
-    **dict.fromkeys((torch.add, Tensor.add), binary('Add')),
+    **dict.fromkeys((torch.add, Tensor.add), _add),
     **dict.fromkeys((torch.sub, Tensor.sub), binary('Sub')),
     **dict.fromkeys((torch.mul, Tensor.mul), binary('Mul')),
     **dict.fromkeys((torch.div, Tensor.div), binary('Div')),
