@@ -63,14 +63,22 @@ class TensorDecoder(nn.Module, abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
-        """Decode tensors, some blocks of each."""
+    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
+        """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
 
     def rescale_(self) -> None:
         """Initialise as GHN-3 does, in place; a decoder with an initialisation of its own keeps it."""
 
+
+class CroppingDecoder(TensorDecoder):
+    """A decoder whose tensors are cut from the largest one that it puts out."""
+
+    @abc.abstractmethod
+    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
+        """Decode tensors, some blocks of each."""
+
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
-        """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
+        """See the base class."""
         jobs = [job_of(index, request, self.config) for index, request in requests]
         return self.decode_jobs(z_Nd, jobs, chunk_elements=chunk_elements)
 
@@ -96,7 +104,7 @@ def _cut_layer(layer: nn.Linear, grid: tuple[int, ...], cuts: Sequence[tuple[sli
     return list(zip(weights, biases, strict=True))
 
 
-class ConvDecoder(TensorDecoder):
+class ConvDecoder(CroppingDecoder):
     """Decoder of 1x1 convolutions, written as linear layers on the pixels.
 
         u = ReLU(W_fc z + b_fc), read as (4d, H, W); for each pixel s = ReLU(W_a u + b_a), r = W_b s + b_b.
@@ -233,7 +241,7 @@ def _places(jobs: Sequence[Job]) -> dict[int, range]:
     return places
 
 
-class MLPDecoder(TensorDecoder):
+class MLPDecoder(CroppingDecoder):
     """Baseline decoder: W_2 ReLU(W_1 z + b_1) + b_2, read as (C0, C1, H, W).
 
     A classifier is W_cls ReLU(W_1 z + b_1) + b_cls, read as (K, C1).

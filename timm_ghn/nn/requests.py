@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from timm_ghn.graph.channels import ChannelLayout
 from timm_ghn.nn.config import GHNConfig
 
 #: Elements of each temporary tensor, unless told otherwise: 8 MiB in float32.
@@ -40,14 +41,13 @@ class DecodeRequest:
         kind: What it is.
         node: Row of the node embeddings that it is decoded from.
         size: Wanted (out, in, height, width); (n, 1, 1, 1) for the 1-D kinds.
-        salt: Tells apart what is not predicted but fixed at random, whatever else is decoded along with it; None
-            takes the row.
+        layout: How rows and columns of a tensor are numbered.
     """
 
     kind: DecodeKind
     node: int
     size: tuple[int, int, int, int]
-    salt: int | None = None
+    layout: ChannelLayout = ChannelLayout()
 
     def __post_init__(self) -> None:
         if len(self.size) != 4 or min(self.size) < 1:
@@ -88,7 +88,6 @@ class Job:
         inputs: Columns i of channels.
         size: Wanted height and width; the window's, or larger where the kernel exceeds the map.
         classes: Rows of a classifier, which the class predictor makes of the channels; 0 for other tensors.
-        salt: Of the request.
     """
 
     index: int
@@ -98,7 +97,6 @@ class Job:
     inputs: int
     size: tuple[int, int]
     classes: int
-    salt: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -172,7 +170,6 @@ def job_of(index: int, request: DecodeRequest, config: GHNConfig) -> Job:
         min(inputs, config.max_shape[1]),
         (height, width),
         min(outputs, config.num_classes) if head else 0,
-        request.node if request.salt is None else request.salt,
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.graph.channels import ChannelLayout, channel_layouts
 from timm_ghn.graph.graph import Graph, ParameterInfo
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.vocabulary import NO_ELEMENTS, NOT_FLOATING, encoded_position, positional_size
@@ -187,10 +188,11 @@ def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> P
     if head == 'auto':
         reason = f'head for {graph.num_classes} classes, the GHN was trained with {config.num_classes}'
     classifier = frozenset(graph.classifier) if keep_head else frozenset()
+    layouts = channel_layouts(graph)
     rows = tuple(
         _kept(info, reason if info.name in classifier else graph.kept[info.name])
         if info.name in classifier or info.name in graph.kept
-        else _predicted(info, graph, config)
+        else _predicted(info, graph, config, layouts)
         for info in graph.parameters
     )
     return ParameterPlan(rows, graph)
@@ -200,7 +202,9 @@ def _kept(info: ParameterInfo, reason: str | None) -> ParameterRow:
     return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, 'kept', reason=reason)
 
 
-def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig) -> ParameterRow:
+def _predicted(
+    info: ParameterInfo, graph: Graph, config: GHNConfig, layouts: Sequence[ChannelLayout]
+) -> ParameterRow:
     if not info.dtype.is_floating_point:
         return _kept(info, NOT_FLOATING)
     if info.numel == 0:
@@ -209,7 +213,7 @@ def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig) -> Paramete
     kind, role = _kind(info, graph, index)
     node = graph.nodes[index]
     size, fit = fit_of(kind, info.shape, config, position=role == 'position', kernel=node.kernel, blocks=node.blocks)
-    request = DecodeRequest(kind, index, size)
+    request = DecodeRequest(kind, index, size, layouts[index])
     return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, index, request, fit)
 
 

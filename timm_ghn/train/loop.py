@@ -148,7 +148,7 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
         'others': {'params': [], 'weight_decay': 0.0},
     }
     for name, parameter in ghn.named_parameters():
-        if options.opt == 'muon' and name == 'decoder.templates':
+        if options.opt == 'muon' and name.endswith('.templates'):
             kind = 'templates'
         else:
             kind = 'matrices' if parameter.dim() > 1 and 'embed' not in name else 'others'

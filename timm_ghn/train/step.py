@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.nn.requests import DecodeRequest
 from timm_ghn.prediction.fit import fitted
 from timm_ghn.train.blueprints import Blueprint
 
@@ -56,8 +55,7 @@ def predict_parameters(ghn: GHN, blueprints: Sequence[Blueprint]) -> list[dict[s
         for row in blueprint.plan.predicted:
             request = row.request
             if request is not None:
-                # Whatever is fixed at random is that of the network alone.
-                requests.append(DecodeRequest(request.kind, request.node + offset, request.size, salt=request.node))
+                requests.append(dataclasses.replace(request, node=request.node + offset))
                 places.append((which, row))
         offset += len(blueprint.graph)
     found: list[dict[str, Tensor]] = [{} for _ in blueprints]
