@@ -45,6 +45,8 @@ class Limits:
         macs: Most multiply-accumulates for one image.
         activations: Most elements that layers write for one image; None for any number. The default keeps out the
             slowest one in twenty of what the other limits admit.
+        least_activations: Fewest elements that layers write for one image: networks with many positions, such as
+            transformers of 64 and more tokens, write many.
         smallest_map: Fewest positions of a map that a batch normalisation reads. With 2, it can normalise a batch of
             a single image; timm's own stems reduce images of 32 pixels to one position, so the default lets them.
 
@@ -57,6 +59,7 @@ class Limits:
     macs: int = 30_000_000
     activations: int | None = 400_000
     smallest_map: int = 1
+    least_activations: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.parameters[0] <= self.parameters[1]:
@@ -77,6 +80,7 @@ class Limits:
             self.admit_parameters(cost.parameters)
             and cost.macs <= self.macs
             and (self.activations is None or cost.activations <= self.activations)
+            and cost.activations >= self.least_activations
             and (cost.smallest_map is None or cost.smallest_map >= self.smallest_map)
         )
 

@@ -110,6 +110,7 @@ class TimmSampler:
         activations: Most elements that layers write for one image; None for any number.
         smallest_map: Fewest positions of a map that a batch normalisation reads, see
             :class:`~timm_ghn.architectures.cost.Limits`.
+        least_activations: Fewest elements that layers write for one image.
         split: Which designs may be drawn, see :attr:`Architecture.split`; None for all.
         attempts: How often options are drawn before giving up.
 
@@ -125,6 +126,7 @@ class TimmSampler:
     macs: int = Limits.macs
     activations: int | None = Limits.activations
     smallest_map: int = Limits.smallest_map
+    least_activations: int = Limits.least_activations
     split: str | None = 'train'
     attempts: int = 200
 
@@ -141,7 +143,14 @@ class TimmSampler:
     @property
     def limits(self) -> Limits:
         """What a network may cost."""
-        return Limits(self.image_size, self.parameters, self.macs, self.activations, self.smallest_map)
+        return Limits(
+            self.image_size,
+            self.parameters,
+            self.macs,
+            self.activations,
+            self.smallest_map,
+            self.least_activations,
+        )
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """Draw an architecture within the limits.
