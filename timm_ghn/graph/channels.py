@@ -42,6 +42,10 @@ class ChannelLayout:
     groups: int = 1
 
 
+#: One part, one group: row r and column c are the channels r and c.
+PLAIN = ChannelLayout()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Channels:
     """Channels that leave a node: their number, after how many their numbering begins again, whether an image's."""
@@ -60,7 +64,7 @@ def channel_layouts(graph: Graph) -> tuple[ChannelLayout, ...]:
         targets[source].append(target)
     shapes = {info.name: info.shape for info in graph.parameters}
     left: list[_Channels | None] = [None] * len(graph)
-    found = [ChannelLayout()] * len(graph)
+    found = [PLAIN] * len(graph)
     for index, node in enumerate(graph.nodes):
         # In a cycle, what comes later is not known yet.
         entering = [channels for source in sources[index] if (channels := left[source]) is not None]
@@ -74,7 +78,9 @@ def channel_layouts(graph: Graph) -> tuple[ChannelLayout, ...]:
             left[index] = _Channels(node.shape[1], node.shape[1])
         elif node.shape and node.primitive in _WEIGHTS and shape:
             queries = len(shape) == 2 and _meets_attention(index, graph.nodes, targets)
-            found[index] = layout = _layout(node.kernel or shape, widest, head=node.parameter in graph.class_weights, queries=queries)
+            found[index] = layout = _layout(
+                node.kernel or shape, widest, head=node.parameter in graph.class_weights, queries=queries
+            )
             left[index] = _Channels(node.shape[0], node.shape[0] // layout.rows)
         elif node.shape and node.primitive in _NORMS:
             repeats = widest is not None and not node.shape[0] % widest.period

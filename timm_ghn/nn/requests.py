@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from timm_ghn.graph.channels import ChannelLayout
+from timm_ghn.graph.channels import PLAIN, ChannelLayout
 from timm_ghn.nn.config import GHNConfig
 
 #: Elements of each temporary tensor, unless told otherwise: 8 MiB in float32.
@@ -47,7 +47,7 @@ class DecodeRequest:
     kind: DecodeKind
     node: int
     size: tuple[int, int, int, int]
-    layout: ChannelLayout = ChannelLayout()
+    layout: ChannelLayout = PLAIN
 
     def __post_init__(self) -> None:
         if len(self.size) != 4 or min(self.size) < 1:

@@ -252,11 +252,12 @@ class TemplateDecoder(TensorDecoder):
             return
         rows, columns = min(outputs, self.config.max_shape[0]), min(inputs, self.config.max_shape[1])
         groups = layout.groups if rows == outputs else 1
+        role = 'conv' if layout.role == 'dense' and height * width > 1 else layout.role
         tops, lefts = (range(0, n, -(-n // parts)) for n, parts in ((rows, layout.rows), (columns, layout.columns)))
         places = list(itertools.product(tops, lefts))
         for number, (top, left) in enumerate(places):
             yield _Part(
-                index, request.node, number, layout.role, min(tops.step, rows - top), min(lefts.step, columns - left),
+                index, request.node, number, role, min(tops.step, rows - top), min(lefts.step, columns - left),
                 groups, (height, width), (top, left), number == len(places) - 1,
             )  # fmt: skip
 

@@ -202,9 +202,7 @@ def _kept(info: ParameterInfo, reason: str | None) -> ParameterRow:
     return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, 'kept', reason=reason)
 
 
-def _predicted(
-    info: ParameterInfo, graph: Graph, config: GHNConfig, layouts: Sequence[ChannelLayout]
-) -> ParameterRow:
+def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig, layouts: Sequence[ChannelLayout]) -> ParameterRow:
     if not info.dtype.is_floating_point:
         return _kept(info, NOT_FLOATING)
     if info.numel == 0:
