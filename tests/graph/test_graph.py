@@ -96,23 +96,6 @@ def test_nodes_have_primitives_shapes_and_parameters():
         assert ParameterInfo('p', shape, torch.float32, 'torch.nn.Module').numel == numel
 
 
-def test_a_permutation_moves_nodes_with_their_edges():
-    graph = graph_of(4, [(0, 1), (1, 2), (1, 3)])
-    order = [2, 0, 3, 1]
-    permuted = graph.permute(order)
-    assert [node.label for node in permuted.nodes] == ['node2', 'node0', 'node3', 'node1']
-    assert permuted.nodes[permuted.start].label == 'node0'
-    name = [node.label for node in permuted.nodes]
-    assert {(name[u], name[v]) for u, v in permuted.edges_E2.tolist()} == {
-        (f'node{u}', f'node{v}') for u, v in graph.edges_E2.tolist()
-    }
-    assert torch.equal(permuted.distances_NN(50), graph.distances_NN(50)[order][:, order])
-    assert equal(permuted.permute([1, 3, 0, 2]), graph), 'the inverse'
-    for wrong in ([0, 1, 2], [0, 1, 2, 2], [1, 2, 3, 4]):
-        with pytest.raises(ValueError, match=r'permutation of 0\.\.3'):
-            graph.permute(wrong)
-
-
 def test_the_nodes_of_a_batch_are_numbered_through():
     graphs = [graph_of(size, []) for size in (3, 1, 4)]
     batch = GraphBatch.of(graphs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -175,22 +175,6 @@ class Graph:
                 if name is not None:
                     found.setdefault(name, index)
         return found
-
-    def permute(self, order: Sequence[int]) -> Graph:
-        """The same graph with its nodes listed in another order; new node i is the old node ``order[i]``.
-
-        Raises:
-            ValueError: if ``order`` is not a permutation of the node indices.
-        """
-        if sorted(order) != list(range(len(self))):
-            raise ValueError(f'expected a permutation of 0..{len(self) - 1} (got {list(order)[:8]}...)')
-        position = torch.tensor(list(order), device='cpu').argsort()
-        return dataclasses.replace(
-            self,
-            nodes=tuple(self.nodes[i] for i in order),
-            edges_E2=position[self.edges_E2],
-            start=int(position[self.start]),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
