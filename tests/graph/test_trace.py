@@ -7,7 +7,6 @@ import copy
 import functools
 import random
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
