@@ -9,8 +9,8 @@ import weakref
 
 import literal
 import pytest
-import timm
 import torch
+from networks import plain
 from tiny import TINY, make_ghn as make_tiny
 from variants import VARIANTS
 
@@ -96,7 +96,7 @@ def test_any_backend_gives_the_predictions_and_gradients_of_ghn_2(backend, reque
     problem = BACKENDS[backend].problem('cpu', torch.float32, deterministic=False)
     if problem is not None:
         pytest.skip(f'{backend} {problem}')
-    ghn, model = make_tiny(TINY['gated']), timm.create_model('test_resnet')
+    ghn, model = make_tiny(TINY['gated']), plain()
     graph = trace(model)
 
     def gradients():

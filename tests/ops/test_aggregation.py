@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.2, tor
 #: (edges, sources, targets, features) of random graphs; the others are given edge by edge.
 RANDOM = {
     'random': (40, 7, 9, 5),
-    'empty neighbourhoods': (6, 20, 30, 3),
+    'empty neighbourhoods': (4, 6, 10, 3),
     'no edges': (0, 7, 9, 5),
     'no nodes': (0, 0, 0, 5),
     'no features': (40, 7, 9, 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from timm_ghn.graph.flow import COMPUTE, Flow
+from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.vocabulary import is_layer, operator_primitive
 
@@ -85,16 +86,15 @@ def _tables(flow: Flow) -> frozenset[str]:
     """
     product, softmax = _layers_behind_product(flow), _layers_before_softmax(flow)
     logits = {index for index in product.keys() & softmax.keys() if product[index] + softmax[index] <= 1}
-    joins: set[int] = set()  # ops whose output is added to logits
-    for index in reversed(flow.order):
-        for reader in flow.readers[index]:
-            added = reader in logits and flow.ops[reader].kind in _ADDS and len(flow.data_inputs(reader)) > 1
-            if flow.data[index] and (added or (reader in joins and flow.ops[reader].kind not in COMPUTE)):
-                joins.add(index)
+    sums = [index for index in logits if flow.ops[index].kind in _ADDS and len(flow.data_inputs(index)) > 1]
+    added = reachable(  # ops whose output is added to logits
+        (child for index in sums for child in flow.data_inputs(index)),
+        lambda index: () if flow.ops[index].kind in COMPUTE else flow.data_inputs(index),
+    )
     found: set[str] = set()
-    for index in logits | joins:
+    for index in logits | added:
         kind = flow.ops[index].kind
-        if kind in _ADDS or (kind in COMPUTE and index in joins and len(flow.data_inputs(index)) == 1):
+        if kind in _ADDS or (kind in COMPUTE and index in added and len(flow.data_inputs(index)) == 1):
             found.update(joined.name for joined in flow.joining(index))
     return frozenset(name for name in found if len(flow.shapes[name]) > 1 and not is_layer(flow.owner(name)))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from timm_ghn.graph.autograd import Op
-from timm_ghn.graph.paths import topological_order
+from timm_ghn.graph.paths import reachable, topological_order
 from timm_ghn.graph.trace import Recording
 from timm_ghn.graph.vocabulary import is_layer
 
@@ -174,7 +174,7 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
         own = {name for name in op.parameters if len(shapes[name]) > 1}
         weights[index] = frozenset(own).union(*(weights[child] for child in op.children))
     layers = {name for name, shape in shapes.items() if len(shape) == 2 or is_layer(recording.owners[name])}
-    stack = [
+    start = [
         child
         for index, op in enumerate(ops)
         if data[index]
@@ -183,9 +183,6 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
         and computes[child]
         and (len(weights[child]) > 1 or (op.kind == 'Add' and weights[child] & layers))
     ]
-    while stack:
-        index = stack.pop()
-        if not data[index] and computes[index]:
-            data[index] = True
-            stack.extend(ops[index].children)
+    for index in reachable(start, lambda at: [c for c in ops[at].children if computes[c] and not data[c]]):
+        data[index] = True
     return tuple(data)

@@ -92,7 +92,7 @@ class _OperatorRules:
         return before
 
     def _add(self, label: Label, before: frozenset[int]) -> frozenset[int]:
-        """Add a position behind others."""
+        """Add a position with its predecessors."""
         x = self.draft.append(label)
         for p in before:
             self.draft.connect(p, x)
@@ -142,16 +142,13 @@ class _OperatorRules:
             return True
         if op.rank < 3 or (op.rank == 4 and len(op.dims) == 1):
             return False
-        seen, stack = set(), list(self.flow.readers[index])
-        while stack:
-            reader = stack.pop()
-            kind = self.ops[reader].kind
-            if kind in STATISTICS:
-                return False
-            if kind in _PASSES_STATISTICS and reader not in seen and not self.ops[reader].parameters:
-                seen.add(reader)
-                stack.extend(self.flow.readers[reader])
-        return True
+        readers = self.flow.readers
+
+        def passed_on(reader: int) -> tuple[int, ...]:
+            op = self.ops[reader]
+            return readers[reader] if op.kind in _PASSES_STATISTICS and not op.parameters else ()
+
+        return not any(self.ops[reader].kind in STATISTICS for reader in reachable(readers[index], passed_on))
 
     def _gate(self, index: int) -> frozenset[int] | None:
         """Positions that hold the gate of a product, None if it is no squeeze and excite.
