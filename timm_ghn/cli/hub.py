@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from timm_ghn.analysis.norms import NORM_TOLERANCE, predicted_norm, published_norms
+from timm_ghn.analysis import norms
 from timm_ghn.cli.tables import aligned
 from timm_ghn.errors import ConfigError, GHNError
 from timm_ghn.files import new_folder
@@ -83,26 +83,26 @@ def show_cache(args: argparse.Namespace) -> int:
 
 def verify_ghn(args: argparse.Namespace) -> int:
     """Compare parameter norms with the published ones, a row for each network as it comes; 1 if any does not agree."""
-    norms = published_norms(args.name, known_ghns(), args.arch)
+    expected = norms.published_norms(args.name, known_ghns(), args.arch)
     ghn = load_ghn(args.name, device=args.device and device_of(args.device))
-    width = max(map(len, (*norms, 'network')))
+    width = max(map(len, (*expected, 'network')))
     print(
-        f'{"network":{width}}  {"published":>10}  {"predicted":>10}  {"difference":>10}  below {NORM_TOLERANCE}',
+        f'{"network":{width}}  {"published":>10}  {"predicted":>10}  {"difference":>10}  below {norms.NORM_TOLERANCE}',
         flush=True,
     )
     agreed = 0
-    for arch, published in norms.items():
+    for arch, published in expected.items():
         try:
-            measured = predicted_norm(arch, ghn)
+            measured = norms.predicted_norm(arch, ghn)
         except (GHNError, RuntimeError) as error:  # torch raises the latter for want of memory
             cells, verdict = f'{"-":>10}  {"-":>10}', f'FAILED: {" ".join(str(error).split())}'
         else:
-            agrees = abs(measured - published) < NORM_TOLERANCE
+            agrees = abs(measured - published) < norms.NORM_TOLERANCE
             agreed += agrees
             cells, verdict = f'{measured:10.4f}  {measured - published:+10.4f}', 'yes' if agrees else 'NO'
         print(f'{arch:{width}}  {published:10.4f}  {cells}  {verdict}', flush=True)
-    print(f'\n{agreed} of {len(norms)} norms agree')
-    return 0 if agreed == len(norms) else 1
+    print(f'\n{agreed} of {len(expected)} norms agree')
+    return 0 if agreed == len(expected) else 1
 
 
 def push_model(args: argparse.Namespace) -> int:
