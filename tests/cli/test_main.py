@@ -302,7 +302,8 @@ def test_a_reader_that_has_enough_is_no_error():
 )
 def test_an_output_that_cannot_be_written_is_one_line(output, message):
     line = ['sh', '-c', f'exec "$@" --help {output}', 'sh', *SCRIPT]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith('timm-ghn: error: ')
     assert done.stderr.endswith(f'{message}\n')
