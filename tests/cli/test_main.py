@@ -135,16 +135,6 @@ def test_the_header_and_the_json_say_where_the_weights_come_from(run):
     assert json.loads(out) == expected
 
 
-def test_predict_is_repeatable_and_replaces_the_file(run):
-    def tensors(options: str) -> dict[str, torch.Tensor]:
-        assert run(f'predict test_vit {options} -o out.safetensors')[0] == 0
-        return {name: tensor.clone() for name, tensor in load_file('out.safetensors').items()}
-
-    first, second, other = tensors(''), tensors(''), tensors('--seed 1')
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
-
-
 def test_a_model_of_fixed_size_is_built_for_the_size_that_is_asked_for(run):
     code, out, _ = run('predict test_vit --img-size 192 -o out.safetensors')
     assert code == 0

@@ -123,17 +123,6 @@ def test_a_stem_that_timm_does_not_build_is_refused(run, hub: HubServer, tmp_pat
     assert not hub.requests
 
 
-def test_a_failure_is_told_in_one_line_without_the_token(run, hub: HubServer, monkeypatch):
-    run(f'predict test_vit --ghn {EMBEDDED} -o out.safetensors')
-    monkeypatch.setenv('HF_TOKEN', 'hf_reader')
-    code, out, err = run(f'push out.safetensors {REPO}')
-    assert (code, out) == (2, '')
-    assert '403' in err
-    assert 'write access' in err
-    assert 'hf_reader' not in err
-    assert err.strip().count('\n') == 0
-
-
 def test_the_readme_about_the_hub_runs(run, hub: HubServer, monkeypatch, tmp_path):
     monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
     section = README.partition('\n## Use it from the Hub\n')[2].partition('\n## ')[0]

@@ -20,8 +20,8 @@ from official import WRITERS, official_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, UnsafeCheckpointError
-from timm_ghn.hub import catalogue, converted, load, load_ghn, register_ghn
+from timm_ghn.errors import CheckpointError, GHNNotFoundError, UnsafeCheckpointError
+from timm_ghn.hub import catalogue, converted, load, load_ghn
 from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.converted import cache_folder, convert_official, converted_ghns, read_converted, remove_converted
 from timm_ghn.hub.load import shared_ghn
@@ -101,13 +101,6 @@ def test_another_content_or_configuration_is_converted_anew(hub: HubServer, mine
     catalogue._registered['mine'] = dataclasses.replace(mine, config=config)
     assert load_ghn('mine').config.virtual_edges == 7
     assert len(converted_ghns(cache_folder())) == 3
-
-
-def test_a_path_of_the_user_is_not_kept(tmp_path, official, small_ghn):
-    expect_same(load_ghn(tmp_path / 'official.pt'), small_ghn)
-    register_ghn('local', tmp_path / 'official.pt')
-    expect_same(load_ghn('local'), small_ghn)
-    assert not converted_ghns(cache_folder())
 
 
 def test_a_cache_of_the_hub_without_links_works_too(tmp_path, mine, official, opened, small_ghn):
@@ -216,14 +209,6 @@ def test_a_damaged_conversion_is_made_again(mine, opened, small_ghn, damage):
         expect_same(load_ghn('mine'), small_ghn)
         assert len(opened) == 2
     assert [path.name for path in cache_folder().iterdir()] == [only().name]
-
-
-def test_a_device_that_does_not_exist_is_no_reason_to_convert_again(mine, opened):
-    load_ghn('mine')
-    with pytest.raises(ConfigError, match='expected a device'):
-        load_ghn('mine', device='nowhere')
-    load_ghn('mine')
-    assert len(opened) == 1
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(mine):

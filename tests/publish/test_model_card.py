@@ -18,10 +18,10 @@ import timm_ghn
 from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, postprocess_, predict, push_to_hub
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.hub import load_ghn, register_ghn
+from timm_ghn.hub import load_ghn
 from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 from timm_ghn.hub.storage import save_ghn
-from timm_ghn.nn.config import GHNConfig, Origin
+from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.predict import provenance
 from timm_ghn.publish.card import make_card
 from timm_ghn.publish.facts import ModelFacts
@@ -131,20 +131,6 @@ def test_post_processing_that_cannot_be_found_is_not_made_up(push):
     text = push(model, prediction=prediction).text
     assert '| post-processing | not recorded |' in text
     assert '## Reproduce it' not in text
-
-
-def test_facts_that_are_given_are_told(push):
-    model, ghn, options = timm.create_model('test_resnet'), load_ghn(EMBEDDED), PostProcess(layer=3, scale='keep')
-    plan = predict(model, ghn).plan
-    ghn_init(model, ghn, postprocess=options)
-    card = push(model, prediction=provenance(ghn, plan, head='auto', seed=0, postprocess=options))
-    assert f'| post-processing | {options.describe()} |' in card.text
-    assert '**predicted, no training**' in card.text
-    expect_predicted_alike(model, run(card))
-    with torch.no_grad():
-        model.layer1[0].conv1.weight.add_(1)
-    text = push(model, prediction=provenance(ghn, plan, head='auto', seed=0, postprocess=options)).text
-    assert '**predicted, no training**' not in text
 
 
 def test_facts_that_cannot_be_checked_are_told_as_the_start_only(push, small_ghn: GHN, tmp_path):
@@ -281,25 +267,6 @@ def expect_no_markup_of_others(card: ModelCard | str) -> None:
     assert tables
     assert all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in tables)
     assert 'z' * 100 not in prose
-
-
-def test_the_name_of_a_ghn_is_one_escaped_line(hub: HubServer, push, small: GHNConfig, tmp_path):
-    model, ghn = timm.create_model('test_resnet'), GHN(dataclasses.replace(small, name=HOSTILE))
-    save_ghn(ghn, tmp_path / 'ghn')
-    ghn = load_ghn(tmp_path / 'ghn')
-    prediction = predict(model, ghn)
-    card = push(ghn_init(model, ghn, postprocess=None), prediction=prediction)
-    expect_no_markup_of_others(card)
-    assert '**predicted, no training**' in card.text
-    (*_, message) = hub.commits(REPO)
-    assert message.isprintable()
-    assert len(message) < 150
-    cfg = json.loads(hub.files(REPO)['config.json'])['pretrained_cfg']
-    assert cfg['description'].isprintable()
-    assert len(cfg['description']) < 250
-    register_ghn('mine', tmp_path / 'ghn')
-    tagged = timm.create_model('test_resnet.mine')
-    assert all(note.isprintable() for note in (tagged.pretrained_cfg['description'], *tagged.pretrained_cfg['notes']))
 
 
 def test_every_fact_of_a_prediction_is_escaped():

@@ -24,7 +24,7 @@ from timm_ghn.cli import main as cli
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub.catalogue import EMBEDDED
-from timm_ghn.publish.card import _training_code
+from timm_ghn.publish.code import training_code
 from timm_ghn.publish.training import Training
 from timm_ghn.runs.results import read_results
 
@@ -157,8 +157,8 @@ def test_a_folder_of_where_the_run_was_is_named_to_nobody_elsewhere_either(done)
     training = Training.read(done.output)
     assert training.is_local('dataset')
     assert training.dataset == 'clothes-private'
-    assert 'secret-project' not in _training_code(training)
-    assert "init='ghn'" in _training_code(training)
+    assert 'secret-project' not in training_code(training)
+    assert "init='ghn'" in training_code(training)
 
 
 def test_a_finished_run_that_is_resumed_is_pushed_once(hub: HubServer, done):

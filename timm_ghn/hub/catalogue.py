@@ -142,20 +142,12 @@ def _entries() -> dict[str, GHNEntry]:
 
 
 def known_ghns() -> dict[str, GHNEntry]:
-    """The GHNs of the catalogue and those of :func:`timm_ghn.register_ghn` by name, in alphabetical order.
-
-    Raises:
-        ConfigError: if the installation is incomplete.
-    """
+    """The GHNs of the catalogue and those of :func:`timm_ghn.register_ghn` by name, in alphabetical order."""
     return dict(sorted((_entries() | _registered).items()))
 
 
 def list_ghns() -> list[str]:
-    """The names that :func:`timm_ghn.load_ghn` knows, in alphabetical order; each is a tag of timm as well.
-
-    Raises:
-        ConfigError: if the installation is incomplete.
-    """
+    """The names that :func:`timm_ghn.load_ghn` knows, in alphabetical order; each is a tag of timm as well."""
     return list(known_ghns())
 
 

@@ -107,34 +107,20 @@ def shared_ghn(
     For callers that only predict with it, since they share one object.
     """
     access = Access(None if cache_dir is None else Path(cache_dir))
-    found = find_files(name_or_path, None, access)
-    return _last.get(found, access, resolve_place(device, None)[0])
+    found, device = find_files(name_or_path, None, access), resolve_place(device, None)[0]
+    files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
+    stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+    key = found, device, found.path.resolve(), stats
+    with _lock:
+        if not _last or _last[0][0] != key:
+            _last.clear()  # before another one takes as much memory
+            _last.append((key, _read(found, access, device=device, dtype=None)))
+        return _last[0][1]
 
 
-class _LastGHN:
-    """The GHN that was loaded last, as long as its files do not change."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._key: object = None
-        self._ghn: GHN | None = None
-
-    def get(self, found: Found, access: Access, device: torch.device) -> GHN:
-        files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
-        stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
-        key = found, device, found.path.resolve(), stats
-        with self._lock:
-            if self._ghn is None or key != self._key:
-                self.clear()  # before another one takes as much memory
-                self._ghn = _read(found, access, device=device, dtype=None)
-                self._key = key
-            return self._ghn
-
-    def clear(self) -> None:
-        self._key = self._ghn = None
-
-
-_last = _LastGHN()
+#: The GHN that :func:`shared_ghn` loaded last, with its key.
+_last: list[tuple[object, GHN]] = []
+_lock = threading.Lock()
 
 
 def find_files(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Found:

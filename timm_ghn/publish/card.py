@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_ghn.errors import LIMIT, ConfigError, printable
 from timm_ghn.hub.catalogue import REPO
 from timm_ghn.nn.config import Origin
-from timm_ghn.prediction.postprocess import NAMED, PostProcess
-from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, entry_of, origin_of
+from timm_ghn.prediction.postprocess import PostProcess
+from timm_ghn.publish.code import keywords, model_code
+from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, origin_of
 from timm_ghn.publish.training import MetaTraining, Training
 from timm_ghn.version import __version__
 
@@ -82,13 +83,6 @@ With timm_ghn {{ version }}{{ remark }}:
 }
 ```
 """
-
-#: Options of a fine-tuning run that do not change the trained weights. Without them a run that is pushed later, by
-#: ``timm-ghn push``, gets the same card.
-_WITHOUT_EFFECT = frozenset({
-    'output', 'resume', 'workers', 'log_with', 'val_batch_size', 'time_limit', 'checkpoint_steps', 'checkpoint_hist',
-    'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr', 'hub_license',
-})  # fmt: skip
 
 _KINDS = {'graphormer': 'GHN-3 (Graphormer)', 'gated': 'GHN-2 or GHN-1 (gated graph network)', 'mlp': 'baseline (MLP)'}
 
@@ -191,10 +185,6 @@ def _origin_rows(origin: Origin, *, original: bool = False) -> _Rows:
         yield 'SHA-256 of that file', code_span(origin.sha256)
 
 
-def _call(arguments: Mapping[str, Any]) -> str:
-    return ', '.join(f'{printable(key)}={value!r}' for key, value in arguments.items())
-
-
 # Models
 
 
@@ -212,7 +202,7 @@ def _model_metadata(facts: ModelFacts) -> ModelCardData:
 
 
 def _model_parts(facts: ModelFacts) -> dict[str, Any]:
-    code, remark = _reproduction(facts)
+    code, remark = model_code(facts)
     address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
     return {
         'summary': _model_summary(facts),
@@ -250,7 +240,7 @@ def _model_summary(facts: ModelFacts) -> str:
 
 
 def _model_rows(facts: ModelFacts) -> _Rows:
-    more = f' with {code_span(_call(facts.model_args))}' if facts.model_args else ''
+    more = f' with {code_span(keywords(facts.model_args))}' if facts.model_args else ''
     yield 'architecture', Markdown(f'`{facts.architecture}`{more}')
     yield 'input size', ' x '.join(map(str, facts.input_size))
     yield 'classes', facts.num_classes or 'none'
@@ -282,49 +272,6 @@ def _model_rows(facts: ModelFacts) -> _Rows:
         yield f'validation accuracy, {tuned}', f'{training.top1:.2f} %'
         if training.test_top1 is not None:
             yield f'test accuracy, {tuned}', f'{training.test_top1:.2f} % ({images["test"]:,} images)'
-
-
-def _reproduction(facts: ModelFacts) -> tuple[str | None, str]:
-    """Code that makes the model again, and a remark about it."""
-    if facts.training is not None:
-        return _training_code(facts.training), ''
-    provenance, origin = facts.provenance, origin_of(facts.provenance)
-    if provenance is None or origin is None or isinstance(provenance.get('postprocess'), str):
-        return None, ''
-    remark = '; parameters that are not predicted are drawn anew by timm'
-    if provenance.get('predicted_elements') and provenance['predicted_elements'] == provenance.get('elements'):
-        remark = ''
-    entry, seed, options = entry_of(origin), provenance.get('seed', 0), provenance.get('postprocess')
-    name = entry.name if entry is not None else origin.repo_id or PurePath(origin.file or '').name
-    ghn = repr(printable(name or facts.ghn))
-    if origin.revision:
-        ghn = f'timm_ghn.load_ghn({ghn}, revision={printable(origin.revision)!r})'
-    postprocess = 'None'
-    if options is not None:
-        made = PostProcess(**options)
-        named = [repr(name) for name in NAMED if PostProcess.of(name, seed=seed) == made]
-        postprocess = named[0] if named else f'timm_ghn.PostProcess({_call(options)})'
-    call = f'{ghn}, {_call({"head": provenance.get("head", "auto"), "seed": seed})}, postprocess={postprocess}'
-    if provenance.get('input_size'):
-        call += f', input_size={tuple(provenance["input_size"])}'
-    model = ', '.join(filter(None, [repr(facts.architecture), _call(facts.model_args)]))
-    lines = ['import timm, timm_ghn', f'model = timm.create_model({model})', f'timm_ghn.ghn_init(model, {call})']
-    return '\n'.join(lines), remark
-
-
-def _training_code(training: Training) -> str:
-    arguments = {
-        key: value
-        for key, value in training.arguments.items()
-        if value is not None and value is not False and key not in _WITHOUT_EFFECT
-    }
-    arguments |= {'dataset': training.dataset} if training.is_local('dataset') else {}
-    arguments |= {'init': training.init} if training.is_local('init') else {}
-    entry = entry_of(origin_of(training.run.get('provenance')))
-    if entry is not None:
-        arguments['init'] = entry.name  # the default may be another one elsewhere
-    lines = ('from timm_ghn.finetune.loop import finetune', 'from timm_ghn.finetune.options import FinetuneOptions')
-    return '\n'.join((*lines, f'finetune(FinetuneOptions({_call(arguments)}))'))
 
 
 # GHNs
@@ -441,7 +388,4 @@ def _ghn_limits(facts: GHNFacts) -> Iterator[str]:
     yield f"The classifier is predicted for {config.num_classes} classes only, unless `head='predict'` asks for it."
     yield f'Layers of more than {max(config.max_shape[:2]):,} channels repeat what is predicted for so many.'
     if training is not None:
-        yield (
-            f'It was trained on images of {training.arguments["image_size"]} pixels and on the architectures above; '
-            'what it predicts for others was measured only where this card says so.'
-        )
+        yield f'It was trained on images of {training.arguments["image_size"]} pixels and on the architectures above.'
