@@ -163,12 +163,12 @@ def test_a_folder_of_where_the_run_was_is_named_to_nobody_elsewhere_either(done)
 
 def test_a_finished_run_that_is_resumed_is_pushed_once(hub: HubServer, done):
     assert not hub.requests
+    assert finetune(dataclasses.replace(done, hub_create_pr=True)).pushed == f'{hub.endpoint}/{REPO}/discussions/1'
     assert finetune(done).pushed is not None
     assert is_best(hub, done)
     assert finetune(done).pushed is not None
     assert cli.main(['push', str(done.output), REPO]) == 0
     assert len(hub.commits(REPO)) == 2
-    assert finetune(dataclasses.replace(done, hub_create_pr=True)).pushed == f'{hub.endpoint}/{REPO}/discussions/1'
 
 
 def test_a_run_that_is_not_done_is_not_pushed(hub: HubServer, options, caplog):
