@@ -274,11 +274,6 @@ def test_the_script_imports_the_package_for_a_command():
     assert EMBEDDED in run.stdout
 
 
-def test_the_module_is_the_command():
-    run = subprocess.run([*MODULE, '--version'], capture_output=True, text=True, check=True)
-    assert run.stdout == f'timm_ghn {timm_ghn.__version__}\n'
-
-
 def test_a_reader_that_has_enough_is_no_error():
     with subprocess.Popen([*SCRIPT, '--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
