@@ -3,6 +3,14 @@
 Importing this package makes GHNs a pretrained-weight source of timm: ``timm.create_model('resnet50.ghn')``.
 """
 
+import sys
+
+if sys.argv[:1] == ['-m']:  # python -m timm_ghn
+    from timm_ghn.errors import report_interrupt
+
+    # The imports below take seconds: Ctrl-C meanwhile is one line, as in the command timm-ghn.
+    sys.excepthook = report_interrupt
+
 from timm_ghn import timm_source as timm_source
 from timm_ghn.errors import (
     CheckpointError as CheckpointError,
