@@ -22,7 +22,8 @@ from timm_ghn.runs.results import versions
 EPILOG = """
 arms: {arms}
   An arm may have an argument: pretrain:8 is the network itself after 8 CPU-minutes of pretraining, donor:8 a small
-  network of its family after as many, resized. Those of a GHN take --ghn; with several of them, ghn_orth@NAME names one.
+  network of its family after as many, resized. Those of a GHN take --ghn; ghn_orth@NAME is that of another one than
+  ghn_tiny.
 networks: {networks}
 examples:
   python -m benchmarks.initperf --tier core                          all that the tier names, or what is missing of it

@@ -212,8 +212,8 @@ def mimetic(model: nn.Module, data: ArmData) -> None:
             query.copy_(left.t())
             key.copy_(right)
         left, right = _factors(0.4 * torch.randn(dim, dim) / math.sqrt(dim) - 0.4 * torch.eye(dim), dim)
-        attention.qkv.weight[2 * dim :].copy_(left.t())
-        attention.proj.weight.copy_(right.t())
+        attention.qkv.weight.detach()[2 * dim :].copy_(left.t())
+        attention.proj.weight.detach().copy_(right.t())
     _write_positions_(model)
 
 

@@ -278,7 +278,7 @@ TIERS: dict[str, Tier] = {
     ),
     'full': Tier(
         tuple(Cell(network, data, steps) for steps in (60, 300, 1500) for network in NETWORKS for data in DATA),
-        {steps: (*IGNORANT, *OF_GHN, 'donor:8', *PRETRAIN, 'pretrained') for steps in (60, 300, 1500)},
+        dict.fromkeys((60, 300, 1500), (*IGNORANT, *OF_GHN, 'donor:8', *PRETRAIN, 'pretrained')),
         seeds=8,
     ),
 }

@@ -3,7 +3,7 @@
 The images are the GHN's own, Tiny-ImageNet at 32 pixels, resized to the network's. A CPU-minute is 60 seconds of
 ``time.process_time`` on one thread, all that a step needs included. The protocol is one for all networks: AdamW, 128
 images a step, flips and crops, warm-up over 50 steps to a rate of 1e-3. For each number of minutes the trunk is trained
-at that rate for 80 % of the time, and a branch of it for the rest, with a rate that falls to zero linearly; so one trunk
+at that rate for 80 % of the time, and a branch of it for the rest, at a rate that falls to zero linearly. So one trunk
 serves all minutes, and each network is what its minutes alone would have given.
 """
 

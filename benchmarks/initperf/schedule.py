@@ -49,7 +49,8 @@ def add_line(path: Path, line: Mapping[str, Any]) -> None:
     with path.open('a+b') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
-        whole = not end or (file.seek(end - 1) or True) and file.read(1) == b'\n'
+        file.seek(max(0, end - 1))
+        whole = not end or file.read(1) == b'\n'
         file.write((b'' if whole else b'\n') + json.dumps(line, allow_nan=False, default=str).encode() + b'\n')
 
 
@@ -118,9 +119,8 @@ def measure_arm(cell: Cell, arm: str, seeds: int, done: Mapping[Run, Line], out:
     try:
         complete(first_rung(cell, arm))
         complete(second_rung(cell, arm, lines))
-        best = chosen(cell, arm, lines)
-        assert best is not None
-        complete(reported(cell, arm, best['rate'], seeds))
+        best = _ranked(second_rung(cell, arm, lines), lines)[0]
+        complete(reported(cell, arm, best.rate, seeds))
     except NotApplicableError as reason:
         add_line(out, {'kind': 'skip', 'network': cell.network, 'arm': arm, 'reason': str(reason)})
     return len(lines) - before
