@@ -357,7 +357,7 @@ def closed_gates(model: nn.Module) -> dict[str, float]:
     for name, value in model.named_parameters():
         if value.squeeze().ndim > 1 or not _MULTIPLIES.fullmatch(name.rpartition('.')[2]) or is_head(model, name):
             continue
-        first = float(value.flatten()[0])
+        first = float(value.detach().flatten()[0])
         if abs(first) < 0.1 and bool((value == first).all()):
             found[name] = 0.1 if first else 1.0
     return found

@@ -270,9 +270,8 @@ TIERS: dict[str, Tier] = {
     ),
     'core': Tier(
         (
-            *(Cell(network, data, 60) for network in _CORE[:8] for data in _CORE_DATA),
-            *(Cell(network, 'clothing_128', 300) for network in _CORE[:4]),
-            *(Cell(network, data, 60) for network in _CORE[8:] for data in _CORE_DATA),
+            *(Cell(network, data, 60) for data in _CORE_DATA for network in _CORE),
+            *(Cell(network, _CORE_DATA[0], 300) for network in _CORE[:4]),
         ),
         {60: _CORE_ARMS, 300: _CORE_LONG},
     ),

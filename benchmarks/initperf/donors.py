@@ -141,7 +141,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
-        self.step, self.loss = self.step + 1, float(loss)
+        self.step, self.loss = self.step + 1, float(loss.detach())
 
 
 def pretraining_images(folder: Path, place: str) -> ImageTensors:

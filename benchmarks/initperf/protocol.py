@@ -165,7 +165,7 @@ def _train(
             group['lr'] = run.rate * rate_at(step, run.steps)
         images, labels = training_batch(train, step, BATCH, seed=run.seed, config=config)
         loss = F.cross_entropy(model(images), labels)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             chance = 100.0 / (int(train.labels_n.max()) + 1)
             return [*curve, *((mark, chance) for mark in sorted(marks) if mark > step)], losses
