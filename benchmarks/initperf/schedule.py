@@ -146,24 +146,32 @@ def _pretrain(network: str, minutes: Sequence[float], setting: Setting) -> int:
 def jobs_of(
     tier: Tier, lines: Sequence[Line], out: Path, setting: Setting
 ) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Name, function and arguments of each job: cell by cell, with the pretraining of the next cell's network ahead."""
+    """Name, function and arguments of each job: cell by cell; a network is pretrained while other arms are measured."""
     done, skips = runs_by(lines), skipped(lines)
     by_cell: dict[tuple[Cell, str], dict[Run, Line]] = defaultdict(dict)
     for run, line in done.items():
         by_cell[run.cell, run.arm][run] = line
     prepared: set[str] = set()
+
+    def pretraining(cells: Sequence[Cell]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+        for cell in cells:
+            minutes = pretraining_minutes(tier.arms[cell.steps])
+            if minutes and cell.network not in prepared:
+                prepared.add(cell.network)
+                yield f'pretrain {cell.network}', _pretrain, (cell.network, minutes, setting)
+
     for place, cell in enumerate(tier.cells):
         missing = [
             arm
             for arm in tier.arms[cell.steps]
             if (cell.network, arm) not in skips and not is_done(cell, arm, tier.seeds, done)
         ]
-        for other in tier.cells[place : place + 2]:
-            minutes = pretraining_minutes(tier.arms[other.steps])
-            if missing and minutes and other.network not in prepared:
-                prepared.add(other.network)
-                yield f'pretrain {other.network}', _pretrain, (other.network, minutes, setting)
+        missing.sort(key=lambda arm: arm.startswith('pretrain:'))
+        waiting = pretraining_minutes(missing)
+        yield from pretraining([cell] if waiting else [])
         for arm in missing:
+            if arm.startswith('pretrain:'):
+                yield from pretraining(tier.cells[place + 1 : place + 2])
             arguments = (cell, arm, tier.seeds, by_cell[cell, arm], out, setting)
             yield f'{cell.network} {cell.data} {cell.steps} {arm}', measure_arm, arguments
 
