@@ -18,7 +18,7 @@ from timm_ghn.publish.files import read_source
 
 _WAYS_OUT = (
     'give a model, a safetensors file, or a timm name whose weights are in the cache of the Hub; '
-    "without a donor, timm_ghn.ghn_init(model) predicts the weights"
+    'without a donor, timm_ghn.ghn_init(model) predicts the weights'
 )
 
 
@@ -26,7 +26,7 @@ def load_donor(donor: nn.Module | str | os.PathLike[str], *, architecture: str |
     """The network of a donor, with its weights.
 
     Args:
-        donor: As for :func:`timm_ghn.transfer`.
+        donor: As for :func:`timm_ghn.plan_transfer`.
         architecture: The timm name of the network whose weights a file holds, if the file does not say it.
 
     Raises:
@@ -64,5 +64,7 @@ def _of_file(path: Path, architecture: str | None) -> nn.Module:
         model = build_timm_model(architecture, classes, seed=0)
         model.load_state_dict(state)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f'{str(path)!r} does not hold the weights of {architecture}: {in_brief(error)}') from error
+        raise CheckpointError(
+            f'{str(path)!r} does not hold the weights of {architecture}: {in_brief(error)}'
+        ) from error
     return model

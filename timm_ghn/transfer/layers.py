@@ -108,7 +108,8 @@ def layers_of(model: nn.Module, graph: Graph) -> tuple[Layer, ...]:
     kinds: dict[int, str] = {}
     for index, node in enumerate(graph.nodes):
         if node.parameter and node.primitive in (*_WEIGHTS, *_NORMS, Primitive.POS_ENC):
-            kinds[index] = _kind(node, layouts[index], gate=index in gates)
+            attends = any(graph.nodes[source].primitive is Primitive.MSA for source in sources[index])
+            kinds[index] = _kind(node, layouts[index], gate=index in gates, attends=attends)
             members.setdefault(blocks[index], {}).setdefault(node.parameter, index)
     found = []
     for block, inside in sorted(members.items()):
@@ -157,7 +158,7 @@ def last_of_branch(graph: Graph, layers: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def _kind(node: Node, layout: ChannelLayout, *, gate: bool) -> str:
+def _kind(node: Node, layout: ChannelLayout, *, gate: bool, attends: bool) -> str:
     if node.primitive is Primitive.POS_ENC:
         return 'position'
     if node.primitive in _NORMS:
@@ -165,7 +166,8 @@ def _kind(node: Node, layout: ChannelLayout, *, gate: bool) -> str:
     if gate:
         return 'gate'
     grouped = ' grouped' if layout.groups > 1 else ''
-    return f'{layout.role}{grouped}{f" in {layout.rows} parts" if layout.rows > 1 else ""}'
+    parts = f' in {layout.rows} parts' if layout.rows > 1 else ''
+    return f'{layout.role}{grouped}{parts}{" after attention" if attends else ""}'
 
 
 def _gate_nodes(graph: Graph, sources: Sequence[Sequence[int]]) -> frozenset[int]:

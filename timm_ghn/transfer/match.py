@@ -13,6 +13,8 @@ from timm_ghn.transfer.layers import Layer
 
 #: What it costs to read the donor's layers in another order than one after the other: to repeat a block, or skip one.
 _JUMP = 1.0
+#: The same in the middle of a block, whose layers then come from different ones.
+_JUMP_INSIDE = 3.0
 #: What it costs to leave a layer without a partner.
 _ALONE = 4.0
 
@@ -33,10 +35,12 @@ def align(target: Sequence[Layer], donor: Sequence[Layer]) -> tuple[int | None, 
     ahead = torch.full((count + 1,), _JUMP, dtype=torch.float64)
     ahead[0] = 0
     steps: list[tuple[Tensor, Tensor, int]] = []  # of each layer: paired or alone, coming by a jump or not, from where
-    for row in costs:
-        cheapest = int(ahead.argmin())
-        jumps = ahead[:-1] > ahead[cheapest] + _JUMP
-        paired = row + torch.where(jumps, ahead[cheapest] + _JUMP, ahead[:-1])
+    block = -1
+    for layer, row in zip(target, costs, strict=True):
+        jump = ahead.min() + (_JUMP if layer.block != block else _JUMP_INSIDE)
+        cheapest, block = int(ahead.argmin()), layer.block
+        jumps = ahead[:-1] > jump
+        paired = row + torch.where(jumps, jump, ahead[:-1])
         alone = ahead + _ALONE
         after = torch.cat((torch.full((1,), math.inf, dtype=torch.float64), paired))
         steps.append((after <= alone, jumps, cheapest))
@@ -57,9 +61,7 @@ def _costs(target: Sequence[Layer], donor: Sequence[Layer]) -> Tensor:
     """float64 (T, D): what each pair of layers costs; infinite for those of different kinds."""
 
     def pairs(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Tensor:
-        return torch.cdist(
-            torch.tensor(values, dtype=torch.float64), torch.tensor(others, dtype=torch.float64), p=1.0
-        )
+        return torch.cdist(torch.tensor(values, dtype=torch.float64), torch.tensor(others, dtype=torch.float64), p=1.0)
 
     cost = pairs([_place(layer) for layer in target], [_place(layer) for layer in donor])
     for value, weight in ((lambda layer: layer.kind, math.inf), (lambda layer: layer.signature, 1.0)):
@@ -72,16 +74,14 @@ def _costs(target: Sequence[Layer], donor: Sequence[Layer]) -> Tensor:
 def _place(layer: Layer) -> tuple[float, ...]:
     """Place of a layer; the numbers are scaled so that their differences are costs."""
     outputs, inputs, *kernel = *layer.shape, *(1,) * (2 - len(layer.shape))
-    ratio = math.log2(max(outputs, 1) / max(inputs, 1)) if layer.columns else 0.0
-    return (
-        4.0 * layer.level, 4.0 * layer.run, 4.0 * layer.depth, 2.0 * layer.enters, layer.place, 0.1 * sum(kernel),
-        0.5 * ratio,
-    )  # fmt: skip
+    is_weight = layer.columns is not None and layer.kind != 'stem'
+    ratio = math.log2(outputs / inputs) if is_weight and outputs and inputs else 0.0
+    size = math.log2(max(math.prod(kernel), 1)) if layer.kind != 'position' else 0.0
+    enters = 2.0 * layer.enters
+    return 4.0 * layer.level, 4.0 * layer.run, 4.0 * layer.depth, enters, layer.place, 0.5 * size, 0.5 * ratio
 
 
-def partners(
-    pairs: Mapping[str, str], targets: Iterable[str], donors: Iterable[str]
-) -> dict[str, str]:
+def partners(pairs: Mapping[str, str], targets: Iterable[str], donors: Iterable[str]) -> dict[str, str]:
     """Partners of all that has no place of its own in a graph: biases, layer scales, tokens, running statistics.
 
     Where most layers below a module correspond to layers below one of the donor's, what else the two modules hold under

@@ -25,7 +25,7 @@ def spread(wanted: int, given: int, blocks: tuple[int, int] = (1, 1)) -> Tensor:
     equally often, or once more than others. Channels in blocks (groups, attention heads) are selected by blocks first,
     then within each block.
     """
-    if min(blocks) > 1 and not (wanted % blocks[0] or given % blocks[1]):
+    if max(blocks) > 1 and not (wanted % blocks[0] or given % blocks[1]):
         size = given // blocks[1]
         within = spread(wanted // blocks[0], size)
         return (spread(*blocks)[:, None] * size + within).flatten()
@@ -159,23 +159,32 @@ def _with_kernel(weight: Tensor, size: Sequence[int], *, patches: bool, preserve
 def resize_positions(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
     """A positional embedding for another number of positions or features; None where there is no rule for it.
 
-    Square maps are interpolated, tokens in front of them are taken over; those that the donor lacks are zero.
+    Maps are interpolated, tokens in front of them are taken over; those that the donor lacks are zero.
     """
     have, want = positional_size(tuple(tensor.shape)), positional_size(tuple(shape))
     if have is None or want is None:
         return None
-    tokens = _as_tokens(tensor)
-    if have[0] != want[0]:
-        old, new = random_tokens(have[0]), random_tokens(want[0])
-        side, wanted = math.isqrt(have[0] - old), math.isqrt(want[0] - new)
-        if side**2 != have[0] - old or wanted**2 != want[0] - new:
-            return None
-        positions = resample_abs_pos_embed(tokens[:, old:].float(), [wanted, wanted], [side, side], 0).to(tensor)
-        front = torch.zeros(1, new, have[1]).to(tensor)
-        front[:, : min(old, new)] = tokens[:, : min(old, new)]
+    tokens, old, new = _as_tokens(tensor), _grid(tuple(tensor.shape)), _grid(tuple(shape))
+    if old is None or new is None:
+        return None
+    if old != new:
+        positions = resample_abs_pos_embed(tokens[:, old[0] :].float(), [*new[1:]], [*old[1:]], 0).to(tensor)
+        front = torch.zeros(1, new[0], have[1]).to(tensor)
+        shared = min(old[0], new[0])
+        front[:, :shared] = tokens[:, :shared]
         tokens = torch.cat((front, positions), dim=1)
     tokens = _select(tokens, 2, spread(want[1], have[1]))
     return (tokens.transpose(1, 2) if has_features_first(tuple(shape)) else tokens).reshape(tuple(shape))
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Tokens in front, rows and columns of a positional embedding; None where its positions are no map."""
+    if len(shape) == 4:
+        return (0, *shape[2:]) if has_features_first(shape) else (0, *shape[1:3])
+    tokens = shape[-2]
+    front = random_tokens(tokens)
+    side = math.isqrt(tokens - front)
+    return (front, side, side) if side**2 == tokens - front else None
 
 
 def _as_tokens(tensor: Tensor) -> Tensor:

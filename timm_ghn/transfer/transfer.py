@@ -106,7 +106,7 @@ class Transfer:
         return '\n'.join((*lines, f'elements from {self.provenance["donor"]}: {totals}'))
 
 
-def transfer(
+def plan_transfer(
     model: nn.Module,
     donor: nn.Module | str | os.PathLike[str],
     *,
@@ -188,7 +188,7 @@ def transfer_(
 ) -> Transfer:
     """Give a network the weights of a related one, in place: all of them or, if anything fails, none.
 
-    Arguments and errors are those of :func:`transfer`.
+    Arguments and errors are those of :func:`plan_transfer`.
 
     Returns:
         What came from where; print it.
@@ -199,7 +199,7 @@ def transfer_(
     """
     for name, tensor in _tensors(model).items():
         check_storage(name, tensor)
-    found = transfer(
+    found = plan_transfer(
         model,
         donor,
         architecture=architecture,
@@ -285,7 +285,7 @@ class _Matched:
             value = self._layer(tensor, *pair)
         elif owner is not None and tensor.dim() == len(shape) == 1 and self._has_rows(owner, shape, tensor):
             value = resize_vector(tensor, owner[0].rows, owner[1].rows, shape[0])
-        elif 'relative position' in graph.kept.get(name, '') and tensor.dim() == 2:
+        elif 'relative position' in graph.kept.get(name, '') and tensor.shape[:-1] != shape[:-1]:
             value = resize_positions(tensor, shape)
         else:
             value = resize_other(tensor, shape)
@@ -300,9 +300,7 @@ class _Matched:
             return resize_positions(tensor, target.shape)
         module = self.model.get_submodule(target.name.rpartition('.')[0])
         patches = target.kind == 'stem' and getattr(module, 'stride', None) == target.shape[2:]
-        return resize_weight(
-            tensor, target, donor, patches=patches, preserve=self.preserve, generator=self.generator
-        )
+        return resize_weight(tensor, target, donor, patches=patches, preserve=self.preserve, generator=self.generator)
 
     @staticmethod
     def _has_rows(owner: tuple[Layer, Layer], shape: tuple[int, ...], tensor: Tensor) -> bool:
@@ -355,9 +353,7 @@ def _words(shape: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def _check_same(
-    model: nn.Module, donor: nn.Module, tensors: Mapping[str, Tensor], size: tuple[int, int, int]
-) -> None:
+def _check_same(model: nn.Module, donor: nn.Module, tensors: Mapping[str, Tensor], size: tuple[int, int, int]) -> None:
     """Run both networks on random images.
 
     Raises:
