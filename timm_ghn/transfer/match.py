@@ -64,10 +64,13 @@ def _costs(target: Sequence[Layer], donor: Sequence[Layer]) -> Tensor:
         return torch.cdist(torch.tensor(values, dtype=torch.float64), torch.tensor(others, dtype=torch.float64), p=1.0)
 
     cost = pairs([_place(layer) for layer in target], [_place(layer) for layer in donor])
-    for value, weight in ((lambda layer: layer.kind, math.inf), (lambda layer: layer.signature, 1.0)):
-        ids = {key: number for number, key in enumerate({value(layer) for layer in (*target, *donor)})}
-        mine, theirs = (torch.tensor([ids[value(layer)] for layer in layers]) for layers in (target, donor))
-        cost = torch.where(mine[:, None] == theirs, cost, cost + weight)
+    for weight, mine, theirs in (
+        (math.inf, [layer.kind for layer in target], [layer.kind for layer in donor]),
+        (1.0, [layer.signature for layer in target], [layer.signature for layer in donor]),
+    ):
+        ids = {key: number for number, key in enumerate({*mine, *theirs})}
+        same = torch.tensor([ids[key] for key in mine])[:, None] == torch.tensor([ids[key] for key in theirs])
+        cost = torch.where(same, cost, cost + weight)
     return cost
 
 

@@ -155,9 +155,10 @@ def rank_donors(model: nn.Module, candidates: Iterable[str] | None = None) -> li
 def is_cached(name: str) -> bool:
     """Whether the weights of a timm name are in the local cache of the Hub."""
     cfg = timm.get_pretrained_cfg(name)
-    repo = None if cfg is None else cfg.hf_hub_id
-    files = (cfg.hf_hub_filename,) if cfg is not None and cfg.hf_hub_filename else _WEIGHT_FILES
-    return bool(repo) and any(isinstance(try_to_load_from_cache(repo, file), str) for file in files)
+    if cfg is None or cfg.hf_hub_id is None:
+        return False
+    files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _WEIGHT_FILES
+    return any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
 
 
 def fingerprints(architectures: Iterable[str]) -> dict[str, Fingerprint]:
@@ -197,7 +198,7 @@ def _write(path: Path, known: Mapping[str, Fingerprint | None]) -> None:
 
 def _built(name: str) -> Fingerprint | None:
     try:
-        with warnings.catch_warnings(), torch.device('meta'), _WithoutFilling():
+        with warnings.catch_warnings(), torch.device('meta'), _WithoutFilling():  # type: ignore[no-untyped-call]
             warnings.simplefilter('ignore')
             return Fingerprint.of(timm.create_model(name))
     except Exception:  # a network that reads values of its weights when it is built

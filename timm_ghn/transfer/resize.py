@@ -1,4 +1,4 @@
-"""One tensor of a donor as a tensor of another shape: channels selected or copied, kernels and positions interpolated."""
+"""A donor's tensor in another shape: channels are selected or copied, kernels and positions interpolated."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def _with_kernel(weight: Tensor, size: Sequence[int], *, patches: bool, preserve
     if len(size) != 2 or len(given) != 2:
         return None
     if patches:
-        return resample_patch_embed(weight.float(), list(size)).to(weight)
+        patched: Tensor = resample_patch_embed(weight.float(), list(size)).to(weight)
+        return patched
     margins = [wanted - have for wanted, have in zip(size, given, strict=True)]
     if preserve and min(margins) >= 0 and not any(margin % 2 for margin in margins):
         return F.pad(weight, (margins[1] // 2, margins[1] // 2, margins[0] // 2, margins[0] // 2))
