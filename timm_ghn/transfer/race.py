@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import time
@@ -107,6 +108,7 @@ def race_(
     minutes: float | None = None,
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
     folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Race:
     """Let starts race, and leave the weights of the winner in the model, in place.
@@ -124,6 +126,7 @@ def race_(
         minutes: Bound on the time, from which fewer steps follow where they would take longer.
         optimizer: Makes the optimiser of a network and a rate; AdamW with a weight decay of 0.05 if None.
         folder: Where the state of the race is kept; the same call goes on from there after an interruption.
+        identity: Plain values that tell this race from another one in the same folder, such as the data set.
         seed: Of what a network draws while it is trained.
 
     Raises:
@@ -138,7 +141,7 @@ def race_(
     if not train or not compared:
         raise ConfigError(f'expected batches to train on and others to compare on (got {len(train)}, {len(compared)})')
     with preserve_rng(), preserve_modes(model):
-        field = _Field(model, train, compared, optimizer or _adamw, folder, seed)
+        field = _Field(model, train, compared, optimizer or _adamw, folder, seed, identity or {})
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         try:
             return field.race(starts, tuple(lrs), steps, minutes)
@@ -196,9 +199,11 @@ class _Field:
         optimizer: Callable[[nn.Module, float], torch.optim.Optimizer],
         folder: Path | None,
         seed: int,
+        identity: Mapping[str, Any],
     ) -> None:
         self.model, self.train, self.val, self.optimizer = model, train, val, optimizer
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self.identity = folder, seed, dict(identity)
+        self.state: dict[str, Any] = {}
         self.device = next(model.parameters()).device
         self.weights: dict[str, dict[str, Tensor]] = {}
 
@@ -211,21 +216,32 @@ class _Field:
     ) -> Race:
         """All rounds; the winner's weights are in the model afterwards."""
         began = time.monotonic()
-        left_out = self._prepare(starts)
+        said = {'starts': list(starts), 'lrs': lrs, 'steps': steps, 'seed': self.seed, **self.identity}
+        self.state = json.loads(json.dumps(said))  # as it is read back
+        saved = self._saved()
+        left_out: dict[str, str] = saved.get('left_out', {})
         runners = [Runner(start, lr) for start in (OWN, *starts) if start not in left_out for lr in lrs]
-        plan = {'runners': [[one.start, one.lr] for one in runners], 'seed': self.seed, 'steps': steps}
-        steps = self._resume(plan, runners) or self._affordable(runners, steps, minutes)
+        if not saved:
+            left_out = self._prepare(starts)
+            runners = [one for one in runners if one.start not in left_out]
+            steps = self._affordable(runners, steps, minutes)
+            self.state |= {'left_out': left_out, 'affordable': steps}
+        else:
+            self._resume(starts, saved, runners)
+            steps = int(saved['affordable'])
         total, standing = 0, list(runners)
         for number, count in enumerate(_rounds(len(runners))):
             length = steps * 2**number
             total += count * length
             for one in standing:
                 if len(one.rounds) <= number:
-                    self._round(one, length, plan | {'affordable': steps}, runners)
+                    self._round(one, length, runners)
             standing = _best_half(standing)
             for one in runners:
                 if one not in standing:
                     self.weights.pop(self._key(one), None)
+                    if self.folder is not None:
+                        self._file(one, runners).unlink(missing_ok=True)
         (winner,) = standing
         if winner.score[0] < 0:
             raise TrainingError('the loss of every start is not finite; try lower learning rates')
@@ -269,7 +285,7 @@ class _Field:
         _log.info('the race: %d runners, %d steps, about %.1f minutes', len(runners), units * steps, cost)
         return steps
 
-    def _round(self, one: Runner, steps: int, plan: Mapping[str, Any], runners: Sequence[Runner]) -> None:
+    def _round(self, one: Runner, steps: int, runners: Sequence[Runner]) -> None:
         done = one.rounds[-1][0] if one.rounds else 0
         _load(self.model, self._weights_of(one))
         finite = self._run(one.lr, range(done, done + steps))
@@ -284,24 +300,34 @@ class _Field:
         write_state_dict(state, self._file(one, runners), {})  # before the list that counts it
         # JSON has no word for what is not finite.
         found = [[[s, a, b if math.isfinite(b) else None] for s, a, b in runner.rounds] for runner in runners]
-        write_json({**plan, 'rounds': found}, self.folder / 'race.json')
+        write_json({**self.state, 'rounds': found}, self.folder / 'race.json')
         for old in self.folder.glob(f'runner-{runners.index(one)}-*.safetensors'):
             if old != self._file(one, runners):
                 old.unlink()
 
-    def _resume(self, plan: Mapping[str, Any], runners: Sequence[Runner]) -> int | None:
-        """Read what an interrupted race found; gives the steps of its first round."""
+    def _saved(self) -> dict[str, Any]:
+        """What an interrupted race of the same starts left in the folder; empty where there is none."""
         path = None if self.folder is None else self.folder / 'race.json'
         if path is None or not path.is_file():
-            return None
+            return {}
         found = read_json(path)
-        if any(found.get(key) != value for key, value in plan.items()):
+        if any(found.get(key) != value for key, value in self.state.items()):
             raise ConfigError(f'{str(path)!r} is of another race (starts, rates, steps, seed): choose another folder')
-        for one, rounds in zip(runners, found['rounds'], strict=True):
+        self.state = {key: value for key, value in found.items() if key != 'rounds'}
+        return found
+
+    def _resume(
+        self, starts: Mapping[str, Callable[[nn.Module], object]], saved: Mapping[str, Any], runners: Sequence[Runner]
+    ) -> None:
+        """Go on from what an interrupted race found."""
+        for one, rounds in zip(runners, saved['rounds'], strict=True):
             one.rounds = [(int(s), float(a), math.nan if b is None else float(b)) for s, a, b in rounds]
-            if one.rounds:
+            if one.rounds and self._file(one, runners).is_file():  # else it was dropped
                 self.weights[self._key(one)] = load_file(self._file(one, runners))
-        return int(found['affordable'])
+        pending = {one.start for one in runners if not one.rounds}
+        failed = self._prepare({name: give for name, give in starts.items() if name in pending})
+        if failed:
+            raise TrainingError(f'the race cannot go on without {", ".join(failed)}')
 
     @staticmethod
     def _key(one: Runner) -> str:
@@ -345,6 +371,8 @@ class _Field:
             images, labels = (tensor.to(self.device) for tensor in batch)
             logits = self.model(images).float()
             loss = F.cross_entropy(logits, labels, reduction='sum')
-            sums += torch.tensor([float((logits.argmax(1) == labels).sum()), float(loss), len(labels)])
+            sums += torch.tensor(
+                [float((logits.argmax(1) == labels).sum()), float(loss), int((labels >= 0).sum())]
+            )  # damaged images have none
         correct, loss_sum, count = sums.tolist()
-        return 100 * correct / count, loss_sum / count
+        return 100 * correct / max(count, 1), loss_sum / max(count, 1)
