@@ -371,8 +371,7 @@ class _Field:
             images, labels = (tensor.to(self.device) for tensor in batch)
             logits = self.model(images).float()
             loss = F.cross_entropy(logits, labels, reduction='sum')
-            sums += torch.tensor(
-                [float((logits.argmax(1) == labels).sum()), float(loss), int((labels >= 0).sum())]
-            )  # damaged images have none
+            known = int((labels >= 0).sum())  # damaged images have no label
+            sums += torch.tensor([float((logits.argmax(1) == labels).sum()), float(loss), known])
         correct, loss_sum, count = sums.tolist()
         return 100 * correct / max(count, 1), loss_sum / max(count, 1)
