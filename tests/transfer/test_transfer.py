@@ -43,6 +43,14 @@ def logits(model: nn.Module, channels: int = 3, side: int = 160) -> torch.Tensor
     return model(images)
 
 
+#: Arguments that make large networks small.
+SMALL = {
+    'beit_base_patch16_224': {'depth': 2, 'embed_dim': 48, 'num_heads': 3},
+    'densenet121': {'growth_rate': 8, 'block_config': (2, 2, 2, 2)},
+    'swin_tiny_patch4_window7_224': {'embed_dim': 12, 'depths': (2, 1, 1, 1), 'num_heads': (1, 2, 2, 4)},
+}
+
+
 @pytest.mark.parametrize(
     'name',
     [
@@ -51,7 +59,7 @@ def logits(model: nn.Module, channels: int = 3, side: int = 160) -> torch.Tensor
     ],
 )  # fmt: skip
 def test_the_same_network_gives_itself_back_bit_by_bit(name):
-    small = {'beit_base_patch16_224': {'depth': 2, 'embed_dim': 48, 'num_heads': 3}}.get(name, {})
+    small = SMALL.get(name, {})
     donor, model = build(name, **small), build(name, seed=1, **small)
     report = transfer_(model, donor)
     assert {row.action for row in report.rows} == {'copied'}
@@ -64,7 +72,9 @@ def test_the_same_network_gives_itself_back_bit_by_bit(name):
 RELATIVES = {
     'resnet18': ({'channels': (16, 24, 32, 48)}, {'channels': (24, 48, 64, 80)}, {'layers': (3, 4, 3, 2)}),
     'resnet26': ({'channels': (8, 8, 16, 16)}, {'channels': (12, 16, 24, 40)}, {'layers': (3, 2, 4, 2)}),
-    'seresnext26d_32x4d': ({'cardinality': 2}, {'cardinality': 4}, {'layers': (2, 3, 3, 2)}),
+    'seresnext26d_32x4d': (
+        {'cardinality': 2, 'channels': (16, 16, 32, 32)}, {'cardinality': 4}, {'layers': (2, 3, 3, 2)},
+    ),
     'test_convnext': ({}, {'dims': (48, 64, 96, 128)}, {'depths': (2, 3, 5, 2)}),
     'test_efficientnet': ({}, {'channel_multiplier': 2.0}, None),
     'test_vit': ({}, {'embed_dim': 128, 'num_heads': 4}, {'depth': 11}),

@@ -92,8 +92,8 @@ class Fingerprint:
     def distance(self, other: Fingerprint) -> float:
         """0 for networks of the same layers, 1 for those that share none.
 
-        The mean over kinds of layers (overlap of their shares), layers of the same shape (shared number of all),
-        widths (a factor of e^n costs as much as half of the rest for n = ln 2) and numbers of layers.
+        One less the mean of four likenesses: of the shares of each kind of layer, of the layers with their shapes, of
+        the widths, and of the numbers of layers. A network of another family is farther away.
         """
         kinds = [_shares(one.layers) for one in (self, other)]
         same_kinds = sum(min(share, kinds[1].get(kind, 0.0)) for kind, share in kinds[0].items())
