@@ -96,16 +96,17 @@ def start_(
         found, considered = nearest(model, ghn=ghn, input_size=input_size, seed=seed)
         plans = [] if found is None else [found]
     else:
-        named = () if donors is None else (donors,) if isinstance(donors, DonorLike) else donors
+        named = () if donors is None else (donors,) if isinstance(donors, nn.Module | str | os.PathLike) else donors
         plans = [plan_transfer(model, one, ghn=ghn, input_size=input_size, seed=seed) for one in named]
-    starts: dict[str, Callable[[nn.Module], object]] = {
-        f'donor:{plan.provenance["donor"]}': plan.apply_ for plan in plans
-    }
+    transfers: dict[str, Transfer] = {}
+    for plan in plans:
+        name = f'donor:{plan.provenance["donor"]}'
+        transfers[name if name not in transfers else f'{name} {len(transfers) + 1}'] = plan
+    starts: dict[str, Callable[[nn.Module], object]] = {name: plan.apply_ for name, plan in transfers.items()}
     if ghn is not None:
         starts['ghn'] = lambda target: initialise(target, ghn, input_size=input_size, seed=seed)
     if not starts:
         raise UnsupportedModelError('there is no relative and no GHN to begin with: name a donor, or give ghn=')
-    transfers = dict(zip(starts, plans, strict=False))
     if data is not None:
         decided = race_(model, starts, data, seed=seed, **race)
         return Start(decided.winner.start, transfers.get(decided.winner.start), considered, decided)
