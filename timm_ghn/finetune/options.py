@@ -54,7 +54,9 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's), 'donor:NAME' (a relative's "
         "weights: timm name, file or hf-hub:), 'donor:auto' (timm's nearest), or 'race' (the best on your data)",
     )
-    race_inits: tuple[str, ...] = option(('ghn', 'donor:auto'), "starts that race beside timm's own", metavar='INIT')
+    race_inits: tuple[str, ...] = option(
+        ('ghn', 'donor:auto'), "starts that race beside timm's own, comma-separated", metavar='INITS'
+    )
     race_steps: int = option(20, 'optimiser steps of each start and rate in the first round', within=POSITIVE)
     race_minutes: float | None = option(None, 'bound on the time of the race', within=POSITIVE)
     postprocess: str = option(
