@@ -218,6 +218,7 @@ def _model_summary(facts: ModelFacts) -> str:
     start = f'parameters that the graph hypernetwork {markdown(ghn)} predicted' if ghn else None
     if training is not None:
         known = {'pretrained': "timm's pretrained weights", 'random': 'random weights'}
+        known['race'] = 'the start that won a race between several'
         start = start or known.get(str(training.init), markdown(training.init))
         text = (
             f'`{facts.architecture}`, fine-tuned for {training.epoch:g} epochs on {markdown(training.dataset)} from '

@@ -48,6 +48,8 @@ class RunRecord:
     def init(self) -> str | None:
         """Initial weights, without folders of the machine; None for random weights of a GHN."""
         name = str(self.arguments.get('init') or '')
+        if name.startswith('donor:') and name.endswith('.safetensors'):
+            return printable(f'donor:{PurePath(name).name}')
         return printable(PurePath(name).name if self.is_local('init') else name) or None
 
 
