@@ -162,7 +162,7 @@ def _kind(node: Node, layout: ChannelLayout, *, gate: bool, attends: bool) -> st
     if node.primitive is Primitive.POS_ENC:
         return 'position'
     if node.primitive in _NORMS:
-        return f'{node.primitive.label}{" of a gate" if gate else ""}'
+        return f'{node.primitive.name.lower()}{" of a gate" if gate else ""}'
     if gate:
         return 'gate'
     grouped = ' grouped' if layout.groups > 1 else ''

@@ -80,7 +80,7 @@ class Fingerprint:
             weight = module._parameters.get('weight')
             norm = norm_primitive(module)
             if norm is not None:
-                layers[f'{norm.label} - {0 if weight is None else len(weight)} 1'] += 1
+                layers[f'{norm.name.lower()} - {0 if weight is None else len(weight)} 1'] += 1
             elif is_layer(module) and weight is not None:
                 kind = 'linear' if weight.dim() == 2 or math.prod(weight.shape[2:]) == 1 else 'conv'
                 groups = int(getattr(module, 'groups', 1))
