@@ -29,7 +29,7 @@ UNLESS = {'torch.load': 'weights_only'}
 #: The one reader of pickles, which keeps Python's machine and cuts down its table of instructions.
 READER = 'hub/pickles.py'
 #: Where a module whose name is not written in the call is imported; the names are constants of these files.
-IMPORTERS = {PACKAGE / 'cli' / 'main.py', PACKAGE / 'cli' / 'runs.py', PACKAGE / 'timm_source.py'}
+IMPORTERS = {PACKAGE / path for path in ('cli/main.py', 'cli/runs.py', 'ops/backends.py', 'timm_source.py')}
 
 
 def dotted(node: ast.expr) -> str:

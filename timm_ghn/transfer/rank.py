@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def is_cached(name: str) -> bool:
 def fingerprints(architectures: Iterable[str]) -> dict[str, Fingerprint]:
     """Fingerprints of timm's architectures, those that cannot be built left out; from the cache where they are."""
     folder = cache_folder()
-    path = None if folder is None else folder.parent / f'fingerprints-{_VERSION}-timm-{timm.__version__}.json'
+    path = None if folder is None else folder.parent / f'fingerprints-{_VERSION}-timm-{version("timm")}.json'
     known = {} if path is None else _read(path)
     wanted = sorted(set(architectures))
     missing = [name for name in wanted if name not in known]
