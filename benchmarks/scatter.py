@@ -8,8 +8,7 @@ Backends are called through timm_ghn.ops.aggregate on the same schedule, one aft
 seconds are spent; the least time of each counts. 'forward' has its factors in the schedule, 'with gradients' is a
 forward and a backward pass for messages and factors. Times are CPU seconds of one thread (on a GPU: of the wall clock).
 Real graphs are timm models with their virtual edges up to distance 50, as GHN-2 reads them; synthetic ones have random
-edges, ten times as many as nodes. On a GPU a further table compares the bytes that a forward pass must move with the
-bandwidth of a large copy.
+edges, ten times as many as nodes.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import platform
 import shlex
 import sys
@@ -54,21 +54,12 @@ PARTS = ('backends', 'passes')
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Edges to sum over.
-
-    Attributes:
-        name: What it is.
-        edges: With factors.
-        bare: The same without.
-        width: Features.
-        dtype: Of the messages.
-    """
+    """Edges with factors to sum over, and the features and dtype of the messages."""
 
     name: str
     edges: Edges
-    bare: Edges
     width: int
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
 
 
 def traced(count: int) -> list[Graph]:
@@ -81,69 +72,58 @@ def traced(count: int) -> list[Graph]:
     return graphs
 
 
-def of_graphs(graphs: Sequence[Graph], device: torch.device) -> tuple[Edges, Edges]:
-    """Virtual edges of all graphs, whose nodes are numbered through, with and without their factors."""
-    sources, targets, weights, nodes = [], [], [], 0
+def of_graphs(graphs: Sequence[Graph], device: torch.device) -> Edges:
+    """Virtual edges of all graphs, whose nodes are numbered through."""
+    parts, nodes = [], 0
     for graph in graphs:
         distances_NN = graph.distances_NN(CUTOFF)
         source, target = distances_NN.nonzero(as_tuple=True)
-        sources.append(source + nodes)
-        targets.append(target + nodes)
-        weights.append(1 / distances_NN[source, target].float())
+        parts.append((source + nodes, target + nodes, 1 / distances_NN[source, target].float()))
         nodes += len(graph)
-    source, target, weight = (torch.cat(parts).to(device) for parts in (sources, targets, weights))
-    edges = Edges.of(source, target, num_sources=nodes, num_targets=nodes, weight_E=weight)
-    return edges, dataclasses.replace(edges, weight_E=None)
+    source, target, weight = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
+    return Edges.of(source, target, num_sources=nodes, num_targets=nodes, weight_E=weight)
 
 
-def of_chance(count: int, device: torch.device) -> tuple[Edges, Edges]:
+def of_chance(count: int, device: torch.device) -> Edges:
     """Random edges, ten for each node."""
     generator = torch.Generator().manual_seed(0)
     nodes = max(1, count // 10)
     source, target = torch.randint(nodes, (2, count), generator=generator).to(device)
     weight = torch.rand(count, generator=generator).to(device)
-    edges = Edges.of(source, target, num_sources=nodes, num_targets=nodes, weight_E=weight)
-    return edges, dataclasses.replace(edges, weight_E=None)
+    return Edges.of(source, target, num_sources=nodes, num_targets=nodes, weight_E=weight)
 
 
 def problems(args: argparse.Namespace, graphs: Sequence[Graph]) -> Iterator[Problem]:
     """What is timed: float32 for all, other dtypes for one of the synthetic graphs."""
     device = torch.device(args.device)
     for count in args.graphs:
-        edges, bare = of_graphs(graphs[:count], device)
+        edges = of_graphs(graphs[:count], device)
         name = '1 timm model' if count == 1 else f'{count} timm models'
-        yield from (Problem(name, edges, bare, width, torch.float32) for width in args.features)
-    for count in args.edges:
-        edges, bare = of_chance(count, device)
-        yield from (Problem('random', edges, bare, width, torch.float32) for width in args.features)
-    if args.edges:
-        edges, bare = of_chance(args.edges[len(args.edges) // 2], device)
-        for dtype in (torch.float64, torch.bfloat16):
-            weighted = dataclasses.replace(edges, weight_E=edges.weight_E.to(dtype))
-            yield Problem('random', weighted, bare, args.features[0], dtype)
+        yield from (Problem(name, edges, width) for width in args.features)
+    random = [of_chance(count, device) for count in args.edges]
+    yield from (Problem('random', edges, width) for edges in random for width in args.features)
+    for dtype in (torch.float64, torch.bfloat16) if random else ():
+        edges = random[len(random) // 2]
+        weighted = dataclasses.replace(edges, weight_E=edges.weight_E.to(dtype))
+        yield Problem('random', weighted, args.features[0], dtype)
 
 
 def actions(problem: Problem, *, gradients: bool, device: torch.device) -> dict[str, Callable[[], object]]:
     """One call for each backend that can run, and for the automatic choice."""
-    edges = problem.edges
-    messages = torch.randn(edges.num_sources, problem.width, device=device).to(problem.dtype)
-    outer = torch.ones(edges.num_targets, problem.width, device=device, dtype=problem.dtype)
-    usable = [
-        name
-        for name, backend in BACKENDS.items()
-        if backend.problem(device.type, problem.dtype, deterministic=False) is None
-    ]
-    if not gradients:
-        return {name: lambda name=name: aggregate(messages, edges, backend=name) for name in (*usable, 'auto')}
+    edges, dtype = problem.edges, problem.dtype
+    messages = torch.randn(edges.num_sources, problem.width, device=device).to(dtype).requires_grad_(gradients)
+    outer = torch.ones(edges.num_targets, problem.width, device=device, dtype=dtype)
+    # Factors that are learned are given in the order of the caller; here it is the sorted one.
+    bare = dataclasses.replace(edges, weight_E=None, order_E=None)
     weight = edges.weight_E.clone().requires_grad_()
-    # Factors that are learned are given in the order of the caller; here it is that of the schedule.
-    bare = dataclasses.replace(problem.bare, order_E=None)
-    messages.requires_grad_()
 
-    def differentiate(name: str) -> object:
+    def call(name: str) -> object:
+        if not gradients:
+            return aggregate(messages, edges, backend=name)
         return torch.autograd.grad(aggregate(messages, bare, weight, backend=name), (messages, weight), outer)
 
-    return {name: lambda name=name: differentiate(name) for name in (*usable, 'auto')}
+    usable = [name for name, b in BACKENDS.items() if b.problem(device.type, dtype, deterministic=False) is None]
+    return {name: functools.partial(call, name) for name in (*usable, 'auto')}
 
 
 def least_times(calls: dict[str, Callable[[], object]], machine: Machine, budget: float) -> dict[str, float]:
@@ -152,14 +132,12 @@ def least_times(calls: dict[str, Callable[[], object]], machine: Machine, budget
     A call of microseconds is repeated until a measurement takes a millisecond. One that takes three times as long as
     the fastest is called three times only.
     """
-    repeat, best = {}, {}
-    for name, call in calls.items():
-        best[name] = machine.least(call, 3)
-        repeat[name] = max(1, int(1e-3 / max(best[name], 1e-6)))
+    best = {name: machine.least(call, 3) for name, call in calls.items()}
+    repeat = {name: max(1, int(1e-3 / max(seconds, 1e-6))) for name, seconds in best.items()}
     start, rounds = machine.clock(), 0
     while rounds < 3 or machine.clock() - start < budget:
         for name, call in calls.items():
-            if name == 'auto' or best[name] < 3 * min(best.values()):  # the others cannot win any more
+            if name == 'auto' or best[name] < 3 * min(best.values()):
                 seconds = machine.least(lambda call=call, name=name: [call() for _ in range(repeat[name])], 1)
                 best[name] = min(best[name], seconds / repeat[name])
         rounds += 1
@@ -170,37 +148,19 @@ def backends_table(args: argparse.Namespace, machine: Machine, graphs: Sequence[
     """Milliseconds of each backend, and how far the automatic choice is from the best."""
     names = [*BACKENDS, 'auto']
     head = ['edges of', 'nodes', 'edges', 'features', 'dtype', *names, 'chosen', 'auto / best']
-    shares = []
     for gradients in (False, True):
         rows, excess = [], []
         for problem in problems(args, graphs):
+            edges = problem.edges
             best = least_times(actions(problem, gradients=gradients, device=machine.device), machine, args.budget)
-            messages = torch.empty(problem.edges.num_sources, problem.width, device=machine.device, dtype=problem.dtype)
-            chosen = choose_backend(messages, 'auto').name
-            fastest = min(seconds for name, seconds in best.items() if name != 'auto')
-            excess.append(best['auto'] / fastest)
+            chosen = choose_backend(torch.empty(0, device=machine.device, dtype=problem.dtype), 'auto').name
+            excess.append(best['auto'] / min(seconds for name, seconds in best.items() if name != 'auto'))
             cells = [f'{1e3 * best[name]:.4g}' if name in best else '' for name in names]
-            size = [f'{problem.edges.num_sources:,}', f'{len(problem.edges):,}', str(problem.width)]
+            size = [f'{edges.num_sources:,}', f'{len(edges):,}', str(problem.width)]
             dtype = str(problem.dtype).removeprefix('torch.')
             rows.append([problem.name, *size, dtype, *cells, chosen, f'{excess[-1]:.2f}'])
-            if not gradients and machine.device.type == 'cuda':
-                shares.append([problem.name, *size, dtype, *roofline(problem, best, machine)])
         title = 'Sum with gradients' if gradients else 'Sum, forward'
         yield f'## {title}, milliseconds\n\n{markdown(head, rows)}\nauto / best: at most {max(excess):.2f}.\n'
-    if shares:
-        table = markdown(['edges of', 'nodes', 'edges', 'features', 'dtype', *names], shares)
-        yield f'## Share of the bandwidth of a copy, forward\n\n{table}'
-
-
-def roofline(problem: Problem, best: dict[str, float], machine: Machine) -> list[str]:
-    """Bytes that must move, each message once for each edge, over those that a copy moves in the same time."""
-    edges, size = problem.edges, problem.dtype.itemsize
-    index = edges.source_E.element_size()
-    moved = len(edges) * (problem.width * size + size + index) + edges.num_targets * (problem.width * size + index)
-    source = torch.empty(2**28, dtype=torch.uint8, device=machine.device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / machine.least(lambda: target.copy_(source), 20)
-    return [f'{moved / best[name] / bandwidth:.0%}' if name in best else '' for name in (*BACKENDS, 'auto')]
 
 
 @torch.no_grad()

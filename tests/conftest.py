@@ -81,6 +81,6 @@ def scatter_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     double.segment_csr, double.gather_csr = segment_csr, gather_csr
     monkeypatch.setitem(sys.modules, 'torch_scatter', double)
-    backends.torch_scatter.cache_clear()
+    backends.missing_package.cache_clear()
     yield
-    backends.torch_scatter.cache_clear()
+    backends.missing_package.cache_clear()

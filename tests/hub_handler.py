@@ -30,7 +30,6 @@ class Fault:
         cut: Close the connection after that many bytes of the file that is sent, or of the body that is received.
         lost: Do what was asked, and close the connection without an answer.
         flip: Send the file with a byte changed.
-        longer: How many bytes more than there are the answer announces (fewer, if negative).
         location: Redirect there.
     """
 
@@ -42,7 +41,6 @@ class Fault:
     cut: int | None = None
     lost: bool = False
     flip: bool = False
-    longer: int = 0
     location: str | None = None
 
 
@@ -196,7 +194,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         headers = {'X-Repo-Commit': oid, 'ETag': f'"{file["oid"]}"'}
         if not file['lfs']:
-            self.content(self.hub.blob(file['oid']), headers)
+            self.answer(200, self.hub.blob(file['oid']), headers)
             return
         headers = {'X-Repo-Commit': oid, 'X-Linked-Etag': f'"{file["oid"]}"', 'X-Linked-Size': str(file['size'])}
         location = f'{self.hub.storage}/lfs/{file["oid"]}?signature=secret'
@@ -204,27 +202,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def storage(self, body: bytes) -> Any:
         parts = urlsplit(self.path)
-        match = re.fullmatch('/lfs/([0-9a-f]{64})(?:/([0-9]+))?', parts.path)
+        match = re.fullmatch('/lfs/([0-9a-f]{64})', parts.path)
         if match is None:
             raise Refusal(404, 'no such object')
-        oid, number = match[1], int(match[2] or 0)
-        if self.command == 'PUT' and number:
-            self.hub.upload_part(oid, number, body)
-            self.answer(200, b'', {'ETag': f'"{number}"'})
-            return None
-        if self.command in ('PUT', 'POST'):
-            size = int(parse_qs(parts.query)['size'][0])
-            self.hub.join_parts(oid, size, number) if number else self.hub.upload(oid, size, body)
+        if self.command == 'PUT':
+            self.hub.upload(match[1], int(parse_qs(parts.query)['size'][0]), body)
             return {}
-        self.content(self.hub.blob(oid), {'ETag': f'"{oid}"'})
+        self.answer(200, self.hub.blob(match[1]), {'ETag': f'"{match[1]}"'})
         return None
-
-    def content(self, content: bytes, headers: dict[str, str]) -> None:
-        """A file or, with a Range, what is left of it."""
-        start = int((re.match(r'bytes=(\d+)-', self.headers.get('Range', '')) or [0, 0])[1])
-        if start:
-            headers['Content-Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
-        self.answer(206 if start else 200, content[start:], {**headers, 'Accept-Ranges': 'bytes'})
 
     def answer(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
         fault = self.fault or Fault('', '')
@@ -234,7 +219,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header('Content-Length', str(len(content) + fault.longer))
+            self.send_header('Content-Length', str(len(content)))
             self.end_headers()
             if self.command != 'HEAD':
                 self.wfile.write(content if fault.cut is None else content[: fault.cut])

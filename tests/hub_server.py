@@ -26,8 +26,6 @@ LARGE = ('.safetensors', '.bin', '.pt')
 class HubServer:
     """The Hub. ``tokens`` maps a token to (user, whether it may write).
 
-    Uploads of more than ``part_size`` bytes come in parts of that size, if it is set.
-
     Args:
         folder: Where everything is kept; a second server on the same folder has the same repositories.
     """
@@ -36,7 +34,6 @@ class HubServer:
         self.folder = folder
         self.tokens: dict[str, tuple[str, bool]] = {'hf_writer': ('user', True), 'hf_reader': ('user', False)}
         self.tokens['hf_other'] = ('other', True)
-        self.part_size: int | None = None
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.lock = threading.RLock()
@@ -204,26 +201,11 @@ class HubServer:
         for wanted in asked['objects']:
             told = {'oid': wanted['oid'], 'size': wanted['size']}
             if not (self.folder / 'blobs' / wanted['oid']).exists():
-                upload = self.upload_action(wanted['oid'], wanted['size'])
+                upload = {'href': f'{self.storage}/lfs/{wanted["oid"]}?size={wanted["size"]}&signature=secret'}
                 verify = {'href': f'{self.endpoint}/api/models/{repo_id}/verify'}
                 told['actions'] = {'upload': upload, 'verify': verify}
             objects.append(told)
         return {'transfer': 'basic', 'objects': objects}
-
-    def upload_action(self, oid: str, size: int) -> dict[str, Any]:
-        address, query = f'{self.storage}/lfs/{oid}', f'size={size}&signature=secret'
-        if self.part_size is None or size <= self.part_size:
-            return {'href': f'{address}?{query}'}
-        count = -(-size // self.part_size)
-        parts = {str(number): f'{address}/{number}?{query}' for number in range(1, count + 1)}
-        return {'href': f'{address}/{count}?{query}', 'header': {'chunk_size': str(self.part_size), **parts}}
-
-    def upload_part(self, oid: str, number: int, body: bytes) -> None:
-        (self.folder / 'blobs' / f'{oid}.{number}').write_bytes(body)
-
-    def join_parts(self, oid: str, size: int, count: int) -> None:
-        parts = [self.folder / 'blobs' / f'{oid}.{number}' for number in range(1, count + 1)]
-        self.upload(oid, size, b''.join(part.read_bytes() for part in parts))
 
     def upload(self, oid: str, size: int, body: bytes) -> None:
         if len(body) != size or hashlib.sha256(body).hexdigest() != oid:

@@ -1,14 +1,55 @@
-"""Compare graphs whose nodes are listed in different orders."""
+"""Small networks from functions; graphs by names, and compared whatever the order of their nodes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_ghn import Graph
+from timm_ghn.graph import Primitive
+
+
+class Net(nn.Module):
+    """A network from a function of itself and its inputs, with layers, parameters and other attributes by name."""
+
+    def __init__(self, compute: Callable[..., Any], **members: Any) -> None:
+        super().__init__()
+        self.compute = compute
+        for name, value in members.items():
+            setattr(self, name, value)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.compute(self, *inputs)
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+def labels(graph: Graph) -> list[str]:
+    """Parameters by name, ops by what they are."""
+    return [node.parameter or node.primitive.name.lower() for node in graph.nodes]
+
+
+def edges(graph: Graph) -> set[str]:
+    name = labels(graph)
+    return {f'{name[u]}>{name[v]}' for u, v in graph.edges_E2.tolist()}
+
+
+def counts(graph: Graph) -> Counter[Primitive]:
+    return Counter(node.primitive for node in graph.nodes)
+
+
+def permuted(graph: Graph, order: Sequence[int]) -> Graph:
+    """The same graph with its nodes listed in another order; new node i is the old node ``order[i]``."""
+    position = torch.tensor(list(order)).argsort()
+    nodes = tuple(graph.nodes[i] for i in order)
+    return dataclasses.replace(graph, nodes=nodes, edges_E2=position[graph.edges_E2], start=int(position[graph.start]))
 
 
 def equal(first: Graph, second: Graph) -> bool:

@@ -15,8 +15,8 @@ PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
     'version', 'errors', 'contexts', 'files', 'graph', 'ops', 'nn', 'hub',
-    'prediction', 'plots', 'timm_source', 'runs', 'architectures', 'publish', 'data', 'finetune', 'train', 'analysis',
-    'cli',
+    'prediction', 'plots', 'timm_source', 'runs', 'architectures', 'publish', 'transfer', 'data', 'finetune', 'train',
+    'analysis', 'cli',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.
 FACADE = ('__init__', '__main__')

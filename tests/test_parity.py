@@ -77,7 +77,7 @@ def statistics(graph: Graph) -> dict[str, object]:
     source, target = graph.edges_E2.T
     return {
         'nodes': len(graph),
-        'op_counts': dict(Counter(node.primitive.label for node in graph.nodes)),
+        'op_counts': dict(Counter(node.primitive.name.lower() for node in graph.nodes)),
         'edges_1hop': len(graph.edges_E2),
         'edges_virtual': int((distances > 1).sum()),
         'distance_counts': {str(length): n for length, n in sorted(Counter(distances[distances > 0].tolist()).items())},

@@ -4,6 +4,9 @@ All kinds share :class:`GHNError`, so that a caller can catch the package's erro
 the built-in error that a caller who does not know the package would expect.
 """
 
+import sys
+from types import TracebackType
+
 #: Most characters of a name that comes from a file.
 LIMIT = 100
 #: Most characters of a whole message or of a cell of a table.
@@ -75,3 +78,11 @@ class DataError(GHNError, ValueError):
 
 class TrainingError(GHNError, RuntimeError):
     """Training cannot go on; what was finished is on the disk."""
+
+
+def report_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A ``sys.excepthook`` that reports Ctrl-C in one line; anything else as Python does."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('timm-ghn: error: interrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -39,19 +39,3 @@ def test_what_is_compared_is_the_same(benchmark):
     expected = benchmark.node_by_node(network, graph, x, visits)
     assert torch.allclose(network(x, GraphBatch.of(graph)), expected, rtol=0, atol=1e-4)
     assert not torch.allclose(x, expected, atol=1e-1)
-
-
-def test_the_bytes_of_a_sum_are_counted(benchmark):
-    """Two edges, one target, four float32 features: 2 (16 + 4 + 8) + (16 + 8) bytes."""
-    edges, bare = benchmark.of_chance(10, torch.device('cpu'))
-    edges = type(edges)(edges.source_E[:2], torch.tensor([0, 2]), 1, edges.weight_E[:2])
-    problem = benchmark.Problem('two', edges, bare, 4, torch.float32)
-
-    class Copies:
-        device = torch.device('cpu')
-
-        def least(self, action, repeat):
-            return 2.0**29  # seconds for twice 2 ** 28 bytes: a byte in a second
-
-    shares = benchmark.roofline(problem, {'bag': 80.0, 'auto': 160.0}, Copies())
-    assert [share for share in shares if share] == ['100%', '50%']

@@ -1,4 +1,4 @@
-"""A graph that is right has no flaw; each way of being wrong is seen, whatever rules made the graph."""
+"""Each flaw of a graph is found (tests/graph/test_trace.py: sound graphs have none)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ import dataclasses
 import pytest
 import timm
 import torch
-from networks import NETWORKS, SIZE, plain
+from networks import SIZE, plain
 from torch import Tensor
 
 from timm_ghn import Graph, trace
 from timm_ghn.graph.checks import flaws_of
 from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.trace import record
-
-
-@pytest.mark.parametrize(
-    ('name', 'rules'),
-    # By the operators, data is what has a gradient, which integer tokens have not.
-    [(name, rules) for name in NETWORKS for rules in ('auto', 'operators') if (name, rules) != ('tokens', 'operators')],
-)
-def test_a_right_graph_has_no_flaw(name, rules):
-    case = NETWORKS[name]()
-    flow = Flow.of(record(case.model, **case.options))
-    assert flaws_of(trace(case.model, rules=rules, **case.options), flow) == []
 
 
 @pytest.fixture(scope='module')
@@ -43,9 +32,8 @@ def test_a_graph_without_an_edge_to_the_classifier(vit):
     graph, _ = vit
     into_head = graph.edges_E2[:, 1] == graph.node_of['head.weight']
     found = flaws(vit, graph.edges_E2[~into_head])
-    assert 'ends for 1 outputs' in found
-    assert 'not reached from the input: head.weight' in found
-    assert 'weights without an input: head.weight' in found
+    for flaw in ('ends for 1 outputs', 'not reached from the input: head.weight', 'without an input: head.weight'):
+        assert flaw in found
 
 
 def test_a_cycle(vit):
@@ -95,6 +83,5 @@ def test_a_second_input():
     graph = trace(model, input_size=SIZE)
     nodes = list(graph.nodes)
     nodes[1] = dataclasses.replace(nodes[1], primitive=nodes[0].primitive)
-    assert '2 inputs' in ' '.join(
-        flaws_of(dataclasses.replace(graph, nodes=tuple(nodes)), Flow.of(record(model, input_size=SIZE)))
-    )
+    found = flaws_of(dataclasses.replace(graph, nodes=tuple(nodes)), Flow.of(record(model, input_size=SIZE)))
+    assert '2 inputs' in found

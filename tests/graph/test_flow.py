@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from isomorphism import Net, zeros
 from timm.layers import CondConv2d
 from tiny import TINY
 from torch import Tensor, nn
@@ -21,24 +22,17 @@ SIZE = 16
 CONFIG = TINY['graphormer']
 
 
-class Net(nn.Module):
+def net_of(shape: tuple[int, ...], compute: Callable[[Tensor, Tensor], Tensor]) -> Net:
     """A stem, something with a parameter of its own, and a classifier."""
-
-    def __init__(self, shape: tuple[int, ...], compute: Callable[[Tensor, Tensor], Tensor], stride: int = 1) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 1, stride)
-        self.zeta = nn.Parameter(torch.zeros(shape))
-        self.compute = compute
-        self.head = nn.LazyLinear(10)
-        with torch.no_grad():
-            self(torch.zeros(2, 3, SIZE, SIZE))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.compute(self.stem(x), self.zeta).flatten(1))
+    layers = {'stem': nn.Conv2d(3, 8, 1), 'head': nn.LazyLinear(10)}
+    net = Net(lambda net, x: net.head(compute(net.stem(x), net.zeta).flatten(1)), **layers, zeta=zeros(*shape))
+    with torch.no_grad():
+        net(torch.zeros(2, 3, SIZE, SIZE))
+    return net
 
 
-def graph_of(*args: object, **options: object) -> Graph:
-    return trace(Net(*args, **options), input_size=SIZE, rules='operators')
+def graph_of(shape: tuple[int, ...], compute: Callable[[Tensor, Tensor], Tensor]) -> Graph:
+    return trace(net_of(shape, compute), input_size=SIZE, rules='operators')
 
 
 def node_of(graph: Graph, name: str = 'zeta') -> tuple[Primitive, tuple[int, ...] | None]:
@@ -48,7 +42,7 @@ def node_of(graph: Graph, name: str = 'zeta') -> tuple[Primitive, tuple[int, ...
 
 def test_what_is_done_to_a_parameter_on_its_way_to_the_data_is_known():
     def joined(compute: Callable[[Tensor, Tensor], Tensor]) -> tuple[frozenset[str], bool]:
-        flow = Flow.of(record(Net((8, 1, 1), compute), input_size=SIZE))
+        flow = Flow.of(record(net_of((8, 1, 1), compute), input_size=SIZE))
         (found,) = (j for i in flow.order if flow.data[i] for j in flow.joining(i) if j.name == 'zeta')
         return found.through, found.unchanged
 
@@ -78,36 +72,24 @@ def test_a_matrix_that_data_is_multiplied_with_is_a_weight_of_any_shape_and_name
 
 
 def test_a_vector_that_scales_a_weight_is_a_gain_still():
-    class Scaled(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(8, 10)
-            self.zeta = nn.Parameter(torch.ones(10, 1))
+    def compute(net: Net, x: Tensor) -> Tensor:
+        return nn.functional.linear(net.stem(x).flatten(1), net.head.weight * net.zeta, net.head.bias)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight * self.zeta, self.bias)
-
-    model = nn.Sequential(nn.Conv2d(3, 8, SIZE), nn.Flatten(), Scaled())
-    assert trace(model, input_size=SIZE, rules='operators').kept == {'2.zeta': 'layer scale or gain'}
-
-
-class Conditional(nn.Module):
-    """Kernels of several experts, mixed for each image."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 1)
-        self.routing = nn.Linear(8, 4)
-        self.conv = CondConv2d(8, 8, 3, groups=groups, num_experts=4)
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(self.conv(x, self.routing(x.mean((2, 3))).sigmoid()).mean((2, 3)))
+    model = Net(compute, stem=nn.Conv2d(3, 8, SIZE), head=nn.Linear(8, 10), zeta=nn.Parameter(torch.ones(10, 1)))
+    assert trace(model, input_size=SIZE, rules='operators').kept == {'zeta': 'layer scale or gain'}
 
 
 @pytest.mark.parametrize(('groups', 'kernel'), [(1, (8, 8, 3, 3)), (8, (8, 1, 3, 3)), (2, (8, 4, 3, 3))])
 def test_kernels_of_experts_are_scaled_each_to_its_own_fan_in(groups, kernel):
-    graph = trace(Conditional(groups), input_size=SIZE, rules='operators')
+    """Kernels of several experts are mixed for each image."""
+
+    def compute(net: Net, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        return net.head(net.conv(x, net.routing(x.mean((2, 3))).sigmoid()).mean((2, 3)))
+
+    layers = {'stem': nn.Conv2d(3, 8, 1), 'routing': nn.Linear(8, 4), 'head': nn.Linear(8, 10)}
+    model = Net(compute, **layers, conv=CondConv2d(8, 8, 3, groups=groups, num_experts=4))
+    graph = trace(model, input_size=SIZE, rules='operators')
     assert node_of(graph, 'conv.weight') == (Primitive.CONV, kernel)
     row = next(row for row in plan_parameters(graph, CONFIG) if row.name == 'conv.weight')
     assert row.fit.scale == fan_in_scale(kernel)

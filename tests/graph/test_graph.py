@@ -1,15 +1,21 @@
-"""The records: what they refuse, and what follows from them."""
+"""The records: validation, derived values, and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
+import timm
 import torch
+from isomorphism import equal
+from tiny import TINY
 from torch import nn
 
 from timm_ghn import Graph, UnsupportedModelError, plan_parameters, trace
+from timm_ghn.errors import CheckpointError
 from timm_ghn.graph import GraphBatch, Node, ParameterInfo, Primitive
+from timm_ghn.graph.graph import graph_from_dict, graph_to_dict
 
 
 def graph_of(size: int, edges: list[tuple[int, int]], **changes: object) -> Graph:
@@ -62,12 +68,8 @@ def test_a_cutoff_keeps_the_distances_up_to_it():
     assert chain.distances_NN(50)[0].tolist() == [0, 1, 2, 3, 4]
     assert chain.distances_NN(3)[0].tolist() == [0, 1, 2, 3, 0]
     assert chain.distances_NN(1).nonzero().tolist() == chain.edges_E2.tolist()
-
-
-def test_distances_are_not_changed_by_who_reads_them():
-    chain = graph_of(3, [(0, 1), (1, 2)])
     chain.distances_NN(50).zero_()
-    assert chain.distances_NN(50)[0].tolist() == [0, 1, 2]
+    assert chain.distances_NN(50)[0].tolist() == [0, 1, 2, 3, 4], 'not changed by who reads them'
 
 
 def test_backward_levels_are_the_forward_levels_of_the_reversed_graph():
@@ -84,44 +86,14 @@ def test_nodes_on_a_cycle_are_visited_in_the_order_of_the_list():
     assert graph.backward_levels_N.tolist() == [3, 2, 1, 0]
 
 
-def test_a_node_without_a_shape_says_so():
-    nodes = (Node(Primitive.INPUT, 'input'), Node(Primitive.CONV, 'a', 'a', (8, 3, 1, 1)))
-    graph = graph_of(2, [(0, 1)], nodes=nodes)
-    assert graph.shapes_N4.tolist() == [[-1, -1, -1, -1], [8, 3, 1, 1]]
-    assert graph.primitives_N.tolist() == [9, 4]
-
-
-def test_a_parameter_is_found_at_the_node_that_predicts_it():
+def test_nodes_have_primitives_shapes_and_parameters():
     nodes = (Node(Primitive.INPUT, 'input'), Node(Primitive.BN, 'a.weight', 'a.weight', (8, 1, 1, 1), 'a.bias'))
-    assert graph_of(2, [(0, 1)], nodes=nodes).node_of == {'a.weight': 1, 'a.bias': 1}
-
-
-@pytest.mark.parametrize('order', [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3]])
-def test_only_a_permutation_permutes(order):
-    with pytest.raises(ValueError, match=r'permutation of 0\.\.2'):
-        graph_of(3, [(0, 1)]).permute(order)
-
-
-def test_a_permutation_moves_nodes_with_their_edges():
-    graph = graph_of(4, [(0, 1), (1, 2), (1, 3)])
-    order = [2, 0, 3, 1]
-    permuted = graph.permute(order)
-    assert [node.label for node in permuted.nodes] == ['node2', 'node0', 'node3', 'node1']
-    assert permuted.nodes[permuted.start].label == 'node0'
-    name = [node.label for node in permuted.nodes]
-    assert {(name[u], name[v]) for u, v in permuted.edges_E2.tolist()} == {
-        (f'node{u}', f'node{v}') for u, v in graph.edges_E2.tolist()
-    }
-    assert torch.equal(permuted.distances_NN(50), graph.distances_NN(50)[order][:, order])
-
-
-def test_a_permutation_and_its_inverse_are_the_identity():
-    graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)), input_size=16)
-    order = torch.randperm(len(graph), generator=torch.Generator().manual_seed(0))
-    back = graph.permute(order.tolist()).permute(order.argsort().tolist())
-    assert back.nodes == graph.nodes
-    assert back.start == graph.start
-    assert torch.equal(back.edges_E2, graph.edges_E2)
+    graph = graph_of(2, [(0, 1)], nodes=nodes)
+    assert graph.shapes_N4.tolist() == [[-1, -1, -1, -1], [8, 1, 1, 1]]
+    assert graph.primitives_N.tolist() == [9, 11]
+    assert graph.node_of == {'a.weight': 1, 'a.bias': 1}
+    for shape, numel in (((), 1), ((0, 3), 0), ((4, 3, 2, 2), 48)):
+        assert ParameterInfo('p', shape, torch.float32, 'torch.nn.Module').numel == numel
 
 
 def test_the_nodes_of_a_batch_are_numbered_through():
@@ -132,9 +104,6 @@ def test_the_nodes_of_a_batch_are_numbered_through():
     assert GraphBatch.of(batch) is batch
     assert GraphBatch.of(graphs[0]).graphs == (graphs[0],)
     assert GraphBatch.of(iter(graphs)).sizes == batch.sizes
-
-
-def test_a_batch_has_a_graph():
     with pytest.raises(ValueError, match='at least one graph'):
         GraphBatch(())
 
@@ -146,11 +115,6 @@ def test_records_are_frozen():
             setattr(record, field, None)
 
 
-@pytest.mark.parametrize(('shape', 'numel'), [((), 1), ((0, 3), 0), ((4, 3, 2, 2), 48)])
-def test_the_number_of_elements_of_a_parameter(shape, numel):
-    assert ParameterInfo('p', shape, torch.float32, 'torch.nn.Module').numel == numel
-
-
 def test_a_plan_that_misses_a_parameter_is_refused(ghn):
     graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3)), input_size=16)
     plan = plan_parameters(graph, ghn.config)
@@ -158,3 +122,23 @@ def test_a_plan_that_misses_a_parameter_is_refused(ghn):
         dataclasses.replace(plan, rows=plan.rows[:1])
     with pytest.raises(UnsupportedModelError, match=r"twice: \['0.weight'\]"):
         dataclasses.replace(plan, rows=(*plan.rows, plan.rows[0]))
+
+
+@pytest.mark.parametrize(
+    ('name', 'rules'),
+    [('test_vit', 'auto'), ('test_resnet', 'auto'), ('levit_128s', 'published'), ('nest_tiny', 'operators')],
+)
+def test_a_graph_survives_json(name, rules):
+    with torch.device('meta'):
+        graph = trace(timm.create_model(name), rules=rules)
+    again = graph_from_dict(json.loads(json.dumps(graph_to_dict(graph))))
+    assert equal(again, graph)
+    assert plan_parameters(again, TINY['gated']).rows == plan_parameters(graph, TINY['gated']).rows
+
+
+def test_values_of_no_graph_are_refused():
+    values = graph_to_dict(graph_of(2, [(0, 1)]))
+    graph_from_dict(values)
+    for change in ({'nodes': 3}, {'edges_E2': [[0]]}, {'nodes': [['nothing', 'x']]}, {'more': 1}):
+        with pytest.raises(CheckpointError, match='plain values of a graph'):
+            graph_from_dict({**values, **change})

@@ -7,9 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +20,8 @@ from official import WRITERS, official_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, UnsafeCheckpointError
-from timm_ghn.hub import catalogue, converted, load, load_ghn, register_ghn
+from timm_ghn.errors import CheckpointError, GHNNotFoundError, UnsafeCheckpointError
+from timm_ghn.hub import catalogue, converted, load, load_ghn
 from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.converted import cache_folder, convert_official, converted_ghns, read_converted, remove_converted
 from timm_ghn.hub.load import shared_ghn
@@ -70,19 +68,10 @@ def test_the_second_time_the_official_file_is_not_opened(hub: HubServer, mine, o
     assert sorted(os.listdir(only())) == FILES
 
 
-def test_the_facts_are_those_of_reading_without_the_cache(mine, monkeypatch):
-    kept = load_ghn('mine')
-    monkeypatch.setenv('TIMM_GHN_CACHE', 'off')
-    read = load_ghn('mine')
-    assert kept.origin == read.origin
-    assert kept.config == read.config
-
-
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
-def test_weights_keep_the_type_of_the_file(tmp_path, small_ghn, dtype, writer):
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_weights_keep_the_type_of_the_file(tmp_path, small_ghn, dtype):
     state = {key: value.to(dtype) for key, value in official_state(small_ghn).items()}
-    path = writer(state, tmp_path / 'ghn.pt')
+    path = WRITERS['legacy'](state, tmp_path / 'ghn.pt')
     convert_official(path, tmp_path / 'out')
     found = load_file(tmp_path / 'out/model.safetensors')
     assert {value.dtype for value in found.values()} == {dtype}
@@ -112,13 +101,6 @@ def test_another_content_or_configuration_is_converted_anew(hub: HubServer, mine
     catalogue._registered['mine'] = dataclasses.replace(mine, config=config)
     assert load_ghn('mine').config.virtual_edges == 7
     assert len(converted_ghns(cache_folder())) == 3
-
-
-def test_a_path_of_the_user_is_not_kept(tmp_path, official, small_ghn):
-    expect_same(load_ghn(tmp_path / 'official.pt'), small_ghn)
-    register_ghn('local', tmp_path / 'official.pt')
-    expect_same(load_ghn('local'), small_ghn)
-    assert not converted_ghns(cache_folder())
 
 
 def test_a_cache_of_the_hub_without_links_works_too(tmp_path, mine, official, opened, small_ghn):
@@ -211,10 +193,7 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
 
 DAMAGE = {
     'truncated weights': lambda place: os.truncate(place / 'model.safetensors', 5000),
-    'empty weights': lambda place: os.truncate(place / 'model.safetensors', 0),
-    'longer weights': lambda place: overwrite(place / 'model.safetensors', -1, b'xx'),
     'missing weights': lambda place: (place / 'model.safetensors').unlink(),
-    'missing configuration': lambda place: (place / 'config.json').unlink(),
     'other header': lambda place: replace(place / 'model.safetensors', b'"ln.bias"', b'"ln.bia#"'),
     'not finite': lambda place: overwrite(place / 'model.safetensors', -40, b'\xff' * 40),
     'other configuration': lambda place: replace(place / 'config.json', b'"heads": 2', b'"heads": 4'),
@@ -232,22 +211,6 @@ def test_a_damaged_conversion_is_made_again(mine, opened, small_ghn, damage):
     assert [path.name for path in cache_folder().iterdir()] == [only().name]
 
 
-def test_a_device_that_does_not_exist_is_no_reason_to_convert_again(mine, opened):
-    load_ghn('mine')
-    with pytest.raises(ConfigError, match='expected a device'):
-        load_ghn('mine', device='nowhere')
-    load_ghn('mine')
-    assert len(opened) == 1
-
-
-def test_a_conversion_that_is_removed_while_it_is_in_use_stays_readable(mine, small_ghn):
-    load_ghn('mine')
-    ghn = load_ghn('mine')
-    remove_converted(cache_folder(), 'all')
-    expect_same(ghn, small_ghn)
-    expect_same(load_ghn('mine'), small_ghn)
-
-
 def test_what_a_killed_process_left_is_removed_after_a_day(mine):
     cache = cache_folder()
     old, new = cache / '.mine-x.1.partial', cache / '.mine-x.2.partial'
@@ -259,15 +222,6 @@ def test_what_a_killed_process_left_is_removed_after_a_day(mine):
     assert new.exists()
     remove_converted(cache, 'all')
     assert os.listdir(cache) == []
-
-
-def test_a_folder_that_exists_is_left_alone(tmp_path, official):
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'precious').touch()
-    with pytest.raises(OSError, match='out'):
-        convert_official(tmp_path / 'official.pt', tmp_path / 'out')
-    assert os.listdir(tmp_path / 'out') == ['precious']
-    assert not list(tmp_path.glob('.*'))
 
 
 # A cache that cannot be used
@@ -301,35 +255,12 @@ def test_a_cache_that_cannot_be_used_costs_one_warning(mine, small_ghn, monkeypa
     assert not cache_folder().is_dir() or os.listdir(cache_folder()) == []
 
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid'), reason='permissions as POSIX has them')
-def test_a_folder_that_cannot_be_written_is_no_failure(official, small, small_ghn):
-    entry = GHNEntry('mine', '', 'joblib', small, repo_id=REPO, filename='ghn.pt')
-    with tempfile.TemporaryDirectory() as name:  # other users cannot reach pytest's folders
-        root = Path(name)
-        root.chmod(0o755)
-        (root / 'ghn.pt').write_bytes(official)
-        (root / 'locked').mkdir(mode=0o555)
-        read_converted(root / 'ghn.pt', entry, root / 'writable')
-        user = os.geteuid()
-        if user == 0:  # whom no permission stops
-            os.seteuid(65534)
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter('always')
-                for cache in ('locked', 'locked', 'writable'):  # the last of which is full, and need not be written
-                    expect_same(read_converted(root / 'ghn.pt', entry, root / cache), small_ghn)
-        finally:
-            os.seteuid(user)
-        assert [str(warning.message)[:33] for warning in caught] == ['converted GHNs cannot be kept in ']
-        assert os.listdir(root / 'locked') == []
-
-
 # Two processes
 
 
 def convert_and_damage(path: Path, cache: Path, entry: GHNEntry, number: int, start, sums) -> None:
     start.wait()
-    for turn in range(12):
+    for turn in range(6):
         ghn = read_converted(path, entry, cache)
         sums.put(sum(float(p.detach().double().sum()) for p in ghn.parameters()))
         if turn % 3 == number:
@@ -356,7 +287,7 @@ def test_two_processes_that_convert_at_once_do_not_harm_each_other(tmp_path, off
         run.join(120)
         assert run.exitcode == 0
     expected = sum(float(p.detach().double().sum()) for p in small_ghn.parameters())
-    assert [sums.get() for _ in range(24)] == [expected] * 24
+    assert [sums.get() for _ in range(12)] == [expected] * 12
     assert all(not path.name.endswith('.partial') for path in cache.iterdir())
 
 

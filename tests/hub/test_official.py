@@ -18,10 +18,10 @@ import torch
 from hub_fixtures import expect_same
 from official import WRITERS, official_state, options
 
-from timm_ghn.errors import CheckpointError, GHNError, GHNNotFoundError, UnsafeCheckpointError
+from timm_ghn.errors import CheckpointError, GHNError, UnsafeCheckpointError
 from timm_ghn.hub import load_ghn
 from timm_ghn.hub.converted import convert_official
-from timm_ghn.hub.official import CIFAR10_MEAN, infer_config, open_checkpoint, read_official
+from timm_ghn.hub.official import CIFAR10_MEAN, open_checkpoint, read_official
 from timm_ghn.hub.pickles import TensorRecord
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN, GHNConfig
@@ -79,8 +79,6 @@ def test_a_bare_state_dictionary_gives_the_same_ghn(tmp_path, config):
     ids=lambda value: value if isinstance(value, str) else '',
 )
 def test_golden_checkpoints(golden: Path, file, expected):
-    import joblib
-
     path = golden / 'checkpoints' / file
     ghn = load_ghn(path)
     config = dataclasses.replace(expected, name=path.stem, mean=ghn.config.mean, std=ghn.config.std)
@@ -94,23 +92,6 @@ def test_golden_checkpoints(golden: Path, file, expected):
         assert torch.equal(ours, value.view(ours.shape)), key
 
 
-def test_weights_that_are_missing_left_over_or_of_a_wrong_shape_are_all_named(tmp_path, small_ghn):
-    state = official_state(small_ghn)
-    del state['gnn.1.ln1.bias']
-    state['surplus'] = torch.zeros(1)
-    state['ln.bias'] = torch.zeros(3)
-    with pytest.raises(CheckpointError, match=r'lacks gnn\.1\.ln1\.bias; it has unexpected surplus; .*ln\.bias \(3,\)'):
-        load_ghn(WRITERS['joblib'](state, tmp_path / 'ghn.pt'))
-
-
-@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
-def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, small_ghn, value):
-    state = official_state(small_ghn)
-    state['decoder.fc.0.bias'][3] = value
-    with pytest.raises(CheckpointError, match=r'not finite: 1 of 288 in decoder\.fc\.0\.bias'):
-        load_ghn(WRITERS['joblib'](state, tmp_path / 'ghn.pt'))
-
-
 def test_large_weights_whose_sum_overflows_are_finite(tmp_path, small_ghn):
     state = official_state(small_ghn)
     state['decoder.fc.0.bias'].fill_(3e38)
@@ -120,21 +101,19 @@ def test_large_weights_whose_sum_overflows_are_finite(tmp_path, small_ghn):
 
 @pytest.mark.parametrize(
     'content',
-    [{'a': torch.zeros(2)}, {'state_dict': 3}, {'state_dict': {}}, [1, 2], {1: torch.zeros(1)}, {'a': 'text'}],
+    [
+        {'a': torch.zeros(2)},
+        {'state_dict': 3},
+        {'state_dict': {}},
+        [1, 2],
+        {1: torch.zeros(1)},
+        {'a': 'text'},
+        {'embed.weight': torch.zeros(15, 8), 'bias_class.1.weight': torch.zeros(5, 8), 'head.weight': torch.zeros(2)},
+    ],
 )
 def test_other_checkpoints_are_not_mistaken_for_a_ghn(tmp_path, content):
     with pytest.raises(CheckpointError, match=r'ghn\.pt (is no GHN|does not hold the weights of a GHN)'):
         load_ghn(WRITERS['torch'](content, tmp_path / 'ghn.pt'))
-
-
-def test_a_vision_model_is_not_mistaken_for_a_ghn(tmp_path):
-    state = {
-        'embed.weight': torch.zeros(15, 8),
-        'bias_class.1.weight': torch.zeros(5, 8),
-        'head.weight': torch.zeros(2),
-    }
-    with pytest.raises(CheckpointError, match='GHN'):
-        load_ghn(WRITERS['torch'](state, tmp_path / 'ghn.pt'))
 
 
 @pytest.mark.parametrize(
@@ -167,13 +146,6 @@ def test_half_precision_files_load_as_float32(tmp_path, small_ghn):
     assert {value.dtype for value in load_ghn(path, dtype=torch.float16).state_dict().values()} == {torch.float16}
 
 
-def test_the_layers_decide_what_kind_of_ghn_it_is(small):
-    shapes = {key: tuple(value.shape) for key, value in GHN(small).state_dict().items()}
-    assert infer_config(shapes).gnn == 'graphormer'
-    with pytest.raises(CheckpointError, match='KeyError'):
-        infer_config({key: value for key, value in shapes.items() if 'proj_e' not in key})
-
-
 # Containers
 
 
@@ -189,55 +161,33 @@ def read(path: Path) -> Any:
         return tensors(loaded)
 
 
-def expect_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert found[key].shape == value.shape, key
+@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
+def test_tensors_of_every_kind_come_back_exactly(tmp_path, writer):
+    x = torch.randn(4, 6)
+    tensors = collections.OrderedDict(
+        plain=x, scalar=torch.tensor(3.5), empty=torch.zeros(0, 3), transposed=x.t(), slice=x[1:, 2:5], same=x,
+        parameter=torch.nn.Parameter(torch.randn(3)), double=x.double(), half=x.half(), bfloat=x.bfloat16(),
+        long=torch.arange(5), flags=torch.tensor([True, False]),
+    )  # fmt: skip
+    found = read(writer(tensors, tmp_path / 'file.pt'))
+    assert list(found) == list(tensors)
+    for key, value in tensors.items():
+        assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
         assert torch.equal(found[key], value), key
 
 
-@pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(4, 6)
-    return collections.OrderedDict(
-        plain=x,
-        scalar=torch.tensor(3.5),
-        empty=torch.zeros(0, 3),
-        transposed=x.t(),
-        slice=x[1:, 2:5],
-        same=x,
-        parameter=torch.nn.Parameter(torch.randn(3)),
-        double=x.double(),
-        half=x.half(),
-        bfloat=x.bfloat16(),
-        long=torch.arange(5),
-        flags=torch.tensor([True, False]),
-    )
+def test_compressed_joblib_dumps_are_refused(tmp_path):
+    for method in ('zlib', 'gzip', 'bz2', 'lzma', 'xz'):
+        joblib.dump({'a': torch.zeros(3)}, tmp_path / 'file.pt', compress=(method, 3))
+        with pytest.raises(CheckpointError, match=r'file\.pt is compressed, as no published GHN is'):
+            read(tmp_path / 'file.pt')
 
 
-@pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
-def test_tensors_of_every_kind_come_back_exactly(tmp_path, writer, tensors):
-    found = read(writer(tensors, tmp_path / 'file.pt'))
-    assert isinstance(found, dict)
-    expect_equal(found, {key: value.detach() for key, value in tensors.items()})
-
-
-@pytest.mark.parametrize('compress', [('zlib', 3), ('gzip', 3), ('bz2', 3), ('lzma', 3), ('xz', 3)], ids=lambda c: c[0])
-def test_compressed_joblib_dumps_are_refused(tmp_path, tensors, compress):
-    joblib.dump(tensors, tmp_path / 'file.pt', compress=compress)
-    with pytest.raises(CheckpointError, match=r'file\.pt is compressed, as no published GHN is'):
-        read(tmp_path / 'file.pt')
-
-
-@pytest.mark.parametrize(
-    'array', [np.zeros(2, np.float32), np.array([{}]), np.array(['a'])], ids=lambda a: a.dtype.name
-)
-def test_joblib_dumps_of_arrays_are_refused(tmp_path, array):
-    joblib.dump({'a': array}, tmp_path / 'file.pt')
-    with pytest.raises(UnsafeCheckpointError, match='NumpyArrayWrapper'):
-        read(tmp_path / 'file.pt')
+def test_joblib_dumps_of_arrays_are_refused(tmp_path):
+    for array in (np.zeros(2, np.float32), np.array([{}])):
+        joblib.dump({'a': array}, tmp_path / 'file.pt')
+        with pytest.raises(UnsafeCheckpointError, match='NumpyArrayWrapper'):
+            read(tmp_path / 'file.pt')
 
 
 @pytest.mark.parametrize('writer', WRITERS.values(), ids=WRITERS.keys())
@@ -337,31 +287,20 @@ def test_a_member_that_is_compressed_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'content',
-    [
-        b'',
-        b'\x00',
-        b'hello world',
-        b'<!DOCTYPE html><html>',
-        b'PK\x03\x04',
-        b'\x80\x04',
-        b'\x1f\x8b\x08',
-        b'\x78\x9c',
-        b'.',
-    ],
+    'content', [b'', b'\x00', b'<!DOCTYPE html><html>', b'PK\x03\x04', b'\x80\x04', b'\x1f\x8b\x08', b'.']
 )
 def test_what_is_no_checkpoint_is_an_error_that_names_the_file(tmp_path, content):
-    path = tmp_path / 'file.pt'
-    path.write_bytes(content)
+    (tmp_path / 'file.pt').write_bytes(content)
     with pytest.raises(CheckpointError, match=r'file\.pt'):
-        load_ghn(path)
+        load_ghn(tmp_path / 'file.pt')
 
 
-def test_an_archive_of_countless_members_is_refused(tmp_path):
+def test_an_archive_of_countless_members_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_ghn.hub.pickles.MAX_PICKLED', 10_000)
     with zipfile.ZipFile(tmp_path / 'file.pt', 'w') as archive:
-        for number in range(20_000):
+        for number in range(500):
             archive.writestr(f'a/data/{number}', b'')
-    with pytest.raises(CheckpointError, match='has more than 1,048,576 bytes beside its tensors'):
+    with pytest.raises(CheckpointError, match='has more than 10,000 bytes beside its tensors'):
         load_ghn(tmp_path / 'file.pt')
 
 
@@ -369,19 +308,6 @@ def test_other_zip_archives_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / 'file.pt', 'w') as archive:
         archive.writestr('readme.txt', 'hello')
     with pytest.raises(CheckpointError, match=r'no data\.pkl'):
-        load_ghn(tmp_path / 'file.pt')
-
-
-def test_a_script_module_is_refused_by_name(tmp_path):
-    data = b'\x80\x02c__torch__\nNet\n)R.'
-    with zipfile.ZipFile(tmp_path / 'file.pt', 'w') as archive:
-        archive.writestr('net/data.pkl', data)
-    with pytest.raises(UnsafeCheckpointError, match=r'__torch__\.Net'):
-        load_ghn(tmp_path / 'file.pt')
-
-
-def test_a_missing_file_is_not_found(tmp_path):
-    with pytest.raises(GHNNotFoundError, match=r'no such file'):
         load_ghn(tmp_path / 'file.pt')
 
 
@@ -395,7 +321,7 @@ def sound(request: pytest.FixtureRequest, tmp_path: Path, small_ghn) -> tuple[Pa
     return path, path
 
 
-def expect_ghn_or_error(path: Path) -> bool:
+def loads(path: Path) -> bool:
     """Whether it loads; any exception that is not ours goes on to the test."""
     try:
         load_ghn(path)
@@ -407,29 +333,8 @@ def expect_ghn_or_error(path: Path) -> bool:
 def test_every_truncation_is_an_error(sound):
     path, file = sound
     data = file.read_bytes()
-    assert expect_ghn_or_error(path)
     rng = random.Random(0)
-    lengths = {0, 1, 2, 7, 8, len(data) - 1, len(data) // 2, *(rng.randrange(len(data)) for _ in range(25))}
-    loaded = []
-    for length in sorted(lengths):
+    for length in {0, 1, 2, 7, 8, len(data) - 1, len(data) // 2, *(rng.randrange(len(data)) for _ in range(15))}:
         file.write_bytes(data[:length])
-        if expect_ghn_or_error(path):
-            loaded.append(len(data) - length)
-    # JSON without its last line break, a stream without its checksum: whatever loads has lost no data.
-    assert all(missing <= 4 for missing in loaded)
-
-
-def test_flipped_bytes_end_in_an_error_of_ours_or_in_a_ghn(sound):
-    path, file = sound
-    data = file.read_bytes()
-    rng = random.Random(1)
-    failed = 0
-    for trial in range(40):
-        damaged = bytearray(data)
-        # Half of the trials hit the beginning, where a file says what it is.
-        reach = len(data) if trial % 2 else min(len(data), 600)
-        for _ in range(rng.choice((1, 1, 4))):
-            damaged[rng.randrange(reach)] = rng.randrange(256)
-        file.write_bytes(damaged)
-        failed += not expect_ghn_or_error(path)
-    assert failed
+        # JSON without its last line break, a stream without its checksum: whatever loads has lost no data.
+        assert not loads(path) or len(data) - length <= 4

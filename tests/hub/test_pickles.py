@@ -59,18 +59,13 @@ def test_a_payload_is_refused_by_name_and_not_run(tmp_path, marker, writer, shap
     assert not marker.exists()
 
 
-@pytest.mark.parametrize('protocol', range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_every_protocol_is_refused_by_name(marker, protocol):
+@pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_is_refused(marker, protocol):
     data = pickle.dumps({'a': [1, (2.5, 'text', None, True, -(2**40))], 'b': touch(marker)}, protocol)
-    with pytest.raises(UnsafeCheckpointError, match='system'):
+    # The oldest two have opcodes that no checkpoint needs.
+    error, match = (UnsafeCheckpointError, 'system') if protocol > 1 else (CheckpointError, 'the pickle')
+    with pytest.raises(error, match=match):
         read(data)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize('protocol', [0, 1])
-def test_the_old_protocols_are_refused(marker, protocol):
-    with pytest.raises(CheckpointError):
-        read(pickle.dumps({'a': touch(marker)}, protocol))
     assert not marker.exists()
 
 
@@ -173,10 +168,6 @@ def test_a_length_beyond_the_file_costs_nothing(data):
         read(data)
 
 
-def test_a_memo_that_names_a_huge_index_costs_nothing():
-    assert read(b'\x80\x02Nr\xff\xff\xff\xff.') is None
-
-
 def test_a_pickle_that_does_not_end_is_given_up(monkeypatch):
     monkeypatch.setattr('timm_ghn.hub.pickles.MAX_PICKLED', 1000)
     with pytest.raises(CheckpointError, match=r'more than 1,000 bytes beside its tensors'):
@@ -267,11 +258,6 @@ TENSOR = b'ctorch._utils\n_rebuild_tensor_v2\n'
 def test_a_short_file_cannot_ask_for_endless_work(data):
     with pytest.raises(CheckpointError):
         read(data)
-
-
-def test_containers_that_repeat_others_are_harmless_as_values():
-    assert read(LAUGHS + b'X\x01\x00\x00\x00ah\x00\x86.')[0] == 'a'
-    assert read(LAUGHS + b'ccollections\nOrderedDict\n)Rh\x00b.') == {}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import weakref
 
 import literal
 import pytest
-import timm
 import torch
+from networks import plain
 from tiny import TINY, make_ghn as make_tiny
 from variants import VARIANTS
 
@@ -19,7 +19,7 @@ from timm_ghn.graph.graph import GraphBatch
 from timm_ghn.nn import gated
 from timm_ghn.nn.gated import GatedGNN, plan_traversal
 from timm_ghn.ops import use_backend
-from timm_ghn.ops.backends import BACKENDS, torch_scatter
+from timm_ghn.ops.backends import BACKENDS, missing_package
 from timm_ghn.ops.rows import DenseRows, SparseRows
 
 GATED = [name for name, config in VARIANTS.items() if config.gnn == 'gated']
@@ -91,12 +91,12 @@ def test_gradients_are_those_of_the_visit_of_single_nodes(variant, backend, make
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_any_backend_gives_the_predictions_and_gradients_of_ghn_2(backend, request):
-    if backend == 'scatter' and isinstance(torch_scatter(), str):
+    if backend == 'scatter' and missing_package('torch_scatter'):
         request.getfixturevalue('scatter_double')
     problem = BACKENDS[backend].problem('cpu', torch.float32, deterministic=False)
     if problem is not None:
         pytest.skip(f'{backend} {problem}')
-    ghn, model = make_tiny(TINY['gated']), timm.create_model('test_resnet')
+    ghn, model = make_tiny(TINY['gated']), plain()
     graph = trace(model)
 
     def gradients():

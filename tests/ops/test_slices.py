@@ -17,11 +17,5 @@ def test_values_and_gradients_equal_those_of_indexing():
     losses = [(s[0] * s[0].cos()).sum() + s[1].exp().sum() + s[3].square().sum() for s in (taken, expected)]
     ours, theirs = (torch.autograd.grad(loss, whole)[0] for loss in losses)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
-
-
-def test_slices_are_views():
-    whole = torch.randn(4, 5, 3, 2, requires_grad=True)
-    assert all(
-        piece.data_ptr() == whole[cut].data_ptr() for piece, cut in zip(take_slices(whole, CUTS), CUTS, strict=True)
-    )
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(taken, expected, strict=True)), 'views'
     assert not any(piece.requires_grad for piece in take_slices(whole.detach(), CUTS))

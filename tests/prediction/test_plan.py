@@ -82,7 +82,7 @@ def check_row(row, nodes: int) -> None:
 def check_words(plan: ParameterPlan) -> None:
     """The plan can be read by people and by programs."""
     lines = str(plan).splitlines()
-    assert len(lines) == len(plan) + 2
+    assert lines[len(plan) + 1 :] == ['', *plan.totals().splitlines()]
     assert all(line.startswith(row.name) and row.how in line for row, line in zip(plan, lines[1:], strict=False))
     read = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert [row['name'] for row in read['rows']] == [row.name for row in plan]

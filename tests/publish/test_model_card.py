@@ -18,10 +18,10 @@ import timm_ghn
 from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, postprocess_, predict, push_to_hub
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.hub import load_ghn, register_ghn
+from timm_ghn.hub import load_ghn
 from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 from timm_ghn.hub.storage import save_ghn
-from timm_ghn.nn.config import GHNConfig, Origin
+from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.predict import provenance
 from timm_ghn.publish.card import make_card
 from timm_ghn.publish.facts import ModelFacts
@@ -95,17 +95,11 @@ def test_a_model_made_by_a_tag(push):
 def test_the_metadata(push):
     data = push(timm.create_model(f'test_vit.{EMBEDDED}', num_classes=10)).data.to_dict()
     assert (data['license'], data['library_name'], data['pipeline_tag']) == ('mit', 'timm', 'image-classification')
+    assert known_ghns()[EMBEDDED].license == 'mit'
     assert {'timm', 'timm_ghn', 'arxiv:2110.13100', 'arxiv:2207.10049', 'arxiv:2303.04143'} <= set(data['tags'])
     assert not {'model-index', 'datasets', 'metrics'} & data.keys()
     data = push(timm.create_model(f'test_vit.{EMBEDDED}', num_classes=0), license='cc-by-4.0').data.to_dict()
     assert (data['license'], data['pipeline_tag']) == ('cc-by-4.0', 'image-feature-extraction')
-
-
-def test_all_papers_are_cited(push):
-    text = push(timm.create_model(f'test_vit.{EMBEDDED}')).text
-    assert text.count('@article{') == 3
-    for arxiv in ('2110.13100', '2207.10049', '2303.04143'):
-        assert f'journal = {{arXiv:{arxiv}}}' in text
 
 
 def test_a_model_that_was_changed_since_is_not_called_predicted(push):
@@ -117,9 +111,7 @@ def test_a_model_that_was_changed_since_is_not_called_predicted(push):
     assert 'since was not recorded' in text
 
 
-@pytest.mark.parametrize(
-    'options', [None, PostProcess(layer=0.7, seed=3), PostProcess(orth=False, beta=1e-5, seed=3)], ids=repr
-)
+@pytest.mark.parametrize('options', [None, PostProcess(layer=0.7, seed=3)], ids=repr)
 def test_post_processing_is_found_by_doing_it_again(push, options):
     model = timm.create_model('test_resnet', num_classes=1000)
     prediction = predict(model, EMBEDDED, seed=3)
@@ -139,20 +131,6 @@ def test_post_processing_that_cannot_be_found_is_not_made_up(push):
     text = push(model, prediction=prediction).text
     assert '| post-processing | not recorded |' in text
     assert '## Reproduce it' not in text
-
-
-def test_facts_that_are_given_are_told(push):
-    model, ghn, options = timm.create_model('test_resnet'), load_ghn(EMBEDDED), PostProcess(layer=3, scale='keep')
-    plan = predict(model, ghn).plan
-    ghn_init(model, ghn, postprocess=options)
-    card = push(model, prediction=provenance(ghn, plan, head='auto', seed=0, postprocess=options))
-    assert f'| post-processing | {options.describe()} |' in card.text
-    assert '**predicted, no training**' in card.text
-    expect_predicted_alike(model, run(card))
-    with torch.no_grad():
-        model.layer1[0].conv1.weight.add_(1)
-    text = push(model, prediction=provenance(ghn, plan, head='auto', seed=0, postprocess=options)).text
-    assert '**predicted, no training**' not in text
 
 
 def test_facts_that_cannot_be_checked_are_told_as_the_start_only(push, small_ghn: GHN, tmp_path):
@@ -203,12 +181,6 @@ def test_the_ghn_is_named_so_that_it_can_be_loaded(origin, name, expected):
     if origin.revision:
         assert f'`{origin.revision}`' in card.text
         assert f'https://huggingface.co/{origin.repo_id}' in card.text
-
-
-def test_the_licence_is_that_of_the_ghn_or_none(push, small_ghn: GHN):
-    model = timm.create_model('test_resnet')
-    assert push(model, prediction=predict(model, EMBEDDED)).data.license == known_ghns()[EMBEDDED].license
-    assert push(model, prediction=predict(model, small_ghn)).data.license is None
 
 
 # Fine-tuning
@@ -278,11 +250,6 @@ def test_a_data_set_of_the_hub_is_linked(trained):
     assert data.eval_results[0].dataset_config == 'plain_text'
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r'results\.jsonl'):
-        Training.read(tmp_path)
-
-
 # Text that comes from a file
 
 
@@ -300,25 +267,6 @@ def expect_no_markup_of_others(card: ModelCard | str) -> None:
     assert tables
     assert all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in tables)
     assert 'z' * 100 not in prose
-
-
-def test_the_name_of_a_ghn_is_one_escaped_line(hub: HubServer, push, small: GHNConfig, tmp_path):
-    model, ghn = timm.create_model('test_resnet'), GHN(dataclasses.replace(small, name=HOSTILE))
-    save_ghn(ghn, tmp_path / 'ghn')
-    ghn = load_ghn(tmp_path / 'ghn')
-    prediction = predict(model, ghn)
-    card = push(ghn_init(model, ghn, postprocess=None), prediction=prediction)
-    expect_no_markup_of_others(card)
-    assert '**predicted, no training**' in card.text
-    (*_, message) = hub.commits(REPO)
-    assert message.isprintable()
-    assert len(message) < 150
-    cfg = json.loads(hub.files(REPO)['config.json'])['pretrained_cfg']
-    assert cfg['description'].isprintable()
-    assert len(cfg['description']) < 250
-    register_ghn('mine', tmp_path / 'ghn')
-    tagged = timm.create_model('test_resnet.mine')
-    assert all(note.isprintable() for note in (tagged.pretrained_cfg['description'], *tagged.pretrained_cfg['notes']))
 
 
 def test_every_fact_of_a_prediction_is_escaped():

@@ -75,27 +75,8 @@ def test_timm_alone_loads_every_tensor(hub: HubServer, tmp_path):
             assert torch.equal(found[name], value.to(found[name].dtype)), (repo_id, name)
 
 
-BY_TRANSFORMERS = """
-import sys
-from safetensors.torch import save_file
-from transformers import AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
-save_file({name.removeprefix('timm_model.'): value for name, value in model.state_dict().items()}, sys.argv[2])
-"""
-
-
-def test_transformers_loads_every_tensor(hub: HubServer, model, tmp_path):
-    pytest.importorskip('transformers', reason='needs transformers')
-    push_to_hub(model, REPO, token=TOKEN)
-    command = [sys.executable, '-c', BY_TRANSFORMERS, REPO, str(tmp_path / 'found')]
-    subprocess.run(command, env=environment(hub, tmp_path / 'home'), check=True, cwd=tmp_path)
-    found, expected = load_file(tmp_path / 'found'), model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-@pytest.mark.parametrize('architecture', timm.list_models('test_*'))
-def test_timm_builds_every_small_model_again_from_its_configuration(architecture, tmp_path):
+@pytest.mark.parametrize('architecture', ['test_resnet', 'test_vit', 'test_convnext', 'test_nfnet'])
+def test_timm_builds_a_model_again_from_its_configuration(architecture, tmp_path):
     model = timm.create_model(architecture, num_classes=5)
     config = write_model(model, tmp_path, model_args=None, images=None)
     (tmp_path / 'config.json').write_text(json.dumps(config))
@@ -157,19 +138,15 @@ def test_the_model_stays_as_it_was(hub: HubServer, model):
 # Where it goes
 
 
-def test_a_private_repository(hub: HubServer, model):
-    push_to_hub(model, REPO, token=TOKEN, private=True)
-    assert hub.repo(REPO)['private'] is True
-    push_to_hub(model, REPO, token=TOKEN, private=True)
-    assert len(hub.commits(REPO)) == 2
-
-
 def test_a_public_repository_does_not_get_what_was_to_be_private(hub: HubServer, model):
-    hub.put(REPO, {})
+    hub.put(REPO, {'notes.txt': b'mine'})
     with pytest.raises(ConfigError, match='is public.*settings'):
         push_to_hub(model, REPO, token=TOKEN, private=True)
     assert uploads(hub) == 0
-    assert hub.files(REPO) == {}
+    push_to_hub(model, REPO, token=TOKEN)
+    assert hub.files(REPO).keys() == FILES | {'notes.txt'}
+    push_to_hub(model, 'user/other', token=TOKEN, private=True)
+    assert hub.repo('user/other')['private'] is True
 
 
 def test_a_branch_is_made_where_it_does_not_exist(hub: HubServer, model):
@@ -189,12 +166,6 @@ def test_a_pull_request_leaves_the_main_branch_alone(hub: HubServer, model):
     assert info.pr_url == f'{hub.endpoint}/{REPO}/discussions/1'
     assert hub.files(REPO) == {'README.md': b'mine'}
     assert hub.files(REPO, 'refs/pr/1').keys() == FILES
-
-
-def test_other_files_of_the_repository_stay(hub: HubServer, model):
-    hub.put(REPO, {'notes.txt': b'mine'})
-    push_to_hub(model, REPO, token=TOKEN)
-    assert hub.files(REPO).keys() == FILES | {'notes.txt'}
 
 
 def test_pickled_files_do_not_stay_beside_it(hub: HubServer, model):
@@ -228,7 +199,7 @@ def test_a_wrong_argument_is_refused(hub: HubServer, model, arguments, message):
     assert not hub.requests
 
 
-@pytest.mark.parametrize('token', ['hf_sécret', 'hf_secret\x01', 'hf_se cret', 'hf_secret\u202e'])
+@pytest.mark.parametrize('token', ['hf_sécret', 'hf_secret\x01'])
 def test_a_token_of_the_environment_that_cannot_be_one_is_not_shown(hub: HubServer, model, monkeypatch, token):
     monkeypatch.setenv('HF_TOKEN', token)
     with pytest.raises(ConfigError, match='token, of HF_TOKEN or .*, to be one word') as caught:
@@ -292,15 +263,10 @@ PUT, COMMIT = r'^/lfs/', r'/commit/'
     [
         ({'method': 'PUT', 'path': PUT, 'cut': 1000}, 'push again'),
         ({'method': 'PUT', 'path': PUT, 'status': 500}, '500.*[Pp]ush again'),
-        ({'method': 'PUT', 'path': PUT, 'status': 429, 'headers': {'Retry-After': '7'}}, '429.*wait'),
         ({'method': 'PUT', 'path': PUT, 'status': 403}, '403.*write access'),
         ({'method': 'POST', 'path': '/batch', 'status': 500}, '500'),
-        ({'method': 'POST', 'path': '/preupload/', 'status': 503}, '503'),
-        ({'method': 'POST', 'path': '/verify', 'status': 400}, '400'),
         ({'method': 'POST', 'path': '/repos/create', 'status': 401}, '401.*hf auth login.*HF_TOKEN'),
-        ({'method': 'POST', 'path': '/repos/create', 'cut': 10}, 'push again'),
         ({'method': 'POST', 'path': '/validate-yaml', 'status': 500}, 'was not pushed'),
-        ({'method': 'POST', 'path': COMMIT, 'status': 500}, '500'),
         ({'method': 'POST', 'path': COMMIT, 'status': 429}, '429.*wait'),
         ({'method': 'POST', 'path': COMMIT, 'cut': 100}, 'push again'),
     ],
@@ -324,15 +290,6 @@ def test_a_push_that_fails_leaves_nothing_and_the_next_one_all(
     assert len(hub.commits(REPO)) == 2
 
 
-@pytest.mark.parametrize('spoil', [lambda body: body[:-1], lambda body: body[:-1] + b'\0'], ids=['shorter', 'other'])
-def test_weights_that_arrive_damaged_are_not_committed(hub: HubServer, model, waits, monkeypatch, spoil):
-    upload = hub.upload
-    monkeypatch.setattr(hub, 'upload', lambda oid, size, body: upload(oid, size, spoil(body)))
-    with pytest.raises(HubError, match='400 .*checksum'):
-        push_to_hub(model, REPO, token=TOKEN)
-    assert nothing_arrived(hub)
-
-
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: HubServer, model):
     hub.fail('POST', COMMIT, lost=True)
     with pytest.raises(HubError, match='neither sent nor committed twice'):
@@ -342,31 +299,10 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: HubServer, model):
     assert uploads(hub) == 1
 
 
-def test_an_upload_goes_on_after_a_pause_of_the_length_asked_for(hub: HubServer, model, waits):
-    hub.fail('PUT', PUT, status=429, headers={'Retry-After': '7'})
-    hub.fail('PUT', PUT, cut=1000)
-    push_to_hub(model, REPO, token=TOKEN)
-    assert waits[0] >= 7
-    assert uploads(hub) == 3
-    assert len(hub.commits(REPO)) == 2
-
-
-def test_a_large_upload_comes_in_parts_and_only_the_part_that_failed_comes_again(hub: HubServer, model, waits):
-    hub.part_size = 400_000
-    hub.fail('PUT', PUT + '.*/2[?]', cut=1000)
-    push_to_hub(model, REPO, token=TOKEN)
-    parts = [request.path.split('?')[0].split('/')[-1] for request in hub.asked('^storage PUT')]
-    assert parts == ['1', '2', '2', '3', '4']
-    sent = load(hub.files(REPO)['model.safetensors'])
-    assert all(torch.equal(value, sent[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ('token', 'message'),
     [
         (None, '401.*hf auth login'),
-        (False, '401.*hf auth login'),
-        ('hf_unknown', '401.*hf auth login'),
         ('hf_reader', '403.*write access'),
         ('hf_other', '403.*write access'),
     ],
@@ -379,19 +315,6 @@ def test_who_may_not_write_is_told_what_to_do(hub: HubServer, model, token, mess
         push_to_hub(model, REPO, token=token)
     assert uploads(hub) == 0
     assert not exists or hub.files(REPO) == {'README.md': b'mine'}
-
-
-def test_without_a_network_the_error_says_so(model, use_endpoint):
-    use_endpoint('http://127.0.0.1:9')
-    with pytest.raises(HubError, match=r'http://127.0.0.1:9.*refused.*network'):
-        push_to_hub(model, REPO, token=TOKEN)
-
-
-def test_offline_mode_is_named(hub: HubServer, model, monkeypatch):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(HubError, match='HF_HUB_OFFLINE is set.*Unset'):
-        push_to_hub(model, REPO, token=TOKEN)
-    assert not hub.requests
 
 
 def test_a_hub_without_xet_is_told_from_a_network_that_fails(hub: HubServer, model, monkeypatch, waits):
@@ -418,8 +341,3 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, model, caplo
     assert TOKEN not in ''.join(capfd.readouterr())
     for content in hub.files(REPO).values():
         assert TOKEN.encode() not in content
-
-
-def test_push_to_hub_is_public():
-    assert timm_ghn.push_to_hub is push_to_hub
-    assert issubclass(HubError, GHNError)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from timm_ghn import CheckpointError, ConfigError, GHNNotFoundError, push_to_hub
+from timm_ghn import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.hub import fetch, load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
@@ -60,18 +60,6 @@ def left(cache: Path) -> list[Path]:
 # Repositories
 
 
-def test_a_ghn_goes_to_the_hub_and_comes_back(hub: HubServer, small_ghn):
-    push_to_hub(small_ghn, REPO, token=TOKEN, private=True)
-    commit = hub.repo(REPO)['refs']['main']
-    ghn = load_ghn(REPO, token=TOKEN)
-    assert same(ghn, small_ghn)
-    assert ghn.config == small_ghn.config
-    weights = hub.files(REPO)['model.safetensors']
-    assert ghn.origin.sha256 == hashlib.sha256(weights).hexdigest()
-    assert (ghn.origin.repo_id, ghn.origin.revision) == (REPO, commit)
-    assert not [path for path in hub.files(REPO) if path.endswith(('.bin', '.pt', '.pth', '.pkl'))]
-
-
 def test_a_revision_is_pinned(hub: HubServer, small_ghn, files, other):
     first = hub.put(REPO, files)
     hub.put(REPO, other[1], revision='v2')
@@ -113,23 +101,6 @@ def test_what_is_in_the_cache_needs_no_hub(hub: HubServer, small_ghn, files, mon
     assert not hub.requests
 
 
-def test_offline_mode_is_named(hub: HubServer, files, monkeypatch):
-    hub.put(REPO, files)
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(GHNNotFoundError, match=r'OfflineModeIsEnabled.*HF_HUB_OFFLINE'):
-        load_ghn(REPO)
-    assert not hub.requests
-
-
-def test_a_new_commit_is_seen_and_only_what_changed_is_downloaded(hub: HubServer, files, other):
-    hub.put(REPO, files)
-    load_ghn(REPO)
-    hub.put(REPO, other[1])
-    assert same(load_ghn(REPO), other[0])
-    load_ghn(REPO)
-    assert len(hub.asked('^storage GET')) == 2
-
-
 # Who may read
 
 
@@ -144,13 +115,6 @@ def test_a_token_opens_what_is_closed(hub: HubServer, small_ghn, files, settings
     assert same(load_ghn(REPO, token='hf_reader'), small_ghn)
     monkeypatch.setenv('HF_TOKEN', 'hf_reader')
     assert same(load_ghn(REPO, cache_dir=cache / 'another'), small_ghn)
-
-
-def test_a_token_that_the_hub_does_not_know(hub: HubServer, files):
-    hub.put(REPO, files)
-    with pytest.raises(GHNNotFoundError, match='401.*HF_TOKEN') as caught:
-        load_ghn(REPO, token='hf_unknown')
-    assert 'hf_unknown' not in str(caught.value)
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, files, caplog, capfd):
@@ -171,43 +135,26 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, files, caplo
 
 
 #: What the HTTP client cannot send, and would show.
-BAD_TOKENS = [
-    'hf_secret\n',
-    'hf_secret\r\nX-Evil: 1',
-    'hf_sec ret',
-    'hf_secretä',
-    'hf_secret\0',
-    ' ',
-    '',
-    b'hf_secret',
-    7,
-]
+BAD_TOKENS = ['hf_secret\r\nX-Evil: 1', 'hf_sec ret', 'hf_secretä', '', b'hf_secret']
 
 
 @pytest.mark.parametrize('token', BAD_TOKENS, ids=repr)
-@pytest.mark.parametrize('how', ['name', 'default'])
-def test_what_can_be_no_token_is_refused_and_never_shown(hub: HubServer, files, caplog, capfd, how, token):
+def test_what_can_be_no_token_is_refused_and_never_shown(hub: HubServer, files, caplog, capfd, token):
     caplog.set_level(logging.DEBUG)
     hub.put(REPO, files)
-    act = {
-        'name': lambda: load_ghn(REPO, token=token),
-        'default': lambda: load_ghn('ghn', token=token),
-    }[how]
-    with pytest.raises(ConfigError, match='expected token to be one word') as caught:  # and no warning
-        act()
-    assert caught.value.__cause__ is None is caught.value.__context__
+    for name in (REPO, 'ghn'):
+        with pytest.raises(ConfigError, match='expected token to be one word') as caught:  # and no warning
+            load_ghn(name, token=token)
+        assert caught.value.__cause__ is None is caught.value.__context__
     assert not hub.requests
     assert 'secret' not in str(caught.value) + caplog.text + ''.join(capfd.readouterr())
 
 
-@pytest.mark.parametrize('token', ['hf_sec ret', 'hf_secretä', 'hf_secret\x01'], ids=repr)
-def test_a_token_of_the_environment_is_checked_when_the_hub_is_asked(
-    hub: HubServer, small_ghn, files, token, monkeypatch
-):
+def test_a_token_of_the_environment_is_checked_when_the_hub_is_asked(hub: HubServer, small_ghn, files, monkeypatch):
     hub.put(REPO, files)
     load_ghn(REPO)
     hub.requests.clear()
-    monkeypatch.setenv('HF_TOKEN', token)
+    monkeypatch.setenv('HF_TOKEN', 'hf_sec ret')
     for act in (lambda: load_ghn(REPO), lambda: load_ghn('ghn')):
         with pytest.raises(ConfigError, match='of HF_TOKEN or .*one word') as caught:
             act()
@@ -217,27 +164,12 @@ def test_a_token_of_the_environment_is_checked_when_the_hub_is_asked(
     assert same(load_ghn(REPO, token=False), small_ghn)
 
 
-def test_a_token_is_no_part_of_how_access_is_shown():
-    assert TOKEN not in repr(fetch.Access(token=TOKEN))
-
-
 # What goes wrong on the way
-
-
-def test_a_download_that_is_cut_goes_on_where_it_stopped(hub: HubServer, small_ghn, files, waits, monkeypatch):
-    # The client keeps whole chunks, 10 MB each.
-    monkeypatch.setattr('huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE', 1000)
-    hub.put(REPO, files)
-    hub.fail('GET', LARGE, cut=20_500)
-    hub.fail('GET', LARGE, cut=10_500)
-    assert same(load_ghn(REPO), small_ghn)
-    ranges = [request.headers.get('range') for request in hub.asked('^storage GET')]
-    assert ranges == [None, 'bytes=20000-', 'bytes=30000-']
 
 
 @pytest.mark.parametrize(
     'fault',
-    [{'cut': 500}, {'longer': 10}, {'longer': -10}, {'status': 500}, {'status': 403}, {'status': 429}],
+    [{'cut': 500}, {'status': 403}, {'status': 429}],
     ids=lambda fault: '-'.join(f'{key} {value}' for key, value in fault.items()),
 )
 def test_a_download_that_fails_leaves_nothing_in_the_cache(hub: HubServer, small_ghn, files, waits, cache, fault):
@@ -249,19 +181,6 @@ def test_a_download_that_fails_leaves_nothing_in_the_cache(hub: HubServer, small
     assert not left(cache)
     hub.faults.clear()
     assert same(load_ghn(REPO), small_ghn)
-
-
-@pytest.mark.parametrize(
-    ('method', 'path', 'status', 'wait'),
-    [('HEAD', 'resolve/main/config', 429, 8), ('HEAD', 'resolve/main/config', 503, 1), ('GET', LARGE, 429, 8)],
-)
-def test_a_busy_hub_is_asked_again(hub: HubServer, small_ghn, files, waits, method, path, status, wait):
-    hub.put(REPO, files)
-    # Not repeated are our first question whether the file is there, and the client's own.
-    times = 3 if method == 'HEAD' else 1
-    hub.fail(method, path, times=times, status=status, headers={'Retry-After': '7'} if status == 429 else {})
-    assert same(load_ghn(REPO), small_ghn)
-    assert waits == [wait]
 
 
 def test_a_file_whose_hash_is_wrong_is_refused_and_not_kept(hub: HubServer, small_ghn, files, cache):
@@ -292,12 +211,6 @@ def test_a_file_that_the_cache_shares_is_known_by_its_hash_too(tmp_path, damaged
     with pytest.raises(CheckpointError, match='arrived damaged'):
         fetch._check_digest(pointer, fetch.HubFile(REPO, 'model.safetensors'))
     assert not any(path.exists() or path.is_symlink() for path in (shared, blob, pointer))
-
-
-def test_a_file_that_does_not_fit_its_configuration_is_refused(hub: HubServer, files):
-    hub.put(REPO, {**files, 'config.json': files['config.json'].replace(b'"layers": 2', b'"layers": 3')})
-    with pytest.raises(CheckpointError, match='does not match its configuration'):
-        load_ghn(REPO)
 
 
 def test_a_cached_ghn_serves_when_the_hub_fails(hub: HubServer, small_ghn, files):

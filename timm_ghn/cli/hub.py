@@ -1,42 +1,41 @@
-"""The commands ``timm-ghn convert`` and ``timm-ghn cache``: GHNs in the native format on this machine."""
+"""The commands about GHNs and the Hub: ``timm-ghn list``, ``convert``, ``cache``, ``verify`` and ``push``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from timm_ghn.errors import ConfigError
+from timm_ghn.analysis import norms
+from timm_ghn.cli.tables import aligned
+from timm_ghn.errors import ConfigError, GHNError
+from timm_ghn.files import new_folder
+from timm_ghn.hub.catalogue import known_ghns
+from timm_ghn.hub.converted import VARIABLE, cache_folder, convert_official, converted_ghns, remove_converted
+from timm_ghn.hub.fetch import Access
+from timm_ghn.hub.load import find_files, load_ghn
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn
+from timm_ghn.prediction.checks import device_of
+from timm_ghn.publish.push import Target, push_path
 
-EXAMPLES = {
-    'convert': 'timm-ghn convert ghn3_tm8 -o ghn3-t',
-    'cache': 'timm-ghn cache --remove ghn3_tm8',
-}
 
-Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-
-
-def add_commands(add: Add) -> None:
-    """Add the two commands to the parser of the command line."""
-    convert = add('convert', convert_ghn, 'Convert a GHN to the native format: config.json and safetensors.')
-    convert.add_argument('source', metavar='NAME|PATH', help='a GHN; it is downloaded where necessary')
-    convert.add_argument('-o', '--output', type=Path, required=True, metavar='FOLDER', help='folder to make')
-    convert.add_argument('--json', action='store_true', help='print JSON')
-    cache = add('cache', show_cache, 'List the official checkpoints that were converted when they were first loaded.')
-    cache.add_argument('--remove', metavar='NAME|all', help='remove a conversion, or all; downloads stay')
-    cache.add_argument('--json', action='store_true', help='print JSON')
+def list_ghns(args: argparse.Namespace) -> int:
+    """Print the catalogue."""
+    entries = known_ghns()
+    if args.json:
+        print(json.dumps({name: entry.to_dict() for name, entry in entries.items()}, indent=2))
+        return 0
+    rows = []
+    for name, entry in entries.items():
+        size = f'{entry.num_parameters:,}' if entry.num_parameters else '-'
+        rows.append((name, size, str(entry.config.num_classes), entry.source, entry.description))
+    print('\n'.join(aligned(('name', 'parameters', 'classes', 'from', 'what it is'), rows)))
+    return 0
 
 
 def convert_ghn(args: argparse.Namespace) -> int:
     """Convert a GHN, and print where it is and how large."""
-    from timm_ghn.files import new_folder
-    from timm_ghn.hub.converted import convert_official
-    from timm_ghn.hub.fetch import Access
-    from timm_ghn.hub.load import find_files
-    from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn
-
     folder: Path = args.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'{str(folder)!r} exists and is not an empty folder: name another one')
@@ -63,9 +62,6 @@ def convert_ghn(args: argparse.Namespace) -> int:
 
 def show_cache(args: argparse.Namespace) -> int:
     """Print what the cache holds, or remove from it."""
-    from timm_ghn.cli.tables import aligned
-    from timm_ghn.hub.converted import VARIABLE, cache_folder, converted_ghns, remove_converted
-
     cache = cache_folder()
     if cache is None:
         raise ConfigError(f'there is no cache: {VARIABLE} turns it off')
@@ -74,13 +70,44 @@ def show_cache(args: argparse.Namespace) -> int:
     total = sum(size for _, size in found.values())
     if args.json:
         listed = [{'name': name, 'folder': str(path), 'size': size} for path, (name, size) in found.items()]
-        print(
-            json.dumps({'folder': str(cache), 'removed' if removed else 'converted': listed, 'size': total}, indent=2)
-        )
+        facts = {'folder': str(cache), 'removed' if removed else 'converted': listed, 'size': total}
+        print(json.dumps(facts, indent=2))
     elif not found:
         print(f'nothing {"was removed from" if removed else "is converted in"} {cache}')
     else:
         rows = [(name, f'{size:,}', str(path)) for path, (name, size) in found.items()]
         print('\n'.join(aligned(('name', 'bytes', 'folder'), rows)))
         print(f'\n{total:,} bytes {"were removed; what was downloaded stays" if removed else "in all"}')
+    return 0
+
+
+def verify_ghn(args: argparse.Namespace) -> int:
+    """Compare parameter norms with the published ones, a row for each network as it comes; 1 if any does not agree."""
+    expected = norms.published_norms(args.name, known_ghns(), args.arch)
+    ghn = load_ghn(args.name, device=args.device and device_of(args.device))
+    width = max(map(len, (*expected, 'network')))
+    print(
+        f'{"network":{width}}  {"published":>10}  {"predicted":>10}  {"difference":>10}  below {norms.NORM_TOLERANCE}',
+        flush=True,
+    )
+    agreed = 0
+    for arch, published in expected.items():
+        try:
+            measured = norms.predicted_norm(arch, ghn)
+        except (GHNError, RuntimeError) as error:  # torch raises the latter for want of memory
+            cells, verdict = f'{"-":>10}  {"-":>10}', f'FAILED: {" ".join(str(error).split())}'
+        else:
+            agrees = abs(measured - published) < norms.NORM_TOLERANCE
+            agreed += agrees
+            cells, verdict = f'{measured:10.4f}  {measured - published:+10.4f}', 'yes' if agrees else 'NO'
+        print(f'{arch:{width}}  {published:10.4f}  {cells}  {verdict}', flush=True)
+    print(f'\n{agreed} of {len(expected)} norms agree')
+    return 0 if agreed == len(expected) else 1
+
+
+def push_model(args: argparse.Namespace) -> int:
+    """Push a model or a GHN; the token is that of HF_TOKEN or ``hf auth login``."""
+    target = Target(args.repo, args.private or None, args.revision, args.create_pr)
+    commit = push_path(args.source, target, license=args.license, commit_message=args.message)
+    print(commit.pr_url or commit.commit_url)
     return 0

@@ -1,4 +1,4 @@
-"""Plans and measures as tables of text."""
+"""Tables of text."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from timm_ghn.errors import LONGEST, printable
 
 if TYPE_CHECKING:
     from timm_ghn.prediction.diversity import Comparison
-    from timm_ghn.prediction.plan import ParameterPlan
-
-
-def plan_table(plan: ParameterPlan) -> Iterator[str]:
-    """Each parameter of a plan."""
-    rows = [
-        (row.name, _shape(row.shape), row.role, '-' if row.node is None else str(row.node), row.how) for row in plan
-    ]
-    return aligned(('parameter', 'shape', 'role', 'node', 'how'), rows)
-
-
-def totals_table(plan: ParameterPlan) -> Iterator[str]:
-    """Tensors and elements of a model: predicted, and kept by reason."""
-    totals = plan.summary()
-    rows = [('predicted', totals['predicted_tensors'], totals['predicted_elements'])]
-    rows += [(f'kept: {reason}', kept['tensors'], kept['elements']) for reason, kept in totals['kept'].items()]
-    rows.append(('all', totals['tensors'], totals['elements']))
-    return aligned(('parameters', 'tensors', 'elements'), [(name, f'{n:,}', f'{size:,}') for name, n, size in rows])
 
 
 def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:

@@ -32,7 +32,7 @@ from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import DataError, PredictionError
 from timm_ghn.files import write_state_dict
-from timm_ghn.finetune.options import FinetuneOptions
+from timm_ghn.finetune.options import RACE, FinetuneOptions
 from timm_ghn.finetune.push import check_start, check_target, push_when_done
 from timm_ghn.finetune.setup import (
     Batch,
@@ -41,6 +41,7 @@ from timm_ghn.finetune.setup import (
     loaders,
     loss_of,
     optimizer_of,
+    race,
     scheduler_of,
     updates_per_epoch,
 )
@@ -149,7 +150,13 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
             raise TypeError('expected a loader with an EpochSampler')
         self.images, self.sampler = train.dataset, train.sampler
         self.loss, self.mixup = loss_of(options, self.num_classes)
-        optimizer = optimizer_of(options, start.model)
+        lr = options.lr
+        if options.init == RACE:
+            with accelerator.main_process_first():  # the others find its result
+                found = race(options, start, (train, val), {'run': self.identity}, accelerator.device)
+            self.facts['race'], lr = found.to_dict(), found.winner.lr
+            self.say('%s', found)
+        optimizer = optimizer_of(dataclasses.replace(options, lr=lr), start.model)
         self.model, self.optimizer, self.batches, self.val = accelerator.prepare(start.model, optimizer, train, val)
         self.test = None if test is None else accelerator.prepare_data_loader(test)
         updates = updates_per_epoch(len(self.batches), options.grad_accum_steps)

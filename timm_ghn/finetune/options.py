@@ -32,6 +32,8 @@ GROUPS = {'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'mo
           'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
+#: The init that lets several starts race.
+RACE = 'race'
 _OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
@@ -47,7 +49,16 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
     shots_seed: int | None = option(None, 'draw the shots (default: the first of each class)', within=NOT_NEGATIVE)
 
     model: str = option('', 'timm model', metavar='NAME')
-    init: str = option('ghn', "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's)")
+    init: str = option(
+        'ghn',
+        "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's), 'donor:NAME' (a relative's "
+        "weights: timm name, file or hf-hub:), 'donor:auto' (timm's nearest), or 'race' (the best on your data)",
+    )
+    race_inits: tuple[str, ...] = option(
+        ('ghn', 'donor:auto'), "starts that race beside timm's own, comma-separated", metavar='INITS'
+    )
+    race_steps: int = option(20, 'optimiser steps of each start and rate in the first round', within=POSITIVE)
+    race_minutes: float | None = option(None, 'bound on the time of the race', within=POSITIVE)
     postprocess: str = option(
         'auto', "'orth', 'noise' or 'none', or like 'orth,layer=37,beta=3e-5'; auto: what the GHN recommends"
     )

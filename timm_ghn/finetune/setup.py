@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from timm_ghn.architectures.timm_models import build_timm_model, check_model_nam
 from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_transform, train_transform
 from timm_ghn.data.splits import Split, Splits
 from timm_ghn.errors import ConfigError
-from timm_ghn.finetune.options import OTHER_INITS, FinetuneOptions
+from timm_ghn.finetune.options import OTHER_INITS, RACE, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.prediction.postprocess import postprocess_
 from timm_ghn.prediction.predict import initialise
+from timm_ghn.transfer.race import Race
+from timm_ghn.transfer.start import candidate, choose_init
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -117,12 +119,50 @@ def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
 def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, Any]) -> dict[str, Any] | None:
     """Write the start into the model; gives facts about the prediction, if it is one."""
     size = config['input_size']
-    if options.init in OTHER_INITS:
+    if options.init.startswith('donor:'):
+        candidate(options.init, input_size=size, seed=options.seed)(model)
+    if options.init in (*OTHER_INITS, RACE) or options.init.startswith('donor:'):
         postprocess_(model, options.post(), input_size=size)
         return None
     ghn = shared_ghn(options.init)
     post = options.post(ghn.config.postprocess)
     return initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
+
+
+#: Learning rates of a race, as multiples of the one that was asked for.
+_RACE_LRS = (1 / 3, 1.0, 3.0)
+
+
+def race(
+    options: FinetuneOptions,
+    start: Start,
+    batches: tuple[Iterable[Batch], Iterable[Batch]],
+    identity: Mapping[str, Any],
+    device: torch.device,
+) -> Race:
+    """Let starts race on the data; the model has the winner's weights afterwards.
+
+    Args:
+        options: Of the run.
+        start: The model, with timm's initialisation.
+        batches: To train on, and to compare on.
+        identity: What tells the run from others.
+        device: Where the race takes place.
+    """
+    return choose_init(
+        start.model.to(device),
+        batches[0],
+        options.race_inits,
+        val=batches[1],
+        lrs=[options.lr * factor for factor in _RACE_LRS],
+        steps=options.race_steps,
+        minutes=options.race_minutes,
+        optimizer=lambda model, lr: optimizer_of(dataclasses.replace(options, lr=lr), model),
+        folder=options.output / 'race',
+        identity=identity,
+        input_size=start.data_config['input_size'],
+        seed=options.seed,
+    )
 
 
 def loaders(

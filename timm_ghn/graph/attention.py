@@ -1,14 +1,15 @@
-"""Which softmaxes are an attention, which ops carry its weights, and which tables of relative positions enter it."""
+"""The attentions of a network: their softmaxes, their weights and their tables of relative positions."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from timm_ghn.graph.flow import COMPUTE, Flow
+from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.vocabulary import is_layer, operator_primitive
 
-#: Ops that add a table to the logits; slices are added in place.
+#: Ops that add a table to the logits (``CopySlices`` to a slice in place).
 _ADDS = frozenset({'Add', 'Sub', 'Baddbmm', 'CopySlices'})
 
 
@@ -19,8 +20,7 @@ class Attention:
     Attributes:
         softmaxes: Ops that make the weights of an attention.
         weights: Ops that carry such weights, from the softmax to the product with the values.
-        tables: Parameters that enter the argument of an attention's softmax beside the product of queries and keys:
-            tables of relative positions.
+        tables: Tables of relative positions: parameters that are added to the logits of an attention.
     """
 
     softmaxes: frozenset[int]
@@ -40,10 +40,11 @@ def is_softmax(flow: Flow, index: int) -> bool:
 
 
 def _weights(flow: Flow) -> tuple[frozenset[int], frozenset[int]]:
-    """Softmaxes that weigh a matrix product (as attention does) and not a feature map (as a gate does).
+    """Softmaxes that enter a matrix product with values (the softmax of a gate does not), and the ops in between.
 
     Between the two, the weights may be reshaped, masked, scaled, mixed with other attention weights, and multiplied by
-    data. In the last case only a product of data with data is an attention: what a gate scales meets layers too.
+    data. After a multiplication by data, only a product of data with data is an attention: data that a gate scales
+    enters layers too.
     """
     carried: dict[int, frozenset[int]] = {}
     scaled: set[int] = set()
@@ -80,31 +81,26 @@ def _weights(flow: Flow) -> tuple[frozenset[int], frozenset[int]]:
 def _tables(flow: Flow) -> frozenset[str]:
     """Parameters that are added to logits, as they are or multiplied with the queries.
 
-    Logits are a product of data with data that becomes the argument of a softmax. A layer may lie between: a
+    Logits are a product of data with data that becomes the argument of a softmax. One layer may lie between, such as a
     convolution over the heads (talking heads).
     """
     product, softmax = _layers_behind_product(flow), _layers_before_softmax(flow)
     logits = {index for index in product.keys() & softmax.keys() if product[index] + softmax[index] <= 1}
-    if not logits:
-        return frozenset()
-    joins: set[int] = set()  # ops whose output is added to logits
-    for index in reversed(flow.order):
-        for reader in flow.readers[index]:
-            added = reader in logits and flow.ops[reader].kind in _ADDS and len(flow.data_inputs(reader)) > 1
-            if flow.data[index] and (added or (reader in joins and flow.ops[reader].kind not in COMPUTE)):
-                joins.add(index)
+    sums = [index for index in logits if flow.ops[index].kind in _ADDS and len(flow.data_inputs(index)) > 1]
+    added = reachable(  # ops whose output is added to logits
+        (child for index in sums for child in flow.data_inputs(index)),
+        lambda index: () if flow.ops[index].kind in COMPUTE else flow.data_inputs(index),
+    )
     found: set[str] = set()
-    for index in flow.order:
+    for index in logits | added:
         kind = flow.ops[index].kind
-        is_added = kind in _ADDS and (index in logits or index in joins)
-        is_multiplied = kind in COMPUTE and index in joins and len(flow.data_inputs(index)) == 1
-        if flow.data[index] and (is_added or is_multiplied):
+        if kind in _ADDS or (kind in COMPUTE and index in added and len(flow.data_inputs(index)) == 1):
             found.update(joined.name for joined in flow.joining(index))
     return frozenset(name for name in found if len(flow.shapes[name]) > 1 and not is_layer(flow.owner(name)))
 
 
 def _layers_behind_product(flow: Flow) -> dict[int, int]:
-    """Layers between a product of data with data and each op that it reaches."""
+    """Number of layers between a product of data with data and each op that it reaches."""
     found: dict[int, int] = {}
     for index in flow.order:
         if not flow.data[index] or _stops(flow, index):
@@ -119,7 +115,7 @@ def _layers_behind_product(flow: Flow) -> dict[int, int]:
 
 
 def _layers_before_softmax(flow: Flow) -> dict[int, int]:
-    """Layers between each op and a softmax that it leads to."""
+    """Number of layers between each op and a softmax that it leads to."""
     found: dict[int, int] = {}
     for index in reversed(flow.order):
         if not flow.data[index]:

@@ -1,4 +1,4 @@
-"""Read what autograd recorded: the backward functions behind some outputs, as plain records."""
+"""Read the autograd graph of some outputs into plain records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Op:
         kernel_size: Saved kernel size of a pooling operator, if any.
         dims: Dimensions that a reduction reduces, if it saved them.
         rank: Number of dimensions of what a reduction reduces, if it saved them.
-        kernel: Shape of a convolution's kernel, if it is computed.
-        kernel_op: Index of the op that computes it.
-        sizes: Shape of what a view rearranges.
+        kernel: Shape of a convolution's kernel, if the kernel is computed by an op.
+        kernel_op: Index of that op.
+        sizes: Shape of the input of a view.
         kind: The operator's name: the class name up to ``Backward``.
         parameters: Names of the parameters that it reads directly.
         children: Indices of the ops that it reads, in order.
@@ -42,14 +42,22 @@ class Op:
     children: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Asked for very often.
+        # Computed here because they are read very often.
         object.__setattr__(self, 'kind', self.name.partition('Backward')[0])
         object.__setattr__(self, 'parameters', tuple(item for item in self.inputs if isinstance(item, str)))
         object.__setattr__(self, 'children', tuple(item for item in self.inputs if isinstance(item, int)))
 
 
 def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op, ...], tuple[int, ...]]:
-    """List the autograd graph depth first from the outputs, without recursion."""
+    """List the autograd graph depth first from the outputs.
+
+    Args:
+        outputs: Tensors; those without a gradient are passed over.
+        names: Names of the parameters by the ``id`` of the tensor.
+
+    Returns:
+        The ops in depth-first pre-order, and the indices of those that made the outputs.
+    """
     order: dict[Any, int] = {}
     below: list[list[Any]] = []
     roots = [output.grad_fn for output in outputs if output.grad_fn is not None]
@@ -83,10 +91,10 @@ def walk(outputs: Sequence[Tensor], names: Mapping[int, str]) -> tuple[tuple[Op,
 
 
 def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
-    """Record a backward function with what it saved about pooling, reducing and rearranging."""
+    """A backward function as a record."""
     name = type(function).__name__
     if name.endswith('Backward'):
-        name += '1' if name == 'MeanBackward' else '0'  # a stand-in's: autograd numbers the overloads
+        name += '1' if name == 'MeanBackward' else '0'  # of a stand-in: autograd appends the number of the overload
     kernel_size = dims = rank = sizes = None
     if 'Pool' in name and hasattr(function, '_saved_kernel_size'):
         kernel_size = tuple(int(k) for k in function._saved_kernel_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,28 @@ from timm_ghn.graph.checks import flaws_of
 from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.graph import Graph, Node, ParameterInfo
 from timm_ghn.graph.operators import joined_labels, operator_draft
+from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.published import Draft, Label, published_draft
-from timm_ghn.graph.trace import Recording, record
+from timm_ghn.graph.trace import Recording, record, timm_metadata
 from timm_ghn.graph.vocabulary import (
+    AXIS_POSITIONS,
+    GAIN,
+    GAIN_NAMES,
     NO_ELEMENTS,
+    NORM_APART,
     NOT_FLOATING,
+    RELATIVE_POSITIONS,
+    TOKEN,
+    UNUSED,
     encoded_position,
     encoded_shape,
-    kept_reason,
+    is_token,
+    norm_primitive,
+    positional_size,
 )
 
-#: What :func:`trace` can be asked for: one of two rule sets, or the one that suits the network.
+#: Arguments of :func:`trace`: one of two rule sets, or the one that suits the network.
 RULES = ('auto', 'published', 'operators')
 
 
@@ -44,26 +54,27 @@ def trace(
     buffers, mode, attributes and the state of all random generators.
 
     One network is traced at a time; other threads wait. Until the trace is done, the model must not be used elsewhere,
-    the process's default dtype is float32, and what other threads draw from the global random generators of Python,
-    NumPy and torch, they draw again afterwards: give such threads generators of their own.
+    and the process's default dtype is float32. Afterwards the global random generators of Python, NumPy and torch are
+    set back: numbers that other threads draw from them meanwhile are drawn again, so give these their own generators.
 
     Args:
         model: Any network that takes a batch of images, on any device (the meta device included) and of any dtype.
-        input_size: Side, (height, width) or (channels, height, width) of the image; by default what the model says
-            of itself (timm's ``pretrained_cfg``, or its patch embedding), else 224.
-        example_inputs: Arguments for a network that takes something else: a tensor, a tuple or a dictionary. Only
-            shapes and dtypes of its tensors are read.
+        input_size: Side, (height, width) or (channels, height, width) of the image; by default that of the model
+            (timm's ``pretrained_cfg``, or its patch embedding), else 224.
+        example_inputs: Arguments of ``model.forward`` for a network that takes something else than one batch of
+            images: a tensor, a tuple of positional or a dictionary of keyword arguments. Only shapes and dtypes are
+            read from its tensors.
         rules: 'published': the graph that the reference's own code gives, accidents included, as the published GHNs
-            were trained on; what it leaves out is kept. 'operators': the graph that follows from the operators.
-            'auto': the published graph where there is one that is sound (:mod:`timm_ghn.graph.checks`) and reaches
-            every parameter that the other one reaches, else the one by the operators.
+            were trained on. 'operators': the graph that follows from the operators. 'auto': the published graph if
+            there is one that is sound (:mod:`timm_ghn.graph.checks`) and has a node for every parameter for which the
+            other graph has one, else that other graph.
 
     Returns:
         The graph, its nodes in topological order. Its ``rules`` are 'published' or 'operators'.
 
     Raises:
-        UnsupportedModelError: if the network cannot be run on the meta device, with the module that failed; or if
-            ``rules`` is 'published' and the reference cannot read the network.
+        UnsupportedModelError: if the network cannot be run on the meta device (the error names the module that
+            failed), or if ``rules`` is 'published' and the reference cannot read the network.
         ConfigError: if ``rules`` is unknown.
     """
     if rules not in RULES:
@@ -84,22 +95,16 @@ def trace(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reading:
-    """What is known of a network, whatever the rules that make its graph.
-
-    Attributes:
-        recording: What the forward pass did.
-    """
+    """A recording and what follows from it, whatever the rules that make the graph; each is computed when needed."""
 
     recording: Recording
 
     @functools.cached_property
     def flow(self) -> Flow:
-        """How data flows through the network."""
         return Flow.of(self.recording)
 
     @functools.cached_property
     def attention(self) -> Attention:
-        """What its attentions consist of."""
         return Attention.of(self.flow)
 
     @functools.cached_property
@@ -108,50 +113,52 @@ class _Reading:
         return frozenset(name for op in self.recording.ops for name in op.parameters)
 
     def left_out(self, kept: Collection[str]) -> frozenset[str]:
-        """Which of some parameters the graph by the operators predicts."""
+        """Those of some kept parameters that the operator rules would predict."""
         wanted = self.reached.intersection(kept)
         if not wanted:
             return frozenset()
-        flow = self.flow
-        sites: set[int] = set()  # ops that bring them to the data
-        stack = [index for index, op in enumerate(flow.ops) if not wanted.isdisjoint(op.parameters)]
-        seen = set(stack)
-        while stack:
-            index = stack.pop()
-            if flow.data[index]:
-                sites.add(index)
-            else:
-                stack += [reader for reader in flow.readers[index] if reader not in seen]
-                seen.update(flow.readers[index])
-        names = self.recording.names
+        flow, names = self.flow, self.recording.names
+        start = (index for index, op in enumerate(flow.ops) if not wanted.isdisjoint(op.parameters))
+        on_the_way = reachable(start, lambda index: () if flow.data[index] else flow.readers[index])
+        sites = [index for index in on_the_way if flow.data[index]]  # ops that bring them to the data
         labels = [label for index in sites for label in joined_labels(flow, self.attention, index)]
         return frozenset(name for label in labels for name in (label.name, _norm_bias(label, names)) if name in wanted)
 
     def kept_reason(self, info: ParameterInfo, *, left_out: bool) -> str:
-        """Why no node predicts a parameter."""
+        """Why no node predicts a parameter, in words for the plan."""
+        name, shape, module = info.name, info.shape, self.recording.owners[info.name]
+        leaf = name.rpartition('.')[2]
         if info.numel == 0:
             return NO_ELEMENTS
         if not info.dtype.is_floating_point:
             return NOT_FLOATING
-        reached = info.name in self.reached
-        return kept_reason(
-            info.name,
-            self.recording.owners[info.name],
-            info.shape,
-            reached=reached,
-            table=reached and info.name in self.attention.tables,
-            apart=reached and info.name in self.flow.norms_apart,
-            left_out=left_out,
-        )
+        if name not in self.reached:
+            return UNUSED
+        if left_out:
+            return f'{type(module).__name__}.{leaf} is left out by the published rules'
+        if name in self.attention.tables:
+            return RELATIVE_POSITIONS
+        if name in self.flow.norms_apart:
+            return NORM_APART
+        leaf = leaf.lower()
+        if 'token' in leaf or (is_token(shape) and 'pos' not in leaf and leaf not in GAIN_NAMES):
+            return TOKEN
+        if norm_primitive(module) is None and sum(n > 1 for n in shape) <= 1 and 'bias' not in leaf:
+            return GAIN
+        if leaf.split('_')[-1] in GAIN_NAMES:
+            return GAIN
+        if leaf == 'freqs' or ('pos' in leaf and positional_size(shape) is None):
+            return AXIS_POSITIONS
+        if 'pos' in leaf:
+            return 'positional parameter that the rules of this graph do not know'
+        return f'{type(module).__name__}.{leaf} is not in the vocabulary of the rules of this graph'
 
 
 def _operator_graph(reading: _Reading) -> Graph:
-    """The classifier is what timm's metadata names, else the layer that makes the output."""
-    recording = reading.recording
+    """The class predictor decodes the weights and biases of the classifier's layers."""
+    names = reading.recording.names
     draft, order = operator_draft(reading.flow, reading.attention)
-    names = recording.names
-    layers = metadata_classifier(recording.model) or _output_layer(recording)
-    of_head = {names[id(p)] for layer in layers for p in _own_parameters(layer).values()}
+    of_head = {names[id(p)] for layer in _classifier(reading.recording) for p in _own_parameters(layer).values()}
     found = {draft.name(x): draft.labels[x] for x in order if draft.name(x) in of_head}
     weights = tuple(
         name
@@ -162,30 +169,31 @@ def _operator_graph(reading: _Reading) -> Graph:
     return _assemble(reading, draft, order, weights, biases, 'operators')
 
 
-#: Where :mod:`torch.nn.utils.parametrizations` keeps what it computes a weight from.
+#: Names of the parameters from which :mod:`torch.nn.utils.parametrizations` computes a weight.
 _REPARAMETRISED = tuple(f'parametrizations.weight.original{index}' for index in ('', 0, 1))
 
 
 def _own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a layer itself, those that its weight is computed from included."""
+    """Parameters of a layer itself, including those that its weight is computed from."""
     return {name: p for name, p in layer.named_parameters() if '.' not in name or name in _REPARAMETRISED}
 
 
 def _published_graph(reading: _Reading) -> Graph:
-    """The classifier of a published graph is what stands at its last two positions."""
+    """The class predictor decodes the last two nodes of a published graph, as in the reference."""
     draft, order = published_draft(reading.recording)
     weights, biases = ((), ()) if _class_count(reading.recording.model) == 0 else _last_layer(draft, order)
     return _assemble(reading, draft, order, weights, biases, 'published')
 
 
 def _last_layer(draft: Draft, order: list[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the weight and the bias at the end of a graph, where they look like a classifier's."""
+    """Names of the weight and the bias at the end of a graph, if they look like a classifier's."""
     if len(order) < 2:
         return (), ()
     weight, bias = draft.labels[order[-2]], draft.labels[order[-1]]
     is_weight = weight.shape is not None and len(weight.shape) > 1 and set(weight.shape[2:]) <= {1}
-    weights = (weight.name,) if weight.is_parameter and '.weight' in weight.key and is_weight else ()
-    biases = (bias.name,) if bias.is_parameter and '.bias' in bias.key and bias.primitive is Primitive.BIAS else ()
+    weights = (weight.name,) if weight.module is not None and '.weight' in weight.key and is_weight else ()
+    is_bias = bias.module is not None and bias.primitive is Primitive.BIAS
+    biases = (bias.name,) if is_bias and '.bias' in bias.key else ()
     return weights, biases
 
 
@@ -197,7 +205,7 @@ def _assemble(
     biases: tuple[str, ...],
     rules: str,
 ) -> Graph:
-    """Freeze a draft."""
+    """Make a graph of a draft."""
     recording, model, names = reading.recording, reading.recording.model, reading.recording.names
     nodes = tuple(_node(draft, x, names, rules) for x in order)
     position = {x: index for index, x in enumerate(order)}
@@ -206,7 +214,7 @@ def _assemble(
     rest = [info for info in recording.parameters if info.name not in predicted]
     left_out = reading.left_out([info.name for info in rest]) if rules == 'published' else frozenset()
     kept = {info.name: reading.kept_reason(info, left_out=info.name in left_out) for info in rest}
-    layers = metadata_classifier(model) or _output_layer(recording)
+    layers = _classifier(recording)
     of_head = {names[id(p)] for layer in layers for p in layer.parameters()} | {*weights, *biases}
     return Graph(
         nodes=nodes,
@@ -226,8 +234,7 @@ def _assemble(
 def _node(draft: Draft, x: int, names: Mapping[int, str], rules: str) -> Node:
     label = draft.labels[x]
     primitive = label.primitive
-    if primitive is None:
-        raise AssertionError(f'{label.name} is in the graph without a primitive')
+    assert primitive is not None, label.name
     shape = None if label.shape is None else encoded_shape(label.shape)
     if label.module is None:
         return Node(primitive, label.name, None, shape)
@@ -244,12 +251,10 @@ def _norm_bias(label: Label, names: Mapping[int, str]) -> str | None:
     return None if bias is None else names[id(bias)]
 
 
-def metadata_classifier(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Classification layers that timm's metadata names (several for distilled models)."""
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    get: Callable[..., Any] | None = getattr(config, 'get', None)
-    named = get('classifier') if get else None
-    found = []
+def _classifier(recording: Recording) -> tuple[nn.Module, ...]:
+    """The layers that timm's metadata names (several for distilled models), else the layer that makes the output."""
+    model, found = recording.model, []
+    named = timm_metadata(model).get('classifier')
     for name in (named,) if isinstance(named, str) else tuple(named or ()):
         try:
             layer = model.get_submodule(name)
@@ -257,17 +262,17 @@ def metadata_classifier(model: nn.Module) -> tuple[nn.Module, ...]:
             continue
         if any(True for _ in layer.parameters(recurse=False)):
             found.append(layer)
-    return tuple(found)
+    return tuple(found) or _output_layer(recording)
 
 
 def _class_count(model: nn.Module) -> int | None:
-    """Number of classes that the model states, if it does."""
+    """Number of classes that the model states, if any."""
     count = getattr(model, 'num_classes', None)
     return count if isinstance(count, int) else None
 
 
 def _output_layer(recording: Recording) -> tuple[nn.Module, ...]:
-    """The layer that makes the first output: the classifier of a network without metadata."""
+    """The layer that makes the first output, in a tuple; empty if it is no linear layer or convolution."""
     if _class_count(recording.model) == 0 or not recording.outputs:
         return ()
     index: int | None = recording.outputs[0]
@@ -288,7 +293,7 @@ def _output_layer(recording: Recording) -> tuple[nn.Module, ...]:
 
 
 def _num_classes(model: nn.Module, layers: tuple[nn.Module, ...]) -> int | None:
-    """Number of classes: what the model states, else the outputs of its last layer."""
+    """Number of classes: the model's own, else the number of outputs of its classifier."""
     stated = _class_count(model)
     if stated is not None:
         return stated or None

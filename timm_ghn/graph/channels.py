@@ -31,7 +31,7 @@ class ChannelLayout:
 
     Attributes:
         role: One of :data:`ROLES`.
-        rows: Parts of equal size whose rows are each numbered from the first channel: 3 for fused queries, keys, values.
+        rows: Parts of equal size, each with rows numbered from the first channel: 3 for fused queries, keys, values.
         columns: The same for the columns: 4 for a layer that reads four neighbouring positions at once.
         groups: Of a grouped convolution: rows and columns of group g belong to the g-th part of the channels.
     """

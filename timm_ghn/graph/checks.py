@@ -1,65 +1,64 @@
-"""Whether a graph is sound: judged by what autograd recorded of the network, and not by how the graph was made."""
+"""Whether a graph is sound, judged by what autograd recorded of the network."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import argsort
 
 from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 
 WEIGHTS = frozenset(
     {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}
 )
 
-#: Ops that multiply. What only constants have met by then is a network of its own: its weights have no place in the
-#: order along the image, but they come before all that their result meets.
+#: Ops that multiply. A chain of ops that computes from constants only and contains one is a network of its own: its
+#: weights have no place in the order along the image, but come before all that their result meets.
 MULTIPLIES = ('Mm', 'Addmm', 'Bmm', 'Baddbmm', 'Convolution')
 
 
 def flaws_of(graph: Graph, flow: Flow) -> list[str]:
     """What is wrong with a graph, in words; empty if it is sound.
 
-    - It is acyclic, has one input, and all leads from it (positional encodings apart) to an output.
-    - Each weight stands between its data input and its data output: of two weights, one comes behind the other in the
-      graph exactly if it does in the network, as autograd recorded it.
-    - The classifier is found.
+    - It is acyclic and has one input, from which all nodes but positional encodings are reached.
+    - It has no more ends than the network has outputs, and no weight without a predecessor.
+    - Of two weights, one comes after the other in the graph exactly if it does in the network.
+    - The class predictor decodes the classifier, and that has as many outputs as there are classes.
 
     Args:
         graph: The graph of a network, by any rules.
-        flow: The data's way through the network's recording.
+        flow: How data flows through the network.
     """
     if not graph.is_acyclic:
-        return ['cyclic', *head_flaws(graph)]
-    return [*shape_flaws(graph, len(flow.recording.outputs)), *order_flaws(graph, flow), *head_flaws(graph)]
+        return ['cyclic', *_head_flaws(graph)]
+    return [*_shape_flaws(graph, len(flow.recording.outputs)), *_order_flaws(graph, flow), *_head_flaws(graph)]
 
 
-def shape_flaws(graph: Graph, outputs: int) -> list[str]:
-    """One connected graph from the input to the outputs."""
+def _shape_flaws(graph: Graph, outputs: int) -> list[str]:
     flaws = []
-    successors, predecessors = neighbours(graph)
+    successors, predecessors = _neighbours(graph)
     inputs = [i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.INPUT]
     if len(inputs) != 1:
         flaws.append(f'{len(inputs)} inputs')
     sources = {i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.POS_ENC}
-    cut_off = set(range(len(graph))) - reachable(successors, inputs) - sources
+    cut_off = set(range(len(graph))) - reachable(inputs, successors.__getitem__) - sources
     if cut_off:
-        flaws.append(f'not reached from the input: {labels(graph, cut_off)}')
+        flaws.append(f'not reached from the input: {_labels(graph, cut_off)}')
     ends = [i for i in range(len(graph)) if not successors[i]]
     if len(ends) > outputs:
-        flaws.append(f'{len(ends)} ends for {outputs} outputs: {labels(graph, ends)}')
+        flaws.append(f'{len(ends)} ends for {outputs} outputs: {_labels(graph, ends)}')
     orphans = [i for i, node in enumerate(graph.nodes) if node.primitive in WEIGHTS and not predecessors[i]]
     if orphans:
-        flaws.append(f'weights without an input: {labels(graph, orphans)}')
+        flaws.append(f'weights without an input: {_labels(graph, orphans)}')
     return flaws
 
 
-def head_flaws(graph: Graph) -> list[str]:
-    """The class predictor decodes the classifier, whose weights give as many numbers as there are classes."""
+def _head_flaws(graph: Graph) -> list[str]:
     if graph.num_classes is None:
         return []
     shapes = {info.name: info.shape for info in graph.parameters}
@@ -74,11 +73,11 @@ def head_flaws(graph: Graph) -> list[str]:
     ]
 
 
-def order_flaws(graph: Graph, flow: Flow) -> list[str]:
-    """Compare the order of the weights in the graph with that in the network."""
-    before = weights_before(flow)
+def _order_flaws(graph: Graph, flow: Flow) -> list[str]:
+    """Compare the order of the weights in the graph with that in the network. Sets of weights are bit masks."""
+    before = _weights_before(flow)
     bit = before.bit
-    _, predecessors = neighbours(graph)
+    _, predecessors = _neighbours(graph)
     known, reach = 0, [0] * len(graph)
     for node in graph.nodes:
         known |= bit.get(node.parameter or '', 0)
@@ -90,7 +89,7 @@ def order_flaws(graph: Graph, flow: Flow) -> list[str]:
     for i, node in enumerate(graph.nodes):
         if node.parameter not in bit or node.primitive is Primitive.POS_ENC:
             continue
-        if node.parameter in before.aside:  # the image must not lead through it
+        if node.parameter in before.aside:  # the image must not flow through it
             invented[node.parameter] = (reach[i] & ~constant).bit_count()
             continue
         right = before.masks[node.parameter] & known
@@ -105,11 +104,14 @@ def order_flaws(graph: Graph, flow: Flow) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightsBefore:
-    """Order of the parameters that a network uses once. Sets of them are bit masks; ``bit`` has that of each.
+class _WeightsBefore:
+    """Order of the parameters that a network uses once. Sets of them are bit masks.
 
-    ``masks`` has all that the data has met before each parameter, ``beside`` what joins the data at the same place.
-    ``aside`` are the parameters of a network that computes from constants only, such as one of positions.
+    Attributes:
+        bit: The bit of each parameter.
+        masks: All parameters that the data met before each one.
+        beside: All parameters that join the data at the same op.
+        aside: Parameters of a network that computes from constants only, such as one of positions.
     """
 
     bit: dict[str, int]
@@ -118,12 +120,12 @@ class WeightsBefore:
     aside: frozenset[str]
 
 
-def weights_before(flow: Flow) -> WeightsBefore:
+def _weights_before(flow: Flow) -> _WeightsBefore:
     """Follow the image through the recorded ops; a parameter joins it at the first op that has image data."""
     ops, order = flow.ops, flow.order
     image = [False] * len(ops)
     carried: list[set[str]] = [set() for _ in ops]
-    sites: dict[str, list[int]] = defaultdict(list)
+    sites: dict[str, list[int]] = {}
     aside: set[str] = set()
     for i in order:
         children = ops[i].children
@@ -134,7 +136,7 @@ def weights_before(flow: Flow) -> WeightsBefore:
             aside |= joining if ops[i].kind in MULTIPLIES or joining & aside else set()
             continue
         for name in joining:
-            sites[name].append(i)
+            sites.setdefault(name, []).append(i)
     bit = {name: 1 << k for k, name in enumerate(name for name, where in sites.items() if len(where) == 1)}
     here = [0] * len(ops)
     for name, own in bit.items():
@@ -143,10 +145,11 @@ def weights_before(flow: Flow) -> WeightsBefore:
     for i in order:
         for child in ops[i].children:
             met[i] |= met[child] | here[child]
-    return WeightsBefore(bit, {n: met[sites[n][0]] for n in bit}, {n: here[sites[n][0]] for n in bit}, frozenset(aside))
+    masks, beside = ({name: sets[sites[name][0]] for name in bit} for sets in (met, here))
+    return _WeightsBefore(bit, masks, beside, frozenset(aside))
 
 
-def neighbours(graph: Graph) -> tuple[list[list[int]], list[list[int]]]:
+def _neighbours(graph: Graph) -> tuple[list[list[int]], list[list[int]]]:
     """Successors and predecessors of each node."""
     successors: list[list[int]] = [[] for _ in graph.nodes]
     predecessors: list[list[int]] = [[] for _ in graph.nodes]
@@ -156,18 +159,7 @@ def neighbours(graph: Graph) -> tuple[list[list[int]], list[list[int]]]:
     return successors, predecessors
 
 
-def reachable(successors: list[list[int]], start: Iterable[int]) -> set[int]:
-    """Nodes that edges lead to, the start included."""
-    stack = list(start)
-    found = set(stack)
-    while stack:
-        new = [s for s in successors[stack.pop()] if s not in found]
-        found.update(new)
-        stack += new
-    return found
-
-
-def labels(graph: Graph, nodes: Iterable[int]) -> str:
-    """A few of them by name."""
+def _labels(graph: Graph, nodes: Iterable[int]) -> str:
+    """At most four of them by name."""
     names = [graph.nodes[i].label for i in sorted(nodes)]
     return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')

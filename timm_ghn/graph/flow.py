@@ -1,4 +1,4 @@
-"""How data flows through a recording: which ops have it, who reads whom, and which parameters join it where."""
+"""How data flows through a recording: which ops depend on the image, and where parameters join it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from timm_ghn.graph.autograd import Op
+from timm_ghn.graph.paths import reachable, topological_order
 from timm_ghn.graph.trace import Recording
 from timm_ghn.graph.vocabulary import is_layer
 
-#: Ops that multiply data with weights; a chain of ops without data that contains one is a network of its own, if it
-#: has several weights or is added to the data (and not multiplied, as a computed kernel is).
+#: Ops that multiply data with weights.
 COMPUTE = frozenset(
     {'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'}
 )
 
-#: Ops that arrange elements in another way and change none of them.
+#: Ops that rearrange elements without changing them.
 RESHAPES = frozenset(
     {'Clone', 'Expand', 'Permute', 'Squeeze', 'T', 'ToCopy', 'Transpose', 'UnsafeView', 'Unsqueeze', 'View'}
 )
@@ -46,42 +46,42 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flow:
-    """The data's way through a recording.
+    """How data flows through a recording.
 
     Attributes:
         recording: What the forward pass did.
-        order: Ops in an order in which each comes behind its inputs.
-        readers: Ops that read each op.
-        data: Whether an op depends on the image, or belongs to a network that computes from constants.
+        order: Ops in topological order.
+        data: Whether each op depends on the image, or belongs to a network that computes from constants; such ops
+            are called ops with data.
     """
 
     recording: Recording
     order: tuple[int, ...]
-    readers: tuple[tuple[int, ...], ...]
     data: tuple[bool, ...]
 
     @classmethod
     def of(cls, recording: Recording) -> Flow:
         """Follow the data through a recording."""
-        readers: list[list[int]] = [[] for _ in recording.ops]
-        for index, op in enumerate(recording.ops):
-            for child in op.children:
-                readers[child].append(index)
-        order = _inputs_first(recording.ops)
-        return cls(recording, order, tuple(map(tuple, readers)), _with_data(recording, order))
+        order = topological_order({index: op.children for index, op in enumerate(recording.ops)}) or ()
+        return cls(recording, tuple(order), _with_data(recording, order))
 
     @property
     def ops(self) -> tuple[Op, ...]:
         """All ops of the recording."""
         return self.recording.ops
 
-    @functools.cached_property
+    @property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """Ops that read each op."""
+        return self.recording.readers
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter."""
-        return {info.name: info.shape for info in self.recording.parameters}
+        return self.recording.shapes
 
     def data_inputs(self, index: int) -> list[int]:
-        """Ops with data that an op reads; one that it reads twice is there twice."""
+        """Ops with data that an op reads, as often as it reads them."""
         return [child for child in self.ops[index].children if self.data[child]]
 
     def joining(self, index: int) -> list[Joined]:
@@ -100,7 +100,7 @@ class Flow:
         return list(found.values())
 
     def owner(self, name: str) -> nn.Module:
-        """The layer that a parameter belongs to: also one whose weight is computed from it (a parametrisation)."""
+        """The layer that a parameter belongs to, also if the layer's weight is computed from it (parametrisation)."""
         module = self.recording.owners[name]
         if not isinstance(module, parametrize.ParametrizationList):
             return module
@@ -109,15 +109,15 @@ class Flow:
 
     @functools.cached_property
     def norms_apart(self) -> frozenset[str]:
-        """Parameters that weight normalisation reads as the norm, not as the direction of a weight."""
+        """Parameters that hold the norm of a weight in weight normalisation (the others hold its direction)."""
         pairs = [op.inputs for op in self.ops if op.kind.startswith('WeightNorm') and len(op.inputs) == 2]
         return frozenset(norm for _, norm in pairs if isinstance(norm, str))
 
     def kernel_of(self, index: int, joined: Joined, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape (out, in, ...) of the kernels that a parameter holds, where its own shape is another one.
 
-        Rows of a matrix may be kernels that the data mixes to one for each image (a conditional convolution); and a
-        matrix that data is multiplied with from the left is stored as (in, out).
+        Rows of a matrix may be kernels that are mixed into one for each image (a conditional convolution); and the
+        matrix of ``data @ matrix`` is stored as (in, out).
         """
         op = self.ops[index]
         if len(shape) != 2 or op.kind not in ('Mm', 'Addmm'):
@@ -138,7 +138,7 @@ class Flow:
     def blocks_of(self, index: int, shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
         """(rows, columns, height, width) of the blocks in which a positional embedding (1, blocks, positions, C) lies.
 
-        None where the data that it is added to is no square map cut into blocks.
+        None unless it is added to a square map that was cut into blocks.
         """
         children = self.data_inputs(index)
         if len(shape) != 4 or len(children) != 1 or shape[1] == shape[2] or shape[1] == 1:
@@ -157,29 +157,13 @@ class Flow:
         return None
 
 
-def _inputs_first(ops: Sequence[Op]) -> tuple[int, ...]:
-    """Order in which every op comes behind its inputs."""
-    waiting = [len(set(op.children)) for op in ops]
-    readers: list[list[int]] = [[] for _ in ops]
-    for index, op in enumerate(ops):
-        for child in set(op.children):
-            readers[child].append(index)
-    order = [index for index, count in enumerate(waiting) if not count]
-    for index in order:
-        for reader in readers[index]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                order.append(reader)
-    return tuple(order)
-
-
 def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
     """Which ops depend on the image, or belong to a network that computes from constants (a position MLP).
 
-    A table that is read by multiplying it with constants is no network: its rank tells it from a layer's weight.
+    Such a network multiplies, and has several weights or is added to the data (a computed kernel is multiplied). A
+    table that is read by multiplying it with constants is no network: its rank tells it from a layer's weight.
     """
-    ops = recording.ops
-    shapes = {info.name: info.shape for info in recording.parameters}
+    ops, shapes = recording.ops, recording.shapes
     data = [False] * len(ops)
     computes = [False] * len(ops)
     weights: list[frozenset[str]] = [frozenset()] * len(ops)
@@ -189,10 +173,8 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
         computes[index] = op.kind in COMPUTE or any(computes[child] for child in op.children)
         own = {name for name in op.parameters if len(shapes[name]) > 1}
         weights[index] = frozenset(own).union(*(weights[child] for child in op.children))
-    layers = {
-        info.name for info in recording.parameters if len(info.shape) == 2 or is_layer(recording.owners[info.name])
-    }
-    stack = [
+    layers = {name for name, shape in shapes.items() if len(shape) == 2 or is_layer(recording.owners[name])}
+    start = [
         child
         for index, op in enumerate(ops)
         if data[index]
@@ -201,9 +183,6 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
         and computes[child]
         and (len(weights[child]) > 1 or (op.kind == 'Add' and weights[child] & layers))
     ]
-    while stack:
-        index = stack.pop()
-        if not data[index] and computes[index]:
-            data[index] = True
-            stack.extend(ops[index].children)
+    for index in reachable(start, lambda at: [c for c in ops[at].children if computes[c] and not data[c]]):
+        data[index] = True
     return tuple(data)

@@ -1,15 +1,17 @@
-"""Records that describe a traced network: nodes, edges and the parameters it owns."""
+"""Records that describe a traced network: nodes, edges and parameters; and a graph as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_ghn.errors import UnsupportedModelError
+from timm_ghn.errors import CheckpointError, UnsupportedModelError
 from timm_ghn.graph.paths import shortest_paths, topological_levels
 from timm_ghn.graph.primitives import Primitive
 
@@ -48,7 +50,7 @@ class Node:
     Attributes:
         primitive: What it is.
         label: What a person reads: the parameter's name, or the operator's.
-        parameter: Name of the parameter that it stands for, or None for an operator.
+        parameter: Name of the parameter that it represents, or None for an operator.
         shape: What the shape encoder sees: four sizes (out, in, height, width), or None.
         norm_bias: Name of the bias that a normalisation layer's weight node predicts along with the weight.
         kernel: Shape (out, in, ...) of the kernels that the parameter holds, where its own shape is another one.
@@ -81,8 +83,7 @@ class Graph:
         num_classes: Number of classes of the classifier, None where it is not known or absent.
         rules: Name of the rule set that shaped the graph: 'published' or 'operators'.
 
-    Graphs are compared by identity: equal ones may list their nodes in different orders, and comparing that would be a
-    search.
+    Graphs are compared by identity: equal ones may list their nodes in different orders.
     """
 
     nodes: tuple[Node, ...]
@@ -124,13 +125,13 @@ class Graph:
         return torch.tensor(shapes, dtype=torch.int64, device='cpu').view(-1, 4)
 
     @functools.cached_property
+    def _topological_levels_N(self) -> Tensor | None:
+        return topological_levels(len(self), self.edges_E2)
+
+    @property
     def is_acyclic(self) -> bool:
-        """Whether the graph has no cycle, as all have but a few published ones."""
-        try:
-            topological_levels(len(self), self.edges_E2)
-        except UnsupportedModelError:
-            return False
-        return True
+        """Whether the graph has no cycle. Only a few published ones have."""
+        return self._topological_levels_N is not None
 
     @functools.cached_property
     def forward_levels_N(self) -> Tensor:
@@ -139,16 +140,14 @@ class Graph:
         The level is the length of the longest path from a node without predecessors. In a graph with a cycle there is
         no such order: nodes are visited one by one, as they are listed.
         """
-        return topological_levels(len(self), self.edges_E2) if self.is_acyclic else self._listed_N
+        levels_N = self._topological_levels_N
+        return torch.arange(len(self), device='cpu') if levels_N is None else levels_N
 
     @functools.cached_property
     def backward_levels_N(self) -> Tensor:
         """int64 (N,): the same for a backward traversal, from the nodes without successors."""
-        return topological_levels(len(self), self.edges_E2.flip(1)) if self.is_acyclic else self._listed_N.flip(0)
-
-    @property
-    def _listed_N(self) -> Tensor:
-        return torch.arange(len(self), device='cpu')
+        levels_N = topological_levels(len(self), self.edges_E2.flip(1))
+        return torch.arange(len(self), device='cpu').flip(0) if levels_N is None else levels_N
 
     def distances_NN(self, cutoff: int) -> Tensor:
         """Shortest directed path lengths: virtual edges (arXiv 2110.13100, section 4.1).
@@ -177,30 +176,10 @@ class Graph:
                     found.setdefault(name, index)
         return found
 
-    def permute(self, order: Sequence[int]) -> Graph:
-        """The same graph with its nodes listed in another order; new node i is the old node ``order[i]``.
-
-        Raises:
-            ValueError: if ``order`` is not a permutation of the node indices.
-        """
-        if sorted(order) != list(range(len(self))):
-            raise ValueError(f'expected a permutation of 0..{len(self) - 1} (got {list(order)[:8]}...)')
-        position = torch.tensor(list(order), device='cpu').argsort()
-        return dataclasses.replace(
-            self,
-            nodes=tuple(self.nodes[i] for i in order),
-            edges_E2=position[self.edges_E2],
-            start=int(position[self.start]),
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class GraphBatch:
-    """Several graphs that go through a GHN together. Nodes are numbered through: graph 0's first, then graph 1's.
-
-    Attributes:
-        graphs: At least one.
-    """
+    """Several graphs (at least one) that go through a GHN together. Node numbers continue from graph to graph."""
 
     graphs: tuple[Graph, ...]
 
@@ -223,7 +202,48 @@ class GraphBatch:
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
         """Number of the first node of each graph."""
-        starts = [0]
-        for size in self.sizes[:-1]:
-            starts.append(starts[-1] + size)
-        return tuple(starts)
+        return tuple(itertools.accumulate(self.sizes[:-1], initial=0))
+
+
+def graph_to_dict(graph: Graph) -> dict[str, Any]:
+    """Values that ``json`` can write; :func:`graph_from_dict` reads them back."""
+    values = {field.name: getattr(graph, field.name) for field in dataclasses.fields(graph)}
+    return {
+        **values,
+        'nodes': [[node.primitive.name, *dataclasses.astuple(node)[1:]] for node in graph.nodes],
+        'edges_E2': graph.edges_E2.tolist(),
+        'parameters': [
+            [info.name, info.shape, str(info.dtype).removeprefix('torch.'), info.owner, info.aliases]
+            for info in graph.parameters
+        ],
+    }
+
+
+def graph_from_dict(values: Mapping[str, Any]) -> Graph:
+    """The graph that :func:`graph_to_dict` wrote.
+
+    Raises:
+        CheckpointError: if the values are not those of a graph.
+    """
+    try:
+        return Graph(
+            **{
+                **values,
+                'nodes': tuple(Node(Primitive[name], *map(_tuples, rest)) for name, *rest in values['nodes']),
+                'edges_E2': torch.tensor(values['edges_E2'], dtype=torch.int64, device='cpu').view(-1, 2),
+                'class_weights': _tuples(values['class_weights']),
+                'class_biases': _tuples(values['class_biases']),
+                'classifier': _tuples(values['classifier']),
+                'parameters': tuple(
+                    ParameterInfo(name, _tuples(shape), getattr(torch, dtype), owner, _tuples(aliases))
+                    for name, shape, dtype, owner, aliases in values['parameters']
+                ),
+                'input_size': _tuples(values['input_size']),
+            }
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f'expected the plain values of a graph ({error!r})') from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Borrow a network for a forward pass on the meta device, where tensors have shapes but no values."""
+"""Run a network on the meta device, where tensors have shapes but no values, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from timm_ghn.graph.stand_ins import on_meta_device, stand_in
 
 @contextlib.contextmanager
 def on_meta(modules: Sequence[nn.Module], names: Mapping[int, str]) -> Iterator[dict[int, str]]:
-    """Replace all parameters and buffers by meta tensors, in training mode; yield the name of each stand-in by id.
+    """Replace all parameters and buffers by meta tensors, in training mode; afterwards all modules are as before.
 
-    Floating-point tensors become float32, so that a model with mixed dtypes can be traced; all of them require a
-    gradient, so that frozen parameters are seen too.
+    Floating-point tensors become float32, so that a model with mixed dtypes can be traced; parameters require a
+    gradient, so that autograd records frozen ones too.
 
     Args:
         modules: All modules of a network.
-        names: Names of its parameters by the identity of the tensor.
+        names: Names of its parameters by the ``id`` of the tensor.
+
+    Yields:
+        Names of the parameters by the ``id`` of the meta tensor.
 
     Raises:
         UnsupportedModelError: if one of them is a nested tensor.
@@ -55,22 +58,19 @@ def on_meta(modules: Sequence[nn.Module], names: Mapping[int, str]) -> Iterator[
         contents.put_back()
 
 
-#: What holds nothing that a forward pass could change.
+#: Types of values that hold nothing that a forward pass could change.
 _ATOMS = frozenset((bool, int, float, str, type(None), type, torch.dtype, torch.device, types.FunctionType))
 
 
 class _Contents:
-    """What is in containers, in containers within them, and in tensors that are no parameters or buffers.
-
-    A forward pass may store tensors in the ones and work in place on the others.
-    """
+    """Contents of attributes that a forward pass may change: containers, and tensors outside parameters and buffers."""
 
     def __init__(self) -> None:
         self._empty: list[Any] = []
         self._held: dict[int, tuple[Any, Any]] = {}
 
     def note(self, values: Iterable[Any]) -> None:
-        """Remember what values hold."""
+        """Remember the contents of values, those of nested containers included."""
         for value in values:
             kind = type(value)
             if kind in _ATOMS:
@@ -91,7 +91,7 @@ class _Contents:
                 self.note(value)
 
     def put_back(self) -> None:
-        """Let all hold what they held."""
+        """Restore the contents."""
         for container in self._empty:
             if container:
                 container.clear()
@@ -100,15 +100,16 @@ class _Contents:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor can be compared with another one; the others count their changes."""
+    """Whether a tensor's values can be compared; for the others, its version counter tells whether it changed."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a container or a tensor back what it held, keeping the object."""
+    """Restore the contents of a container or a tensor in place."""
     if isinstance(container, Tensor):
         values, version = contents
-        if not torch.equal(container, values) if version is None else container._version != version:
+        changed = not torch.equal(container, values) if version is None else container._version != version
+        if changed:
             with torch.no_grad():  # detach() would give a sparse tensor of its own
                 container.copy_(values)
         return
@@ -143,10 +144,10 @@ def _meta_like(value: Tensor | None, stand_ins: dict[int, Tensor]) -> Tensor | N
 
 
 class MetaMode(TorchFunctionMode):
-    """Keep everything on the meta device, and attention in its plain, visible form.
+    """Keep all tensors on the meta device and in float32, and write attention out as matrix products and a softmax.
 
     Networks create tensors in their forward pass (position grids, masks) and hold tensors outside of buffers; both
-    must meet the stand-ins on the meta device.
+    are moved to the meta device where they are used.
     """
 
     def __init__(self) -> None:
@@ -199,12 +200,12 @@ _CASTS: dict[Any, Any] = dict.fromkeys((Tensor.half, Tensor.bfloat16, Tensor.dou
 
 
 def _single(value: Any) -> Any:
-    """float32 for every floating-point type: all that is floating is float32 in a trace, whatever it is cast to."""
+    """float32 for every floating-point dtype: in a trace, casts between them have no effect."""
     return torch.float32 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 def _named_type(dtype: Any, non_blocking: bool = False) -> torch.dtype:  # as in torch.Tensor.type
-    """The type that ``tensor.type(...)`` names: as such, as a class of tensors, or as the name of such a class."""
+    """The dtype that an argument of ``tensor.type(...)`` names: a dtype, a tensor class or the name of one."""
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.rpartition('.')[2])
     named: torch.dtype = _single(getattr(dtype, 'dtype', dtype))
@@ -212,7 +213,7 @@ def _named_type(dtype: Any, non_blocking: bool = False) -> torch.dtype:  # as in
 
 
 def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``tensor.to(...)`` without a change of device or from one floating-point type to another."""
+    """``tensor.to(...)`` without its change of device; floating-point dtypes become float32."""
     if func is not Tensor.to:
         return args[0]
     kwargs = {key: value for key, value in kwargs.items() if key != 'device'}
@@ -226,10 +227,7 @@ def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def to_meta(value: Any) -> Any:
-    """The value with its tensors moved to the meta device, in float32 if floating-point.
-
-    The identical object is returned where there was nothing to move.
-    """
+    """The value with its tensors on the meta device, float32 if floating-point; itself if nothing had to move."""
     if isinstance(value, Tensor):
         return value if value.device.type == 'meta' else value.to('meta', _single(value.dtype))
     if type(value) in (tuple, list):
@@ -248,14 +246,14 @@ def _plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention as softmax(q k^T) v: its fused kernels differ by device and version, and hide the softmax."""
+    """Attention as softmax(q k^T) v: fused kernels differ by device and version, and hide the softmax."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     query = on_meta_device(torch.mul, query, query.shape[-1] ** -0.5 if scale is None else scale)
     logits = on_meta_device(torch.matmul, query, key.transpose(-2, -1))
     if attn_mask is not None and attn_mask.dtype.is_floating_point:
-        # May hold a learned bias; a Boolean mask has nothing to learn.
+        # It may hold a learned bias; a Boolean mask does not.
         logits = on_meta_device(torch.add, logits, to_meta(attn_mask))
     attention = logits.softmax(dim=-1)
     if dropout_p > 0.0:
@@ -263,7 +261,7 @@ def _plain_attention(
     return on_meta_device(torch.matmul, attention, value)
 
 
-#: Recurrent functions, and the gates whose weights are stacked in theirs.
+#: Recurrent functions, and the number of gates whose weights are stacked in theirs.
 _RECURRENT: dict[Any, int] = {
     torch._VF.lstm: 4,
     torch._VF.gru: 3,
@@ -285,9 +283,9 @@ def _one_step(
     *,
     gates: int,
 ) -> tuple[Tensor, ...]:
-    """A recurrent layer as if every step were the first: each weight is read once, on the way from input to output.
+    """A recurrent layer as if every time step were the first, so that each weight is read once.
 
-    Unrolled over the steps, a graph would be as long as the sequence and read its weights in a circle.
+    Unrolled over the time steps, the graph would be as long as the sequence and read its weights again and again.
     """
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)

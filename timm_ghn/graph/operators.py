@@ -1,12 +1,11 @@
-"""Graph rules for any network, from its operators instead of their names and positions.
+"""Graph rules for any network, from its operators instead of names and positions.
 
-They give the networks that the published rules were made for the same graph (the tests compare timm's and
-torchvision's versions of one network), and extend it to what those rules cannot read: subclasses of known layers,
-other normalisations, parameters that a module uses directly, layers that are used several times, gates and
-attention in any form.
+For the networks that the published rules were made for they give the same graph. Beyond these they read subclasses of
+known layers, other normalisations, parameters that a module uses directly, layers that are used several times, gates
+and attention in any form.
 
 The graph is built along the data: every op that depends on the image is represented by the parameters that it (or a
-chain of ops without data) brings in, or by itself where it is an op of the vocabulary; all else is transparent.
+chain of ops without data) brings in, or by itself where it is an op of the vocabulary; other ops are transparent.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from collections.abc import Iterator
 
 from timm_ghn.graph.attention import Attention
 from timm_ghn.graph.flow import COMPUTE, Flow
+from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.published import Draft, Label, pool_shape
 from timm_ghn.graph.vocabulary import operator_primitive, parameter_primitive
 
-#: Ops whose output lies in a fixed interval: what they scale is gated.
+#: Ops whose output lies in a fixed interval: a product with one is a gate.
 GATES = frozenset({'Sigmoid', 'Hardsigmoid', 'Tanh', 'Hardtanh', 'Clamp', 'Softmax', 'SafeSoftmax'})
 
 #: Readers of a mean that make it a statistic of a normalisation, not a pooling.
@@ -28,85 +28,82 @@ STATISTICS = frozenset({'Rsqrt', 'Sqrt', 'Sub', 'Pow', 'Div', 'Reciprocal'})
 _PASSES_STATISTICS = frozenset({'Add', 'View', 'Expand', 'Unsqueeze', 'UnsafeView', 'ToCopy'})
 
 
-class OperatorRules:
-    """Builds the graph of one recording; see :func:`operator_draft`."""
+class _OperatorRules:
+    """Builds the graph of one recording.
+
+    Attributes:
+        out: Positions in the draft that hold the output of each op.
+        gates: Positions that hold the gate of each product with one.
+    """
 
     def __init__(self, flow: Flow, attention: Attention) -> None:
-        self.flow, self.attention = flow, attention
-        self.recording = flow.recording
-        self.ops = flow.ops
+        self.flow, self.attention, self.ops = flow, attention, flow.ops
         self.draft = Draft([Label('input', primitive=Primitive.INPUT)])
         self.out: dict[int, frozenset[int]] = {}
-        self.gated: list[tuple[int, frozenset[int]]] = []
+        self.gates: dict[int, frozenset[int]] = {}
 
     def build(self) -> Draft:
-        """Visit the ops along the data."""
+        """Visit the ops in topological order; drop joins of a single input."""
         for index in self.flow.order:
             if self.flow.data[index]:
                 self.out[index] = self._visit(index)
-        self._drop_squeezes()
-        self.draft.contract(
-            {
-                x
-                for x in self.draft.order
-                if self.draft.labels[x].primitive in (Primitive.SUM, Primitive.CONCAT)
-                and len(self.draft.predecessors[x]) < 2
-            }
-        )
+        if self.gates:
+            self._drop_squeezes()
+        labels, predecessors = self.draft.labels, self.draft.predecessors
+        joins = {x for x in self.draft.order if labels[x].primitive in (Primitive.SUM, Primitive.CONCAT)}
+        self.draft.contract({x for x in joins if len(predecessors[x]) < 2})
         return self.draft
 
     def _visit(self, index: int) -> frozenset[int]:
         """Add the nodes of one op; returns the positions that hold its output."""
         op = self.ops[index]
+        attended = self._attended(index)
+        if attended is not None:
+            return attended
         inputs = [self.out[child] for child in self.flow.data_inputs(index)]
         before = frozenset().union(*inputs)
         if op.reads_image or not inputs:
             before |= {0}
         primitive = operator_primitive(op.kind)
-        attended = self._attended(index)
-        if attended is not None:
-            return attended
-        if primitive is Primitive.CSE:
-            gate = self._gate(index)
-            if gate is not None:
-                x = self._add(Label(op.name, None, None, Primitive.CSE), before)
-                self.gated.append((x, gate))
-                before = frozenset({x})
-        elif primitive is Primitive.GLOB_AVG and self._is_pooling(index):
-            before = frozenset({self._add(Label(op.name, None, None, primitive), before)})
-        elif primitive is Primitive.MSA and index in self.attention.softmaxes:
-            before = frozenset({self._add(Label(op.name, None, None, primitive), before)})
-        elif primitive in (Primitive.MAX_POOL, Primitive.AVG_POOL):
-            before = frozenset({self._add(Label(op.name, None, pool_shape(op), primitive), before)})
-        elif op.kind in ('Add', 'Cat', 'Stack') and len(before) > 1:
-            joined = Primitive.SUM if op.kind == 'Add' else Primitive.CONCAT
-            before = frozenset({self._add(Label(op.name, None, None, joined), before)})
-        return self._insert_parameters(index, before)
+        gate = self._gate(index) if primitive is Primitive.CSE else None
+        if op.kind in ('Add', 'Cat', 'Stack'):
+            primitive = Primitive.SUM if op.kind == 'Add' else Primitive.CONCAT
+            is_node = len(before) > 1
+        else:
+            is_node = (
+                gate is not None
+                or (primitive is Primitive.GLOB_AVG and self._is_pooling(index))
+                or (primitive is Primitive.MSA and index in self.attention.softmaxes)
+                or primitive in (Primitive.MAX_POOL, Primitive.AVG_POOL)
+            )
+        if is_node:
+            before = self._add(Label(op.name, shape=pool_shape(op), primitive=primitive), before)
+        if gate is not None:
+            self.gates |= dict.fromkeys(before, gate)
+        # Weights first, then biases.
+        labels = joined_labels(self.flow, self.attention, index)
+        for label in sorted(labels, key=lambda item: item.primitive is Primitive.BIAS):
+            if label.primitive is Primitive.POS_ENC:
+                before = self._add(Label('PositionalAdd', primitive=Primitive.SUM), before)
+                for total in before:
+                    self.draft.connect(self.draft.append(label), total)
+            else:
+                before = self._add(label, before)
+        return before
 
-    def _add(self, label: Label, before: frozenset[int]) -> int:
+    def _add(self, label: Label, before: frozenset[int]) -> frozenset[int]:
+        """Add a position with its predecessors."""
         x = self.draft.append(label)
         for p in before:
             self.draft.connect(p, x)
-        return x
-
-    def _insert_parameters(self, index: int, before: frozenset[int]) -> frozenset[int]:
-        """Chain the parameters that an op brings in behind its data inputs: weights first, then biases."""
-        found = list(joined_labels(self.flow, self.attention, index))
-        for label in sorted(found, key=lambda item: item.primitive is Primitive.BIAS):
-            if label.primitive is Primitive.POS_ENC:
-                total = self._add(Label('PositionalAdd', primitive=Primitive.SUM), before)
-                self.draft.connect(self.draft.append(label), total)
-                before = frozenset({total})
-            else:
-                before = frozenset({self._add(label, before)})
-        return before
+        return frozenset({x})
 
     def _attended(self, index: int) -> frozenset[int] | None:
-        """What attention weights multiply reaches the output through the softmax, not around it.
+        """Route the values of an attention through its softmax, so that no edge bypasses it.
 
         Returns:
-            The positions that hold the output of a product of weights with values, or with what scales the weights;
-            None for all other ops.
+            The positions that hold the output of a product of attention weights with values, or with data that scales
+            the weights; None for all other ops.
         """
         kind, children = self.ops[index].kind, self.flow.data_inputs(index)
         if len(children) != 2:
@@ -119,7 +116,9 @@ class OperatorRules:
         for child in carriers if kind in ('Mul', 'Div') else children:
             softmaxes = self._softmaxes(self.out[child], through_sums=child in carriers)
             values = (self.out[children[0]] | self.out[children[1]]) - self.out[child]
-            if softmaxes and not any(self._leads_to(x, values) for x in softmaxes):
+            successors = self.draft.successors
+            behind = reachable((s for x in softmaxes for s in successors[x]), successors.__getitem__)
+            if softmaxes and behind.isdisjoint(values):
                 for x in softmaxes:
                     for p in values:
                         self.draft.connect(p, x)
@@ -127,7 +126,7 @@ class OperatorRules:
         return None
 
     def _softmaxes(self, positions: frozenset[int], *, through_sums: bool) -> frozenset[int]:
-        """The attention's softmax that one position holds, or the softmaxes that it adds up; empty for others."""
+        """The attention's softmax at the one position, or the softmaxes that a sum there adds up; empty for others."""
         if len(positions) != 1:
             return frozenset()
         (x,) = positions
@@ -136,17 +135,6 @@ class OperatorRules:
             return frozenset().union(*parts) if all(parts) else frozenset()
         return positions if self.draft.labels[x].primitive is Primitive.MSA else frozenset()
 
-    def _leads_to(self, source: int, targets: frozenset[int]) -> bool:
-        """Whether a position leads to one of others."""
-        seen, stack = {source}, [source]
-        while stack:
-            for x in self.draft.successors[stack.pop()] - seen:
-                if x in targets:
-                    return True
-                seen.add(x)
-                stack.append(x)
-        return False
-
     def _is_pooling(self, index: int) -> bool:
         """Whether a mean is taken over positions, not over features as in a normalisation."""
         op = self.ops[index]
@@ -154,16 +142,13 @@ class OperatorRules:
             return True
         if op.rank < 3 or (op.rank == 4 and len(op.dims) == 1):
             return False
-        seen, stack = set(), list(self.flow.readers[index])
-        while stack:
-            reader = stack.pop()
-            kind = self.ops[reader].kind
-            if kind in STATISTICS:
-                return False
-            if kind in _PASSES_STATISTICS and reader not in seen and not self.ops[reader].parameters:
-                seen.add(reader)
-                stack.extend(self.flow.readers[reader])
-        return True
+        readers = self.flow.readers
+
+        def passed_on(reader: int) -> tuple[int, ...]:
+            op = self.ops[reader]
+            return readers[reader] if op.kind in _PASSES_STATISTICS and not op.parameters else ()
+
+        return not any(self.ops[reader].kind in STATISTICS for reader in reachable(readers[index], passed_on))
 
     def _gate(self, index: int) -> frozenset[int] | None:
         """Positions that hold the gate of a product, None if it is no squeeze and excite.
@@ -191,25 +176,13 @@ class OperatorRules:
             index = below[0]
 
     def _drop_squeezes(self) -> None:
-        """A mean that leads nowhere but into gates is the squeeze of a squeeze and excite, part of the gate."""
-        if not self.gated:
-            return
-        cut = {(p, x) for x, gate in self.gated for p in gate}
-        trunk = set(self._ends())
-        stack = list(trunk)
-        while stack:
-            x = stack.pop()
-            for p in self.draft.predecessors[x]:
-                if (p, x) not in cut and p not in trunk:
-                    trunk.add(p)
-                    stack.append(p)
+        """Contract means that lead only to gates: each is the squeeze of a squeeze and excite, part of the gate."""
+        outputs = [x for index in self.flow.recording.outputs for x in self.out.get(index, ())]
+        trunk = reachable(outputs, lambda x: self.draft.predecessors[x] - self.gates.get(x, frozenset()))
+        labels = self.draft.labels
         self.draft.contract(
-            {x for x in self.draft.order if x not in trunk and self.draft.labels[x].primitive is Primitive.GLOB_AVG}
+            {x for x in self.draft.order if labels[x].primitive is Primitive.GLOB_AVG and x not in trunk}
         )
-
-    def _ends(self) -> frozenset[int]:
-        """Positions that hold an output of the network."""
-        return frozenset().union(*(self.out.get(index, frozenset()) for index in self.recording.outputs))
 
 
 def operator_draft(flow: Flow, attention: Attention) -> tuple[Draft, list[int]]:
@@ -218,15 +191,14 @@ def operator_draft(flow: Flow, attention: Attention) -> tuple[Draft, list[int]]:
     Returns:
         The graph and its positions in topological order; the input comes first.
     """
-    draft = OperatorRules(flow, attention).build()
+    draft = _OperatorRules(flow, attention).build()
     order = draft.sort()
-    if order is None:  # unreachable: edges follow the data
-        raise AssertionError('operator rules made a cycle')
+    assert order is not None, 'edges follow the data'
     return draft, [0, *(x for x in order if x != 0)]
 
 
 def joined_labels(flow: Flow, attention: Attention, index: int) -> Iterator[Label]:
-    """The parameters that an op brings to the data and that have a node, each with what it is."""
+    """Parameters that an op brings to the data, as labels; those that have no node are left out."""
     kind = flow.ops[index].kind
     for joined in flow.joining(index):
         name = joined.name

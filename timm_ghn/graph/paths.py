@@ -1,15 +1,43 @@
-"""Levels and shortest paths of a directed acyclic graph, vectorised over nodes."""
+"""Orders, levels and shortest paths in directed graphs."""
 
 from __future__ import annotations
+
+import graphlib
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from timm_ghn.errors import UnsupportedModelError
+
+def reachable(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
+    """Nodes that edges lead to from some nodes, these included."""
+    found = set(start)
+    stack = list(found)
+    while stack:
+        new = set(neighbours(stack.pop())) - found
+        found |= new
+        stack += new
+    return found
 
 
-def topological_levels(num_nodes: int, edges_E2: Tensor) -> Tensor:
+def topological_order(predecessors: Mapping[int, Iterable[int]]) -> list[int] | None:
+    """Nodes sorted such that each comes after its predecessors; None if there is a cycle.
+
+    The order is fixed: generation by generation, as networkx sorts. The first one are the nodes without predecessors as
+    they are listed. A node joins the next one when the last of its predecessors is visited; the successors of a node
+    are visited as they are listed.
+    """
+    sorter = graphlib.TopologicalSorter(dict.fromkeys(predecessors, ()))
+    for node, before in predecessors.items():
+        sorter.add(node, *before)
+    try:
+        return list(sorter.static_order())
+    except graphlib.CycleError:
+        return None
+
+
+def topological_levels(num_nodes: int, edges_E2: Tensor) -> Tensor | None:
     """Length of the longest path that ends in each node.
 
     Args:
@@ -17,40 +45,27 @@ def topological_levels(num_nodes: int, edges_E2: Tensor) -> Tensor:
         edges_E2: int64 (E, 2), rows (source, target).
 
     Returns:
-        int64 (N,): 0 for a node without predecessors, else one more than the largest level among them.
-
-    Raises:
-        UnsupportedModelError: if the edges form a cycle.
+        int64 (N,): 0 for a node without predecessors, else one more than the largest level among them; None if the
+        edges form a cycle.
     """
-    source, target = edges_E2.numpy().T
-    by_source = np.argsort(source, kind='stable')
-    first = np.searchsorted(source[by_source], np.arange(num_nodes + 1))
-    targets = target[by_source]
-    waiting = np.bincount(target, minlength=num_nodes)
-    level = np.zeros(num_nodes, dtype=np.int64)
-    frontier = np.flatnonzero(waiting == 0)
-    depth = seen = 0
-    while len(frontier):
-        level[frontier] = depth
-        seen += len(frontier)
-        depth += 1
-        reached = np.concatenate([targets[first[v] : first[v + 1]] for v in frontier])
-        np.subtract.at(waiting, reached, 1)
-        reached = np.unique(reached)
-        frontier = reached[waiting[reached] == 0]
-    if seen < num_nodes:
-        raise UnsupportedModelError(
-            f'the graph has a cycle: {num_nodes - seen} of its {num_nodes} nodes cannot be ordered'
-        )
-    return torch.from_numpy(level)
+    predecessors: dict[int, list[int]] = {node: [] for node in range(num_nodes)}
+    for source, target in edges_E2.tolist():
+        predecessors[target].append(source)
+    order = topological_order(predecessors)
+    if order is None:
+        return None
+    level = [0] * num_nodes
+    for node in order:
+        level[node] = max((level[before] + 1 for before in predecessors[node]), default=0)
+    return torch.tensor(level, dtype=torch.int64, device='cpu')
 
 
 def shortest_paths(num_nodes: int, edges_E2: Tensor) -> Tensor:
     """All shortest directed path lengths.
 
     The distances to a node follow from those to its predecessors: d(u, v) = 1 + min over edges (w, v) of d(u, w), for
-    all u in one vector operation. In topological order one sweep over the edges does; where a published rule closed a
-    cycle, the sweep is repeated until nothing changes.
+    all u in one vector operation. In topological order one sweep over the edges does; in a graph with a cycle, the
+    sweep is repeated until nothing changes.
 
     Args:
         num_nodes: N.
@@ -60,10 +75,8 @@ def shortest_paths(num_nodes: int, edges_E2: Tensor) -> Tensor:
         int16 (N, N): entry (u, v) is the length of the shortest path from u to v; 0 where there is none or u is v.
     """
     source, target = edges_E2.numpy().T
-    try:
-        level, acyclic = topological_levels(num_nodes, edges_E2).numpy(), True
-    except UnsupportedModelError:
-        level, acyclic = np.arange(num_nodes), False
+    level_N = topological_levels(num_nodes, edges_E2)
+    level = np.arange(num_nodes) if level_N is None else level_N.numpy()
     order = np.lexsort((target, level[target]))
     unreached = np.int16(np.iinfo(np.int16).max - 1)
     # Row v holds the distances from all u to v: contiguous, unlike the column of the result.
@@ -71,7 +84,7 @@ def shortest_paths(num_nodes: int, edges_E2: Tensor) -> Tensor:
     np.fill_diagonal(to_node, 0)
     sweep = list(zip(source[order].tolist(), target[order].tolist(), strict=True))
     while True:
-        before = None if acyclic else to_node.copy()
+        before = None if level_N is not None else to_node.copy()
         for u, v in sweep:
             np.minimum(to_node[v], to_node[u] + np.int16(1), out=to_node[v])
         if before is None or np.array_equal(before, to_node):

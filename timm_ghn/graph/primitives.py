@@ -25,8 +25,3 @@ class Primitive(enum.IntEnum):
     LN = 12
     POS_ENC = 13
     GLOB_AVG = 14
-
-    @property
-    def label(self) -> str:
-        """Name used in the papers and in serialised graphs, e.g. ``'max_pool'``."""
-        return self.name.lower()

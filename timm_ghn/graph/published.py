@@ -1,19 +1,20 @@
 """The published graph rules, one function each, as the code of GHN-3 (SamsungSAILMontreal/ghn3) applies them.
 
-They turn the autograd listing of a network into the graph that the published GHNs were trained on. Some of them look
-at names and at positions in a list, as the reference does: for the networks that it knows these accidents *define* the
-graph. :mod:`timm_ghn.graph.operators` holds the rules for all other networks.
+They turn the ops that autograd recorded into the graph that the published GHNs were trained on. Some look at names and
+at positions in a list, as the reference does: for the networks that it knows these accidents *define* the graph.
+:mod:`timm_ghn.graph.operators` holds the rules for all other networks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.autograd import Op
+from timm_ghn.graph.paths import reachable, topological_order
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.trace import Recording
 from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_kind, published_primitive
@@ -21,7 +22,7 @@ from timm_ghn.graph.vocabulary import class_path, operator_primitive, published_
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Label:
-    """What stands at a position: a parameter, or an operator. The last two are those of a :class:`Node`."""
+    """A parameter (with its module) or an operator in a draft; kernel and blocks are those of a :class:`Node`."""
 
     name: str
     module: nn.Module | None = None
@@ -31,20 +32,15 @@ class Label:
     blocks: tuple[int, int, int, int] | None = None
 
     @property
-    def is_parameter(self) -> bool:
-        """Whether it is a parameter."""
-        return self.module is not None
-
-    @property
     def key(self) -> str:
         """The name by which the reference knows it: with a leading dot for a parameter of the model itself."""
-        return f'.{self.name}' if self.is_parameter and '.' not in self.name else self.name
+        return f'.{self.name}' if self.module is not None and '.' not in self.name else self.name
 
 
 class Draft:
     """A graph under construction: labels by position, and the edges between positions.
 
-    Rules exchange labels, edit edges and remove positions; a removed position keeps its number but is not in ``order``.
+    Rules swap labels, edit edges and remove positions. ``order`` lists the positions that are left, ascending.
     """
 
     def __init__(self, labels: Iterable[Label]) -> None:
@@ -62,7 +58,7 @@ class Draft:
         return len(self.labels) - 1
 
     def connect(self, source: int, target: int) -> None:
-        """Add an edge; an edge from a position to itself is not one."""
+        """Add an edge, unless it leads from a position to itself."""
         if source != target:
             self.successors[source].add(target)
             self.predecessors[target].add(source)
@@ -77,7 +73,7 @@ class Draft:
         return self.labels[position].name
 
     def contract(self, removed: set[int]) -> None:
-        """Remove positions, connecting what led to each of them with what it led to."""
+        """Remove positions, connecting the predecessors of each with its successors."""
         for x in self.order:
             if x not in removed:
                 continue
@@ -93,38 +89,21 @@ class Draft:
         self.order = [x for x in self.order if x not in removed]
 
     def sort(self) -> list[int] | None:
-        """Positions in topological order, generation by generation; None if there is a cycle.
-
-        The first generation are the positions without predecessors, ascending; a position joins the next one when
-        the last of its predecessors is scanned, successors being scanned in ascending order.
-        """
-        waiting = {x: len(self.predecessors[x]) for x in self.order}
-        generation = [x for x in self.order if not waiting[x]]
-        found: list[int] = []
-        while generation:
-            found += generation
-            following = []
-            for x in generation:
-                for s in sorted(self.successors[x]):
-                    waiting[s] -= 1
-                    if not waiting[s]:
-                        following.append(s)
-            generation = following
-        return found if len(found) == len(self.order) else None
+        """Positions in topological order, as :func:`topological_order` lists them; None if there is a cycle."""
+        return topological_order({x: self.predecessors[x] for x in self.order})
 
 
 def listing(recording: Recording) -> Draft:
     """The raw graph: each op is represented by the parameters that it reads, or else by itself.
 
-    Dropout and stochastic depth are products here, as in the reference: rules that count positions in the list see
-    them, and may take one for a gate.
+    Ops that depend on no parameter are not in the reference's autograd graph. Dropout and stochastic depth are products
+    here, as in the reference: rules that count positions in the list see them, and may take one for a gate.
     """
-    ops = recording.ops
-    wanted = _above_parameters(ops)
+    ops, shapes = recording.ops, recording.shapes
+    wanted = reachable((index for index, op in enumerate(ops) if op.parameters), recording.readers.__getitem__)
     draft = Draft([])
     of_parameter: dict[str, int] = {}
     of_op: dict[int, tuple[int, int]] = {}
-    shapes = {info.name: info.shape for info in recording.parameters}
     for index, op in enumerate(ops):
         if index not in wanted:
             continue
@@ -144,7 +123,7 @@ def listing(recording: Recording) -> Draft:
                 if child in of_op:
                     draft.connect(of_op[child][1], entry)
             elif 'bias' in child:
-                # A bias stands behind its weight: data flows through it towards the output.
+                # A bias comes after its weight: data flows through it towards the output.
                 draft.connect(entry, of_parameter[child])
             else:
                 draft.connect(of_parameter[child], entry)
@@ -158,24 +137,8 @@ def pool_shape(op: Op) -> tuple[int, ...] | None:
     return (1, 1, *(op.kernel_size or (3, 3)))
 
 
-def _above_parameters(ops: tuple[Op, ...]) -> set[int]:
-    """Ops that depend on a parameter: what only depends on the image is not in the reference's autograd graph."""
-    readers: list[list[int]] = [[] for _ in ops]
-    for index, op in enumerate(ops):
-        for child in op.children:
-            readers[child].append(index)
-    stack = [index for index, op in enumerate(ops) if op.parameters]
-    found = set(stack)
-    while stack:
-        for reader in readers[stack.pop()]:
-            if reader not in found:
-                found.add(reader)
-                stack.append(reader)
-    return found
-
-
 def filter_operators(draft: Draft) -> None:
-    """Contract what is not in the vocabulary, and gates, means and sums that are not meant as such."""
+    """Contract what is not in the vocabulary, products that are no gates, and means and sums without a meaning."""
     fan_in = {x: len(draft.predecessors[x]) for x in draft.order}
     keys = {x: draft.labels[x].key for x in draft.order}
     names = [key.lower() for key in keys.values()]
@@ -208,7 +171,7 @@ def _is_gate(names: list[str], index: int) -> bool:
 
 
 def _before_head(names: list[str], index: int) -> bool:
-    """Whether the classifier comes next in the list (or nothing comes at all)."""
+    """Whether the classifier is next in the list, or nothing."""
     if index + 1 >= len(names):
         return True
     return any(names[index - k].startswith(('classifier', 'fc', 'head')) for k in (1, 2))
@@ -228,7 +191,7 @@ def filter_joins(draft: Draft) -> None:
 
 
 def insert_weights(draft: Draft) -> None:
-    """Put each weight without an input between its layer's input and its bias."""
+    """Put each weight without a predecessor between its layer's input and its bias."""
     for i in draft.order:
         if draft.predecessors[i] or 'weight' not in draft.name(i):
             continue
@@ -250,7 +213,7 @@ def insert_weights(draft: Draft) -> None:
 
 
 def route_values_through_softmax(draft: Draft) -> None:
-    """Remove the edges by which values bypass the softmax of an attention."""
+    """Route the values of an attention through its softmax, so that no edge bypasses it."""
     if not any('softmax' in draft.name(x).lower() for x in draft.order):
         return
     several = _PathCounter(draft)
@@ -289,7 +252,7 @@ class _PathCounter:
 
 
 def connect_swin_stages(draft: Draft, model: nn.Module) -> None:
-    """torchvision's Swin: the patch merging's reduction stands between the stages."""
+    """torchvision's Swin: put the reduction of the patch merging between the stages."""
     if class_path(model) != 'torchvision.models.swin_transformer.SwinTransformer':
         return
 
@@ -314,7 +277,7 @@ def connect_swin_stages(draft: Draft, model: nn.Module) -> None:
 
 
 def add_input(draft: Draft) -> None:
-    """The image feeds every weight that has no input."""
+    """Add the input, and connect it with every weight that has no predecessor."""
     orphans = [x for x in draft.order if not draft.predecessors[x] and 'weight' in draft.name(x)]
     image = draft.append(Label('input', primitive=Primitive.INPUT))
     for x in orphans:
@@ -322,7 +285,7 @@ def add_input(draft: Draft) -> None:
 
 
 def add_positional_sum(draft: Draft, order: list[int]) -> list[int]:
-    """A positional encoding is added to the data, in a sum of its own."""
+    """Add positional encodings to the data in sums of their own; returns the order with the sums."""
     result: list[int] = []
     for x in order:
         result.append(x)
@@ -342,7 +305,7 @@ def add_positional_sum(draft: Draft, order: list[int]) -> list[int]:
 
 
 def rotate_squeezenet_head(draft: Draft, order: list[int], model: nn.Module) -> None:
-    """torchvision's SqueezeNet classifies before it pools; the published graphs pool first."""
+    """Put the pooling of torchvision's SqueezeNet before the classifier, as the published graphs have it."""
     if class_path(model) != 'torchvision.models.squeezenet.SqueezeNet' or len(order) < 3:
         return
     weight, bias, mean = order[-3:]
@@ -351,17 +314,12 @@ def rotate_squeezenet_head(draft: Draft, order: list[int], model: nn.Module) -> 
         labels[weight], labels[bias], labels[mean] = labels[mean], labels[weight], labels[bias]
 
 
-#: The published rules in their order, up to the topological sort.
-RULES: tuple[Callable[[Draft], None], ...] = (filter_operators, insert_weights, route_values_through_softmax)
-
-
 def published_draft(recording: Recording) -> tuple[Draft, list[int]]:
     """Apply the published rules.
 
     Returns:
-        The rewritten graph and its positions in topological order; in the order of the list where a rule closed a
-        cycle, as the Swin rule does on torchvision's second version: the reference keeps that order, and so the
-        published graph of such a network is the cyclic one.
+        The rewritten graph and its positions in topological order. Where a rule closes a cycle, as the Swin rule does
+        on torchvision's Swin v2, they are in the order of the list, as in the reference.
 
     Raises:
         UnsupportedModelError: if the reference fails on a layer, or if one is used again behind itself.
@@ -370,8 +328,9 @@ def published_draft(recording: Recording) -> tuple[Draft, list[int]]:
     draft = listing(recording)
     if draft.sort() is None:
         raise _used_again()
-    for rule in RULES:
-        rule(draft)
+    filter_operators(draft)
+    insert_weights(draft)
+    route_values_through_softmax(draft)
     connect_swin_stages(draft, recording.model)
     filter_joins(draft)
     add_input(draft)
@@ -387,7 +346,7 @@ def published_draft(recording: Recording) -> tuple[Draft, list[int]]:
 
 
 def _expect_known_classes(recording: Recording) -> None:
-    """Refuse a subclass of a layer that the reference knows: it takes it for one, and then does not find its class."""
+    """Refuse a subclass of a layer that the reference knows: the reference fails on it."""
     for name in dict.fromkeys(name for op in recording.ops for name in op.parameters):
         owner = recording.owners[name]
         kind = published_kind(owner)

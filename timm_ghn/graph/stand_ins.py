@@ -1,4 +1,4 @@
-"""Functions for the meta device that only make shapes: what PyTorch decomposes there in Python, many times as fast.
+"""Stand-ins for functions that PyTorch decomposes in Python on the meta device: they only make the shape, and fast.
 
 A traced forward pass computes nothing, so a function needs to give a tensor of the right shape and to leave the name
 and the inputs of its backward function in the autograd graph. PyTorch has no meta kernels of its own for some frequent
@@ -32,7 +32,7 @@ class _StandIn(torch.autograd.Function):
 
 
 class _InPlace(_StandIn):
-    """Changes its input."""
+    """Returns its input, marked as changed in place."""
 
     @staticmethod
     def forward(ctx: Any, data: Tensor) -> Tensor:  # type: ignore[override]
@@ -61,7 +61,7 @@ def _operator(name: str, base: type[_StandIn] = _StandIn) -> Callable[..., Tenso
 
 
 def _is_plain(*tensors: object) -> bool:
-    """Whether these are what a trace mostly consists of: float32 tensors on the meta device."""
+    """Whether all are float32 tensors on the meta device."""
     return all(isinstance(x, Tensor) and x.dtype is torch.float32 and x.is_meta for x in tensors)
 
 
@@ -70,7 +70,7 @@ def _empty(*shape: int) -> Callable[[], Tensor]:
 
 
 def _like(tensor: Tensor) -> Callable[[], Tensor]:
-    """In the same order in memory, as PyTorch's functions of each element give it."""
+    """With the memory format of the tensor, as PyTorch's elementwise functions have it."""
     return functools.partial(torch.empty_like, tensor)
 
 
@@ -82,7 +82,7 @@ def _covers(shape: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def unary(name: str) -> Callable[..., Any]:
-    """A function of each element, also in place."""
+    """An elementwise function, also in place."""
 
     def function(input: Tensor, inplace: bool = False) -> Any:
         if not _is_plain(input) or (inplace and input._is_view()):
@@ -240,7 +240,7 @@ def batch_norm(
 
 
 def stand_in(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a stand-in gives; ``NotImplemented`` where there is none for a function or for its arguments."""
+    """Output of a stand-in; ``NotImplemented`` if there is none for the function or its arguments."""
     if function not in STAND_INS:
         return NotImplemented
     try:
@@ -256,7 +256,7 @@ def on_meta_device(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -
 
 
 def _with_stand_ins(function: Any, names: Sequence[str]) -> Callable[..., Any]:
-    """A function of :mod:`torch.nn.functional` that itself calls the functions here; its code is PyTorch's."""
+    """A copy of a PyTorch function that calls stand-ins."""
     inner = {name: _with_stand_ins(function.__globals__[name], ()) for name in names}
     inner['linear'] = functools.partial(on_meta_device, nn.functional.linear)
     inner['scaled_dot_product_attention'] = functools.partial(

@@ -1,14 +1,15 @@
 """Run a network without computing anything and record its autograd graph.
 
-The forward pass runs on the meta device, where tensors have shapes but no values. The network itself is borrowed, not
-copied: for the duration of the pass its parameters and buffers are replaced by meta tensors of the same shapes, and
-afterwards every attribute of every module is what it was.
+The forward pass runs on the meta device, where tensors have shapes but no values. The network is not copied: during the
+pass its parameters and buffers are replaced by meta tensors of the same shapes, and afterwards every attribute of every
+module is what it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,20 +43,34 @@ class Recording:
         ops: In depth-first pre-order from the outputs, inputs in the order in which autograd lists them; some
             published rules depend on this order.
         outputs: Indices of the ops that made the outputs.
-        parameters: Every parameter of the model once, reached or not.
-        owners: Module that holds each of them.
+        parameters: Every parameter of the model once, in the order of ``model.named_parameters()``, used or not.
+        owners: Module that holds each of them, by name.
+        names: Name of each of them, by the ``id`` of the tensor.
         model: The traced model.
         input_size: (channels, height, width) of the traced image.
-        names: Names of the parameters by the identity of the tensor.
     """
 
     ops: tuple[Op, ...]
     outputs: tuple[int, ...]
     parameters: tuple[ParameterInfo, ...]
     owners: Mapping[str, nn.Module]
+    names: Mapping[int, str]
     model: nn.Module
     input_size: tuple[int, int, int]
-    names: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter."""
+        return {info.name: info.shape for info in self.parameters}
+
+    @functools.cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """Ops that read each op."""
+        found: list[list[int]] = [[] for _ in self.ops]
+        for index, op in enumerate(self.ops):
+            for child in op.children:
+                found[child].append(index)
+        return tuple(map(tuple, found))
 
 
 def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -71,14 +86,9 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
     Raises:
         UnsupportedModelError: if ``input_size`` has another form, or a number is out of range.
     """
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    known = tuple(config['input_size']) if config.get('input_size') else None
-    channels = _input_channels(model, _stated_channels(model))
+    channels = _input_channels(model)
     if input_size is None:
-        side = _image_size(model)
-        if side is None:
-            side = known[1:] if known else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
-        return (channels, *side)
+        return (channels, *(_image_size(model) or _stated_size(model)[1:]))
     size: tuple[int, ...] = ()
     if isinstance(input_size, int) and not isinstance(input_size, bool):
         size = (channels, input_size, input_size)
@@ -92,31 +102,33 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
     return size[0], size[1], size[2]
 
 
-def _stated_channels(model: nn.Module) -> int:
-    """Channels of the images that a model's metadata states, else 3."""
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    return int(config['input_size'][0]) if config.get('input_size') else 3
+def timm_metadata(model: nn.Module) -> Mapping[str, Any]:
+    """timm's metadata of a model, empty for other models."""
+    config = getattr(model, 'pretrained_cfg', None)
+    return config if isinstance(config, Mapping) else {}
 
 
-def _input_channels(model: nn.Module, default: int) -> int:
+def _stated_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that a model's metadata states, else the default."""
+    channels, height, width = timm_metadata(model).get('input_size') or (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
+    return channels, height, width
+
+
+def _input_channels(model: nn.Module) -> int:
     """Channels that the first layer takes: a model may have been built with another ``in_chans`` than its metadata."""
-    config = getattr(model, 'pretrained_cfg', None) or {}
+    config, default = timm_metadata(model), _stated_size(model)[0]
     first = config.get('first_conv')
-    names = (first,) if isinstance(first, str) else tuple(first or ())
-    for name in names:
+    for name in (first,) if isinstance(first, str) else tuple(first or ()):
         with contextlib.suppress(AttributeError):
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Conv2d) and layer.groups == 1:
                 return layer.in_channels
-    if not config:
-        for layer in model.modules():
-            if isinstance(layer, nn.Conv2d):
-                return layer.in_channels if layer.groups == 1 else default
-    return default
+    known = None if config else next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    return known.in_channels if known is not None and known.groups == 1 else default
 
 
 def _image_size(model: nn.Module) -> tuple[int, int] | None:
-    """Image size that the model was built for, where its architecture fixes one (its patch embedding knows)."""
+    """Image size that the model was built for, if its architecture fixes one."""
     size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
     if size is None:
         size = getattr(model, 'image_size', None)  # torchvision's ViT
@@ -128,38 +140,27 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def record(model: nn.Module, *, input_size: int | Sequence[int] | None = None, example_inputs: Any = None) -> Recording:
-    """Trace a forward pass of ``model`` in training mode without computing it.
-
-    Args:
-        model: Any network that takes a batch of images; on any device, the meta device included.
-        input_size: Size of the image, see :func:`resolve_input_size`.
-        example_inputs: Arguments of ``model.forward`` for a network that takes something else than one image batch:
-            a tensor, a tuple of positional or a dictionary of keyword arguments. Only shapes and dtypes are read
-            from its tensors.
+    """Run a forward pass of ``model`` in training mode on the meta device; arguments as in :func:`timm_ghn.trace`.
 
     Raises:
-        UnsupportedModelError: if the forward pass fails on the meta device, or if no parameter is reached.
+        UnsupportedModelError: if the forward pass fails on the meta device, or if the output depends on no parameter.
     """
     with _TRACING:  # another thread may have borrowed the network
         modules = list(model.named_modules(remove_duplicate=False))
         _refuse_compiled(modules)
-        parameters = _list_parameters(modules)
-        if not parameters.infos:
-            raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
         size = resolve_input_size(model, input_size)
+        empty = Recording((), (), *_list_parameters(modules), model, size)
+        if not empty.parameters:
+            raise UnsupportedModelError(f'{type(model).__name__} has no parameters: there is nothing to predict')
         try:
-            return _record(model, modules, size, example_inputs, parameters)
+            return _run(empty, modules, example_inputs)
         except UnsupportedModelError:
-            # What the first convolution takes need not be the image: TResNet folds 4x4 pixels into channels first.
-            stated = (_stated_channels(model), *size[1:])
-            if (
-                example_inputs is not None
-                or stated == size
-                or (isinstance(input_size, Sequence) and len(input_size) == 3)
-            ):
-                raise
-            with contextlib.suppress(UnsupportedModelError):
-                return _record(model, modules, stated, example_inputs, parameters)
+            # The first convolution need not take the image itself: TResNet folds 4x4 pixels into channels first.
+            stated = (_stated_size(model)[0], size[1], size[2])
+            given = example_inputs is not None or (isinstance(input_size, Sequence) and len(input_size) == 3)
+            if not given and stated != size:
+                with contextlib.suppress(UnsupportedModelError):
+                    return _run(dataclasses.replace(empty, input_size=stated), modules, example_inputs)
             raise
 
 
@@ -195,42 +196,22 @@ def _no_reentrant_checkpointing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recording_gradients() -> Iterator[None]:
-    """Record gradients in float32 whatever the caller has switched off or on, and leave no mark on what is global."""
+    """Record gradients in float32, whatever the caller has set, and restore the global state."""
     with restore_global_state(), torch.inference_mode(False), torch.enable_grad():
         torch.set_default_dtype(torch.float32)
         yield
 
 
-#: Held while a network is borrowed and the default dtype and the random generators of the process are set aside.
-#: Reentrant, so that a forward pass that traces fails and does not wait for itself.
+#: Held while a network is on the meta device and the process's default dtype and random generators are set aside.
+#: Reentrant, so that a forward pass that itself traces does not wait for ever.
 _TRACING = threading.RLock()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameters:
-    """Every parameter of a model once (tied weights, shared modules).
-
-    Attributes:
-        infos: What is known of each, in the order of ``model.named_parameters()``.
-        owners: Module that holds each of them, by name.
-        names: Their names by the identity of the tensor.
-    """
-
-    infos: tuple[ParameterInfo, ...]
-    owners: dict[str, nn.Module]
-    names: dict[int, str]
-
-
-def _record(
-    model: nn.Module,
-    modules: Sequence[tuple[str, nn.Module]],
-    size: tuple[int, int, int],
-    example_inputs: Any,
-    parameters: _Parameters,
-) -> Recording:
-    """Run the model once and list what it did."""
+def _run(empty: Recording, modules: Sequence[tuple[str, nn.Module]], example_inputs: Any) -> Recording:
+    """Run the model once; the recording with what it did."""
+    model, size = empty.model, empty.input_size
     borrowed = list(dict.fromkeys(module for _, module in modules))
-    with _recording_gradients(), _no_reentrant_checkpointing(), on_meta(borrowed, parameters.names) as names:
+    with _recording_gradients(), _no_reentrant_checkpointing(), on_meta(borrowed, empty.names) as names:
         args, kwargs = _meta_inputs(example_inputs, size)
         mode = MetaMode()
         try:
@@ -244,10 +225,13 @@ def _record(
             f'no parameter of {type(model).__name__} is connected to its output; '
             'the forward pass may detach it, or return something else than tensors'
         )
-    return Recording(ops, outputs, parameters.infos, parameters.owners, model, size, parameters.names)
+    return dataclasses.replace(empty, ops=ops, outputs=outputs)
 
 
-def _list_parameters(modules: Sequence[tuple[str, nn.Module]]) -> _Parameters:
+def _list_parameters(
+    modules: Sequence[tuple[str, nn.Module]],
+) -> tuple[tuple[ParameterInfo, ...], dict[str, nn.Module], dict[int, str]]:
+    """Every parameter once (also a tied one): its facts, its module by name, and its name by identity."""
     names: dict[int, list[str]] = {}
     found: dict[int, tuple[nn.Parameter, nn.Module]] = {}
     for prefix, module in modules:
@@ -260,11 +244,11 @@ def _list_parameters(modules: Sequence[tuple[str, nn.Module]]) -> _Parameters:
             names.setdefault(id(parameter), []).append(name)
             found[id(parameter)] = parameter, module
     infos = tuple(
-        ParameterInfo(first, tuple(found[key][0].shape), found[key][0].dtype, class_path(found[key][1]), tuple(aliases))
-        for key, (first, *aliases) in names.items()
+        ParameterInfo(first, tuple(parameter.shape), parameter.dtype, class_path(module), tuple(aliases))
+        for (parameter, module), (first, *aliases) in zip(found.values(), names.values(), strict=True)
     )
-    owners = {first: found[key][1] for key, (first, *_) in names.items()}
-    return _Parameters(infos, owners, {key: first for key, (first, *_) in names.items()})
+    owners = {first: module for (_, module), (first, *_) in zip(found.values(), names.values(), strict=True)}
+    return infos, owners, {key: first for key, (first, *_) in names.items()}
 
 
 def _running(modules: Sequence[tuple[str, nn.Module]], error: Exception) -> str:
@@ -310,9 +294,9 @@ def _meta_inputs(example_inputs: Any, size: tuple[int, int, int]) -> tuple[tuple
 
 
 def _data(value: Any) -> Any:
-    """A floating-point input that takes part in the autograd graph, so that data can be followed through it."""
+    """A floating-point input requires a gradient, so that autograd records what depends on it."""
     if isinstance(value, Tensor) and value.dtype.is_floating_point:
-        # In float32, as the stand-ins of the parameters; not a leaf, for a network may work on its input in place.
+        # In float32, as the parameters; not a leaf, since a network may change its input in place.
         return value.detach().float().requires_grad_().clone()
     return value
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from timm_ghn.graph.primitives import Primitive
 
-#: Autograd operators that are nodes of their own. Recent torch versions name an attention's
-#: softmax differently; it is one op to the GHN.
+#: Autograd operators that are nodes of their own.
 OPERATORS = {
     'Mean': Primitive.GLOB_AVG,
     'AdaptiveAvgPool2D': Primitive.GLOB_AVG,
@@ -46,8 +45,8 @@ _TABLE = {
 def operator_primitive(kind: str) -> Primitive | None:
     """Primitive of an operator by its autograd name.
 
-    A table entry also stands for the names that begin with it: the published graphs count a matrix product that adds
-    a computed bias (``Addmm``, in torchvision's second Swin) as a sum.
+    A table entry matches all names that begin with it, as in the reference: ``Addmm`` with a computed bias (in
+    torchvision's Swin v2) is a sum.
     """
     return next((primitive for name, primitive in OPERATORS.items() if kind.startswith(name)), None)
 
@@ -69,7 +68,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def is_norm_bias(name: str, module: nn.Module) -> bool:
-    """Whether a parameter is the bias of a normalisation layer, which the weight's node predicts."""
+    """Whether a parameter is the bias of a normalisation layer, which the node of the weight predicts."""
     return 'norm' in type(module).__name__.lower() and name.endswith('.bias')
 
 
@@ -104,7 +103,7 @@ _OTHER_NORMS: tuple[tuple[type[nn.Module], Primitive], ...] = (
     (nn.GroupNorm, Primitive.LN),
 )
 
-#: A parameter (1, n, C) of at most so many rows holds tokens of their own, not positions.
+#: A parameter (1, n, C) of at most so many rows holds class or register tokens, not positions.
 _MOST_TOKENS = 8
 
 #: Ops that add a bias.
@@ -132,14 +131,14 @@ def norm_primitive(module: nn.Module) -> Primitive | None:
 def parameter_primitive(
     name: str, module: nn.Module, shape: tuple[int, ...], kind: str, *, table: bool = False, unchanged: bool = True
 ) -> Primitive | None:
-    """Primitive of a parameter of any network, from what its module is and which operator reads it.
+    """Primitive of a parameter of any network, from its module and the operator that reads it.
 
     Args:
         name: Dotted parameter name.
         module: Module that holds it.
         shape: Its shape.
         kind: Operator that brings it to the data.
-        table: Whether it is a table of relative positions, which enters the logits of an attention.
+        table: Whether it is a table of relative positions.
         unchanged: Whether that operator reads its elements as they are.
 
     Returns:
@@ -166,21 +165,21 @@ def parameter_primitive(
     if len(shape) == 1 and kind in _ADDS and 'bias' in leaf:
         return Primitive.BIAS
     if positional_size(shape) is not None:
-        # Positions may be added to slices in place, of which autograd of some versions of torch tells no more.
+        # Positions may be added to slices in place; some versions of torch record no more about that.
         in_place = kind in ('CopySlices', 'IndexAdd') and 'pos' in leaf
         return Primitive.POS_ENC if kind == 'Add' or in_place else None
     return None
 
 
 def is_token(shape: tuple[int, ...]) -> bool:
-    """Whether a parameter has the shape of tokens of their own: (1, n, C) with few of them."""
+    """Whether a parameter has the shape of class or register tokens: (1, n, C) with a small n."""
     return len(shape) == 3 and shape[0] == 1 and shape[1] <= _MOST_TOKENS
 
 
 def positional_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Tokens T and features C of a positional embedding; None for a shape that is none.
+    """Tokens T and features C of a positional embedding; None for other shapes.
 
-    Known are (T, C), (1, T, C), maps (1, H, W, C) and, where height and width are equal, (1, C, H, W).
+    Known are (T, C), (1, T, C), maps (1, H, W, C) and, if height and width are equal, (1, C, H, W).
     """
     if len(shape) == 2 and min(shape) > 1:
         return shape[0], shape[1]
@@ -211,64 +210,17 @@ def encoded_position(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return 1, size[1], side, side
 
 
+UNUSED = 'not used in the forward pass'
+TOKEN = 'class or register token'
+GAIN = 'layer scale or gain'
+RELATIVE_POSITIONS = 'relative position table'
+AXIS_POSITIONS = 'rotary or axis-wise position table'
+NORM_APART = 'norm that weight normalisation keeps apart from the direction'
 NOT_FLOATING = 'not of a floating-point type'
 NO_ELEMENTS = 'has no elements'
 
-#: Reasons to keep a parameter that lie in what it is, not in what a graph can express.
-ARCHITECTURAL = (
-    'not used in the forward pass',
-    'class or register token',
-    'layer scale or gain',
-    'relative position table',
-    'rotary or axis-wise position table',
-    'norm that weight normalisation keeps apart from the direction',
-    NOT_FLOATING,
-    NO_ELEMENTS,
-)
+#: Reasons to keep a parameter that lie in the parameter, not in the limits of the graph rules.
+ARCHITECTURAL = (UNUSED, TOKEN, GAIN, RELATIVE_POSITIONS, AXIS_POSITIONS, NORM_APART, NOT_FLOATING, NO_ELEMENTS)
 
-#: Names of parameters that scale features, for those whose shape does not tell.
-_GAINS = ('alpha', 'beta', 'gamma', 'gain', 'scale', 'tau', 'temperature', 'v')
-
-
-def kept_reason(
-    name: str,
-    module: nn.Module,
-    shape: tuple[int, ...],
-    *,
-    reached: bool,
-    table: bool = False,
-    apart: bool = False,
-    left_out: bool = False,
-) -> str:
-    """Why no node of the graph predicts a parameter of floating-point numbers, in words for the plan.
-
-    Args:
-        name: Dotted parameter name.
-        module: Module that holds it.
-        shape: Its shape.
-        reached: Whether the forward pass uses it.
-        table: Whether it is a table of relative positions, which enters the logits of an attention.
-        apart: Whether it is the norm of a weight in weight normalisation.
-        left_out: Whether the graph by the operators has a node for it, and only the published one has none.
-    """
-    unused, token, gain, relative, axes, norm = ARCHITECTURAL[:6]
-    if not reached:
-        return unused
-    if left_out:
-        return f'{type(module).__name__}.{name.rpartition(".")[2]} is left out by the published rules'
-    if table:
-        return relative
-    if apart:
-        return norm
-    leaf = name.rpartition('.')[2].lower()
-    if 'token' in leaf or (is_token(shape) and 'pos' not in leaf and leaf not in _GAINS):
-        return token
-    if norm_primitive(module) is None and sum(n > 1 for n in shape) <= 1 and 'bias' not in leaf:
-        return gain
-    if leaf.split('_')[-1] in _GAINS:
-        return gain
-    if leaf == 'freqs' or ('pos' in leaf and positional_size(shape) is None):
-        return axes
-    if 'pos' in leaf:
-        return 'positional parameter that the rules of this graph do not know'
-    return f'{type(module).__name__}.{leaf} is not in the vocabulary of the rules of this graph'
+#: Names of parameters that scale features, where the shape does not show it.
+GAIN_NAMES = ('alpha', 'beta', 'gamma', 'gain', 'scale', 'tau', 'temperature', 'v')

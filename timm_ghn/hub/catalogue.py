@@ -1,4 +1,4 @@
-"""The known GHNs by name, which of them is the default, and what a name or path that a user gives means."""
+"""The catalogue of GHNs by name, the default GHN, and how a name or path is resolved."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FORMATS = ('joblib', 'timm_ghn')
 DEFAULT = 'ghn'
 #: Environment variable that names the default GHN: a name or a path.
 VARIABLE = 'TIMM_GHN_DEFAULT'
-#: The default where nobody chose one.
+#: The default if none was chosen.
 PUBLISHED = 'ghn3_xlm16'
-#: What serves where that cannot be had.
+#: The fallback where that cannot be reached.
 EMBEDDED = 'ghn_tiny'
 
 #: 'user/name' on the Hub.
@@ -48,7 +48,7 @@ _default: str | None = None
 
 @dataclasses.dataclass(frozen=True)
 class GHNEntry:
-    """What the catalogue says of a GHN.
+    """An entry of the catalogue.
 
     Attributes:
         name: Under which it is loaded.
@@ -142,20 +142,12 @@ def _entries() -> dict[str, GHNEntry]:
 
 
 def known_ghns() -> dict[str, GHNEntry]:
-    """The GHNs of the catalogue and those of :func:`timm_ghn.register_ghn` by name, in alphabetical order.
-
-    Raises:
-        ConfigError: if the installation is incomplete.
-    """
+    """The GHNs of the catalogue and those of :func:`timm_ghn.register_ghn` by name, in alphabetical order."""
     return dict(sorted((_entries() | _registered).items()))
 
 
 def list_ghns() -> list[str]:
-    """The names that :func:`timm_ghn.load_ghn` knows, in alphabetical order; each is a tag of timm as well.
-
-    Raises:
-        ConfigError: if the installation is incomplete.
-    """
+    """The names that :func:`timm_ghn.load_ghn` knows, in alphabetical order; each is a tag of timm as well."""
     return list(known_ghns())
 
 
@@ -216,9 +208,9 @@ def set_default_ghn(name_or_path: str | os.PathLike[str] | None) -> None:
 
 
 def chosen_default() -> str | None:
-    """What :func:`set_default_ghn`, else the environment, says that 'ghn' means; None if neither says anything.
+    """The default GHN of :func:`set_default_ghn`, else of the environment; None if neither names one.
 
-    Only then the GHN inside the package may serve in place of the published one.
+    Only then the GHN inside the package may replace the published one.
 
     Raises:
         GHNNotFoundError: if the environment names no GHN.
@@ -237,7 +229,7 @@ def chosen_default() -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a GHN is: exactly one of the three.
+    """Location of a GHN: exactly one of the three.
 
     Attributes:
         path: An existing file or folder.
@@ -251,7 +243,7 @@ class Place:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Place:
-    """Find what a name means, without asking the network.
+    """Resolve a name or path, without asking the network.
 
     It is a name of the catalogue, else an existing path, else a repository on the Hub. A file or folder that has the
     name of a GHN is loaded by a path with a separator (``./ghn2``) or a path object.

@@ -33,7 +33,7 @@ from timm_ghn.nn.ghn import GHN
 #: Environment variable with the folder of the cache, or 'off' for none.
 VARIABLE = 'TIMM_GHN_CACHE'
 
-#: After how long a folder that is not complete is taken for one of a process that was killed, in seconds.
+#: Age in seconds from which an incomplete folder is taken for one of a killed process.
 STALE_AFTER = 24 * 3600.0
 
 #: Raise it when the conversion changes, so that what an older version made is made anew.
@@ -46,7 +46,7 @@ _warned: set[Path] = set()
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Where conversions are kept; None if nowhere.
+    """The folder of the conversions; None if they are not kept.
 
     It is the folder that TIMM_GHN_CACHE names. Without that, it is ``timm_ghn`` beside huggingface_hub's cache
     (``~/.cache/huggingface/timm_ghn``); for another cache of the Hub, ``.timm_ghn`` inside it, since the caller named
@@ -95,24 +95,14 @@ def read_converted(
 ) -> GHN:
     """Read an official file from the Hub through the cache of conversions; without it, where it cannot be written.
 
-    Args:
-        path: The file in the cache of the Hub.
-        entry: What the catalogue says of it.
-        cache: What :func:`cache_folder` gave.
-        device: Where to put the weights; the CPU if None.
-        dtype: Floating type of the weights; float32 if None.
-
-    Returns:
-        The GHN, in evaluation mode; its ``origin`` names the official file.
-
-    Raises:
-        GHNError: as :func:`timm_ghn.hub.official.read_official`; such a file is not kept.
+    The ``origin`` of the GHN names the official file. Errors are those of
+    :func:`~timm_ghn.hub.official.read_official`; a file that has them is not kept.
     """
     device, dtype = resolve_place(device, dtype)
     origin = Origin(name=entry.name, file=str(path), sha256=file_digest(path))
     digest = digest_in_name(path)
     stat = path.stat()
-    # Without links in the Hub's cache, the folder of the commit, size and time stand for the content.
+    # A Hub cache without symbolic links has no digests: commit, size and time identify the content.
     content = digest or [str(path.parent), stat.st_size, stat.st_mtime_ns]
     key = json.dumps([VERSION, content, entry.config.to_dict()], sort_keys=True)
     place = cache / f'{entry.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}'
@@ -145,13 +135,8 @@ def read_converted(
 def converted_ghns(cache: Path, name: str = 'all') -> dict[Path, tuple[str, int]]:
     """The conversions in the cache: for each folder the name of the GHN, and the bytes that it takes.
 
-    Args:
-        cache: What :func:`cache_folder` gave.
-        name: Name of a GHN, or 'all'.
-
     Raises:
         GHNNotFoundError: if there is none of this name.
-        OSError: if the cache cannot be listed.
     """
     found = {}
     for path in sorted(cache.iterdir()) if cache.is_dir() else ():
@@ -179,15 +164,15 @@ def remove_converted(cache: Path, name: str) -> dict[Path, tuple[str, int]]:
 
 
 def _discard(place: Path) -> None:
-    """Remove a folder; nobody sees half of it."""
+    """Remove a folder atomically, as other processes see it."""
     hidden = place.with_name(f'.{place.name}.{uuid.uuid4().hex}{PARTIAL}')
-    with contextlib.suppress(FileNotFoundError):  # another process had the same thought
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
         os.rename(place, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _remove_stale(cache: Path, *, age: float = STALE_AFTER) -> None:
-    """Remove what processes that were killed left unfinished."""
+    """Remove incomplete folders of killed processes."""
     for partial in cache.glob(f'.*{PARTIAL}'):
         with contextlib.suppress(OSError):
             if time.time() - partial.stat().st_mtime >= age:

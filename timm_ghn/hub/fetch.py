@@ -23,9 +23,9 @@ from timm_ghn.hub.storage import digest_in_name
 
 #: How long the default GHN waits for the Hub before the one inside the package serves, in seconds.
 SHORT_PATIENCE = 2.5
-#: For how long a Hub that could not be reached is not asked for the default GHN again, in seconds.
+#: Seconds before a Hub that could not be reached is asked for the default GHN again.
 RETRY_AFTER = 300.0
-#: What name resolution may take on top of a time limit: no HTTP client bounds it.
+#: Seconds for name resolution on top of a time limit: no HTTP client bounds it.
 _GRACE = 1.0
 
 _unreachable: dict[str, tuple[float, Exception]] = {}
@@ -69,7 +69,7 @@ class Access:
     brief: bool = False
 
     def __post_init__(self) -> None:
-        check_token(self.token, own=False)  # its own is of no concern until the Hub is asked
+        check_token(self.token, own=False)  # huggingface_hub's own is checked when the Hub is asked
 
 
 def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
@@ -93,7 +93,7 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
             f'{file} is not in the cache, and local_files_only was asked for: load it once without that'
         )
     check_token(access.token)
-    # The client raises the errors of its transport, which is another one from version to version: hence Exception.
+    # Exception: the client raises the errors of its HTTP library, which differs from version to version.
     try:
         _probe(file, access)
     except Exception as error:
@@ -117,16 +117,12 @@ def fetch(file: HubFile, access: Access, *, prefer_cache: bool = True) -> Path:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether a server answered that it may succeed later: the client waits for as long as the server says."""
+    """Whether a server answered that a later request may succeed: huggingface_hub tries again then."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (408, 429, 500, 502, 503, 504)
 
 
 def _check_digest(path: Path, file: HubFile) -> None:
-    """Refuse a large file that was damaged on the way. The cache of the Hub names it by the digest that it is to have.
-
-    Raises:
-        CheckpointError: if it has another one.
-    """
+    """Refuse a large file that was damaged on the way; the cache of the Hub names it by its digest."""
     expected = digest_in_name(path)
     if expected is None or (found := sha256_of(path)) == expected:
         return
@@ -169,26 +165,23 @@ def _probe(file: HubFile, access: Access) -> None:
 
 
 def _probe_within(url: str, token: str | bool | None, patience: float) -> None:
-    outcome: list[Exception | None] = []
+    outcome: list[Exception] = []
 
     def ask() -> None:
         try:
-            metadata = get_hf_file_metadata(url, token=token, timeout=patience)
-            if metadata.commit_hash is None:
+            if get_hf_file_metadata(url, token=token, timeout=patience).commit_hash is None:
                 raise ConnectionError("the answer is not the Hub's: a proxy or a sign-in page may have given it")
         except Exception as error:
             outcome.append(error)
-        else:
-            outcome.append(None)
 
-    # In a thread that is left behind if need be: a request has a limit for each of its steps, but none for all.
+    # In a thread that may be left behind: a request has a time limit for each step, but none for all of them.
     thread = threading.Thread(target=ask, name='timm_ghn-hub', daemon=True)
     thread.start()
     thread.join(patience + _GRACE)
-    if not outcome:
-        raise TimeoutError(f'no answer within {patience + _GRACE:.1f} seconds')
-    if outcome[0] is not None:
+    if outcome:
         raise outcome[0]
+    if thread.is_alive():
+        raise TimeoutError(f'no answer within {patience + _GRACE:.1f} seconds')
 
 
 def _not_found(file: HubFile, error: Exception) -> GHNNotFoundError:
@@ -215,10 +208,7 @@ def check_token(token: str | bool | None, *, own: bool = True) -> None:
 
     Args:
         token: As huggingface_hub takes it: None or True for its own, False for none.
-        own: Whether huggingface_hub's own (HF_TOKEN, ``hf auth login``) is looked at as well, if that is meant.
-
-    Raises:
-        ConfigError: if it is no word of ASCII.
+        own: Whether huggingface_hub's own token is checked too, if that is meant.
     """
     if own and (token is None or token is True):
         what, token = "huggingface_hub's token, of HF_TOKEN or `hf auth login`,", get_token()

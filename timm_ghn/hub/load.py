@@ -34,7 +34,7 @@ _PACKAGE = 'timm_ghn'
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The files of a GHN on this machine, and what is known of where they came from.
+    """The files of a GHN on this machine, and their origin.
 
     Attributes:
         path: Folder in the native format, its weights, or an official file.
@@ -107,55 +107,31 @@ def shared_ghn(
     For callers that only predict with it, since they share one object.
     """
     access = Access(None if cache_dir is None else Path(cache_dir))
-    found = find_files(name_or_path, None, access)
-    return _last.get(found, access, resolve_place(device, None)[0])
+    found, device = find_files(name_or_path, None, access), resolve_place(device, None)[0]
+    files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
+    stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+    key = found, device, found.path.resolve(), stats
+    with _lock:
+        if not _last or _last[0][0] != key:
+            _last.clear()  # before another one takes as much memory
+            _last.append((key, _read(found, access, device=device, dtype=None)))
+        return _last[0][1]
 
 
-class _LastGHN:
-    """The GHN that was loaded last, as long as its files do not change."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._key: object = None
-        self._ghn: GHN | None = None
-
-    def get(self, found: Found, access: Access, device: torch.device) -> GHN:
-        files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
-        stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
-        key = found, device, found.path.resolve(), stats
-        with self._lock:
-            if self._ghn is None or key != self._key:
-                self.clear()  # before another one takes as much memory
-                self._ghn = _read(found, access, device=device, dtype=None)
-                self._key = key
-            return self._ghn
-
-    def clear(self) -> None:
-        self._key = self._ghn = None
-
-
-_last = _LastGHN()
+#: The GHN that :func:`shared_ghn` loaded last, with its key.
+_last: list[tuple[object, GHN]] = []
+_lock = threading.Lock()
 
 
 def find_files(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Found:
-    """Bring the files of a GHN to this machine.
-
-    Args:
-        name_or_path: As for :func:`load_ghn`.
-        revision: As for :func:`load_ghn`.
-        access: How to reach the Hub.
-
-    Raises:
-        GHNNotFoundError: if there is no such GHN, or it can be reached neither on the Hub nor in the cache.
-        CheckpointError: if what was downloaded is not what the Hub has.
-    """
+    """Bring the files of a GHN to this machine; arguments and errors are those of :func:`load_ghn`."""
     name = chosen_default() if name_or_path == DEFAULT else name_or_path
     if name is not None:
         return _fetch_place(locate(name), revision, access)
     try:
         return _fetch_place(Place(entry=known_ghns()[PUBLISHED]), revision, dataclasses.replace(access, brief=True))
     except GHNNotFoundError as error:
-        # Only what cannot be had is replaced: a damaged file is an error.
+        # Only a GHN that cannot be reached is replaced: a damaged file is an error.
         _warn_of_fallback(PUBLISHED, error)
         return _fetch_place(Place(entry=known_ghns()[EMBEDDED]), None, access)
 
@@ -230,7 +206,7 @@ def _warn_of_fallback(name: str, error: GHNNotFoundError) -> None:
 
 
 def _stacklevel() -> int:
-    """That of the nearest caller outside this package, as seen from the function that calls this one."""
+    """The stack level of the nearest caller outside this package, for a warning of the calling function."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get('__name__')).split('.')[0] == _PACKAGE:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""The files in which the authors published their GHNs: joblib dumps (GHN-3), and both forms of ``torch.save``.
+"""The authors' files: joblib dumps (GHN-3), and both formats of ``torch.save`` (GHN-2).
 
 All three are pickles and storages, and :mod:`timm_ghn.hub.pickles` reads the pickles of all three.
 ``torch.load(weights_only=True)`` does not execute anything either, but a pickle of 500 bytes (a dictionary with a tuple
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -38,13 +37,7 @@ VIRTUAL_EDGES = 50
 _MOVED = ('centrality_embed_in.', 'centrality_embed_out.', 'input_dist_embed.')
 _CONVOLUTIONS = ('decoder.conv.', 'decoder.class_layer_predictor.')
 
-#: Options in the files that are read.
-_READ = frozenset({'max_shape', 'num_classes', 'hypernet', 'decoder', 'weight_norm', 've', 'layernorm', 'hid'})
-
-_log = logging.getLogger(__name__)
-
-#: Begins the form of ``torch.save`` that is no zip archive, and the storages inside joblib dumps: a magic number and a
-#: version, pickled.
+#: The first bytes of the legacy format of ``torch.save``, also inside joblib dumps: a pickled magic number and version.
 LEGACY_HEAD = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.'
 
 _ZIP_MAGIC = b'PK\x03\x04'
@@ -61,10 +54,10 @@ def read_official(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> GHN:
-    """Read a GHN in one of the forms that its authors published: GHN-3's joblib dumps, GHN-2's ``torch.save`` files.
+    """Read a file of the authors. Nothing in it is executed.
 
     Args:
-        path: The file. Nothing in it is executed.
+        path: A joblib dump (GHN-3) or a file of ``torch.save`` (GHN-2).
         config: What the catalogue says of it; inferred from the file if None.
         sha256: Its digest, if it is known; nothing is unpickled if it has another.
         device: Where to put the weights; the CPU if None.
@@ -112,10 +105,7 @@ class OfficialGHN:
 
 @contextlib.contextmanager
 def open_official(path: Path, *, config: GHNConfig | None = None, sha256: str | None = None) -> Iterator[OfficialGHN]:
-    """Open a file of the authors and find its hyper-parameters; the weights can be read while it is open.
-
-    Arguments and errors are those of :func:`read_official`.
-    """
+    """Open a file of the authors, whose weights can be read while it is open; see :func:`read_official`."""
     label = str(path)
     with open_checkpoint(path, sha256) as loaded:
         weights, options = _parts(loaded, label)
@@ -148,7 +138,7 @@ def _parts(loaded: Any, label: str) -> tuple[dict[str, TensorRecord], dict[str, 
 
 
 def _native_keys(weights: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
-    """Rename and reshape what the releases name or shape differently.
+    """Give the weights the names and shapes that they have in :class:`GHN`.
 
     The Hub's GHN-3 files hold three embeddings at the top level that belong to the first layer; GHN-2's files hold
     linear layers as 1 x 1 convolutions.
@@ -164,15 +154,12 @@ def _native_keys(weights: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]
 def infer_config(
     shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any] | None = None, label: str = 'the file'
 ) -> GHNConfig:
-    """Find the hyper-parameters of a published GHN.
+    """Find the hyper-parameters of a published GHN from the shapes of its tensors, by their names in :class:`GHN`.
 
     Args:
-        shapes: Shape of every tensor, by the names in :class:`GHN`.
+        shapes: The shapes.
         options: The configuration in the file, if it has one; it decides what the shapes do not.
         label: Name of the file, for messages.
-
-    Raises:
-        CheckpointError: if these are not the weights of a GHN.
     """
     options = options or {}
     try:
@@ -196,9 +183,6 @@ def infer_config(
         layers = sum(key.startswith('gnn.') and key.endswith('.ln1.weight') for key in shapes)
         virtual = bool(options.get('ve', gnn == 'graphormer' or 'gnn.mlp_ve.fc.0.weight' in shapes))
         unnormalised = gnn == 'gated' and not virtual  # GHN-1
-        unread = sorted(str(key) for key in options.keys() - _READ)
-        if unread:
-            _log.debug('%s: options that do not shape the GHN were not read: %s', label, ', '.join(unread))
         return GHNConfig(
             hid=hid,
             max_shape=max_shape,
@@ -214,10 +198,8 @@ def infer_config(
             mean=CIFAR10_MEAN if num_classes == 10 else IMAGENET_MEAN,
             std=CIFAR10_STD if num_classes == 10 else IMAGENET_STD,
         )
-    except (KeyError, IndexError, TypeError, ArithmeticError) as error:
+    except (KeyError, IndexError, TypeError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(f'{label} does not hold the weights of a GHN: {type(error).__name__} {error}') from error
-    except ConfigError as error:
-        raise CheckpointError(f'{label} does not hold the weights of a GHN: {error}') from error
 
 
 def _gnn_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -228,19 +210,10 @@ def _gnn_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path, sha256: str | None = None) -> Iterator[Any]:
-    """Read what a checkpoint holds, except for the elements of its tensors, which can be read while it is open.
-
-    Args:
-        path: A joblib dump that is not compressed, or a file of ``torch.save``.
-        sha256: Its digest, if it is known; nothing is unpickled if it has another.
+    """Read a checkpoint; the elements of its tensors can be read while it is open. See :func:`read_official`.
 
     Yields:
         Dictionaries, lists, numbers and strings with :class:`timm_ghn.hub.pickles.TensorRecord` for the tensors.
-
-    Raises:
-        GHNNotFoundError: if the file cannot be opened.
-        UnsafeCheckpointError: if it names anything outside the allow-list; nothing of it was executed.
-        CheckpointError: if it is damaged, has another digest, or is no checkpoint at all.
     """
     if path.exists() and not path.is_file():
         raise CheckpointError(f'expected a file in {path}, which is none: pipes and devices are not read')
@@ -315,7 +288,7 @@ def _read_legacy(source: CheckpointFile) -> Any:
 
 
 def _read_zip(source: CheckpointFile) -> Any:
-    """The form of ``torch.save`` since torch 1.6: a zip archive of a pickle and one stored member per storage."""
+    """The format of ``torch.save`` since torch 1.6: a zip archive of a pickle and one stored member per storage."""
     try:
         members = {info.filename: info for info in zipfile.ZipFile(source).infolist()}
     except CheckpointError:
@@ -357,7 +330,7 @@ def _storage(source: CheckpointFile, kind: Any, numel: Any) -> StorageRecord:
 
 
 def _enter(source: CheckpointFile, info: zipfile.ZipInfo) -> None:
-    """Go to the first byte of a member: behind its own header, whose names may differ in length from the index's."""
+    """Seek to the first byte of a member, behind its local header, whose names may differ in length from the index."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise source.error(f'has a compressed member {info.filename[:40]!r}, which torch.save does not write')
     source.seek(min(max(info.header_offset, 0), source.size))

@@ -1,8 +1,8 @@
-"""Pickles of checkpoints, read by Python's own machine without anything that could run.
+"""A restricted unpickler for checkpoints, which executes nothing.
 
-:class:`pickle._Unpickler` is the machine in Python, whose table of instructions can be cut down. What is left makes
-numbers, text and containers. A global is a name on a short list, which stands for a function of this module and never
-for what it names; bytes and the elements of tensors stay in the file until they are read.
+It is :class:`pickle._Unpickler`, the one in Python, with a smaller table of opcodes: these make numbers, text and
+containers. A global must be on a short list, and stands for a function of this module, never for what it names. Bytes
+and the elements of tensors stay in the file until they are read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_SIZE = 1 << 62
 
 
 class CheckpointFile:
-    """An open file, as :mod:`pickle` and :mod:`zipfile` read it, but for the bytes of tensors, which are stepped over.
+    """An open file for :mod:`pickle` and :mod:`zipfile`, in which the bytes of tensors are skipped.
 
     Args:
         file: Open for reading in binary mode.
@@ -145,7 +145,7 @@ def are_sizes(numbers: Any) -> bool:
 
 
 def brief(value: object) -> str:
-    """What a message says of a value from a file.
+    """A value from a file, as an error message shows it.
 
     Containers are shown as their type, except for flat ones of a few numbers: one that refers to another twice, and so
     on for forty levels, would print as 2^40 characters.
@@ -177,7 +177,7 @@ def _rebuild_tensor(storage: Any, start: Any, shape: Any, stride: Any, gradient:
     return TensorRecord(storage, start, shape, stride)
 
 
-#: Every global that a checkpoint may name, and what stands for it.
+#: Every global that a checkpoint may name, and its substitute.
 _GLOBALS: dict[str, object] = {
     'argparse.Namespace': lambda: _Dictionary(),  # in which trainers keep their options
     'collections.OrderedDict': lambda: _Dictionary(),
@@ -198,7 +198,8 @@ _GLOBALS: dict[str, object] = {
 #: Allowed where one checkpoint may be nested in another.
 _NESTED = 'torch.storage._load_from_bytes'
 
-#: The instructions that are left as they are. Those in the last line call what find_class and persistent_load gave.
+#: The opcodes of Python's unpickler that are kept. Those in the last line call the results of find_class and
+#: persistent_load.
 _KEPT = [
     'PROTO', 'MARK', 'STOP', 'NONE', 'NEWTRUE', 'NEWFALSE', 'BININT', 'BININT1', 'BININT2', 'BINFLOAT',
     'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8', 'EMPTY_TUPLE', 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3', 'EMPTY_LIST',
@@ -209,15 +210,15 @@ _KEPT = [
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
     def __missing__(self, code: int) -> Callable[[Any], None]:
-        raise pickle.UnpicklingError(f'it asks for the instruction {code:#x}, which no checkpoint needs')
+        raise pickle.UnpicklingError(f'it has the opcode {code:#x}, which no checkpoint needs')
 
 
-#: The machine's own table.
-_MACHINE: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
+#: The complete table of opcodes.
+_OPCODES: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
 
 
 class _Unpickler(pickle._Unpickler):
-    # What the machine sets when it begins.
+    # Attributes that load() sets.
     read: Callable[[int], bytes]
     append: Callable[[object], None]
     stack: list[Any]
@@ -248,7 +249,7 @@ class _Unpickler(pickle._Unpickler):
         return self.storage(pid)
 
     def load_frame(self) -> None:
-        self.read(8)  # how much may be read ahead
+        self.read(8)  # the length of the frame
 
     def load_dictionary(self) -> None:
         self.append(_Dictionary())
@@ -266,7 +267,7 @@ class _Unpickler(pickle._Unpickler):
         self.stack.pop()  # versions of modules, or the options of a trainer, which nobody reads
 
     dispatch = _Dispatch(
-        {code: _MACHINE[code] for code in (getattr(pickle, name)[0] for name in _KEPT)}
+        {code: _OPCODES[code] for code in (getattr(pickle, name)[0] for name in _KEPT)}
         | {
             pickle.FRAME[0]: load_frame,
             pickle.EMPTY_DICT[0]: load_dictionary,
@@ -274,7 +275,7 @@ class _Unpickler(pickle._Unpickler):
             pickle.SHORT_BINBYTES[0]: lambda self: self.load_bytes(1),
             pickle.BINBYTES[0]: lambda self: self.load_bytes(4),
             pickle.BINBYTES8[0]: lambda self: self.load_bytes(8),
-            pickle.NEWOBJ[0]: _MACHINE[pickle.REDUCE[0]],
+            pickle.NEWOBJ[0]: _OPCODES[pickle.REDUCE[0]],
             pickle.BUILD[0]: load_build,
         }
     )
@@ -286,11 +287,11 @@ def read_pickle(
     storage: Callable[[Any], StorageRecord] | None = None,
     nested: Callable[[BytesRecord], object] | None = None,
 ) -> Any:
-    """What a pickle describes, in plain containers and records.
+    """Read a pickle as plain containers and records.
 
     Args:
-        source: A file, where the pickle starts; left just behind it.
-        storage: Called with the record that a container keeps in place of a storage, for containers that do.
+        source: A file, at the beginning of the pickle; left just behind it.
+        storage: Called with the persistent id of a storage, where there may be any.
         nested: Called with the bytes that ``torch.storage._load_from_bytes`` would load, where that is allowed.
 
     Raises:

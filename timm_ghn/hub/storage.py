@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, printable
 from timm_ghn.files import atomic_write, read_json, sha256_of, write_json
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
@@ -24,10 +24,10 @@ from timm_ghn.nn.ghn import GHN
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
 
-#: Largest file whose digest is computed when it is loaded, in bytes (a second's work at most).
+#: Largest file in bytes whose digest is computed when it is loaded (in a second at most).
 MAX_HASHED = 512 * 2**20
 
-#: Types of weights. Those of 8 bits and fewer are none: torch does not even add them up.
+#: Types of weights. Those of 8 bits and fewer are refused: torch cannot even add them.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _SHOWN = 3
@@ -72,12 +72,7 @@ def is_native(path: Path) -> bool:
 
 
 def read_config(path: Path) -> GHNConfig:
-    """Read the configuration of a GHN.
-
-    Raises:
-        ConfigError: if it is wrong, or of a newer version of this package.
-        CheckpointError: if it is not JSON.
-    """
+    """Read the configuration of a GHN; errors are those of :func:`read_ghn`."""
     return GHNConfig.from_dict(read_json(path))
 
 
@@ -125,11 +120,7 @@ def read_shapes(directory: Path) -> tuple[GHNConfig, dict[str, tuple[int, ...]]]
 
 @contextlib.contextmanager
 def _opened(weights: Path) -> Iterator[Any]:
-    """A safetensors file.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
+    """A safetensors file; a CheckpointError if it cannot be read."""
     try:
         try:
             opened = safe_open(weights, framework='pt', device='cpu')
@@ -195,12 +186,7 @@ def build_ghn(
 
 
 def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> GHN:
-    """Make a GHN on the meta device for tensors of a file, once it is known that all of them fit.
-
-    Args:
-        config: Its hyper-parameters.
-        shapes: Shape of every tensor of the file.
-        label: Name of the file, for messages.
+    """Make a GHN on the meta device for tensors of these shapes, once it is known that all of them fit.
 
     Raises:
         CheckpointError: if keys or shapes differ from the configuration's.
@@ -216,11 +202,7 @@ def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: s
 
 
 def expect_floating(key: str, dtype: torch.dtype, label: str) -> None:
-    """Refuse numbers of other types than :data:`FLOATS`.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
+    """Refuse a tensor of another type than :data:`FLOATS`."""
     if dtype not in FLOATS:
         raise CheckpointError(
             f'{label} holds {key} as {dtype}, expected a floating type: {", ".join(map(str, FLOATS))}'
@@ -273,17 +255,13 @@ def _expect_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, 
 
 
 def _few(items: Iterable[str]) -> str:
-    shown = [item if len(item) <= 200 else f'{item[:200]}...' for item in items]
+    shown = [printable(item, 200) for item in items]
     more = len(shown) - _SHOWN
     return ', '.join(shown[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 def expect_finite(key: str, tensor: Tensor, label: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
+    """Refuse a tensor with NaN or infinity."""
     # A sum needs no memory, and is finite only if every term is; one that overflows is looked at again below.
     if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
         return
@@ -292,17 +270,7 @@ def expect_finite(key: str, tensor: Tensor, label: str) -> None:
 
 
 def expect_config(found: GHNConfig, expected: GHNConfig, label: str, *, ignore: frozenset[str] = frozenset()) -> None:
-    """Refuse a configuration that differs from the one that the catalogue promises.
-
-    Args:
-        found: What the file says.
-        expected: What it should say.
-        label: Name of the file, for messages.
-        ignore: Fields that may differ, as may the name and the version of the format.
-
-    Raises:
-        CheckpointError: naming the fields that differ.
-    """
+    """Refuse a configuration that differs from the catalogue's in any field but ``ignore``, name and format version."""
     free = ignore | {'name', 'format_version'}
     differing = [
         f'{field.name} {getattr(found, field.name)!r} where {getattr(expected, field.name)!r} is expected'

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from timm_ghn.ops.backends import Backend, choose_backend
 from timm_ghn.ops.edges import Edges
@@ -21,8 +22,7 @@ def aggregate(
 ) -> Tensor:
     """Weighted sum of the messages that arrive at each node: out[t] = sum over e into t of w[e] m[source[e]].
 
-    The step that all message passing shares (arXiv 1704.01212, equation 1). Several graphs go through it together when
-    their nodes are numbered through. Half precision is added up in float32.
+    The step that all message passing shares (arXiv 1704.01212, equation 1). Half precision is added up in float32.
 
     ==========  =====================================================================================
     index_add   plain torch, a temporary row for each edge
@@ -36,28 +36,20 @@ def aggregate(
 
     Args:
         messages_Md: One message for each row that an edge can carry; any strides.
-        edges: The schedule, on the same device. If it has factors, they are used.
+        edges: The sorted edges, on the same device, with or without factors.
         weight_E: Factor of each edge, in the order in which the edges were given, in the dtype of the messages; None
-            for those of the schedule, or for 1.
+            for those of ``edges``, or for 1.
         backend: One of the names above, or ``'auto'``; None for that of :func:`timm_ghn.ops.use_backend`.
         deterministic: Whether equal inputs must give equal bits; None asks torch's
-            ``are_deterministic_algorithms_enabled``. What ``'auto'`` takes is deterministic.
+            ``are_deterministic_algorithms_enabled``. ``'auto'`` is always deterministic.
 
     Returns:
-        Zero where no edge arrives. Differentiable in the messages and in ``weight_E``, as often as wanted.
+        The sums, zero where no edge arrives. Differentiable once, in the messages and in ``weight_E``.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit together, or a backend does not exist, is not installed, or
-            cannot do what is asked.
+        ValueError: if shapes, dtypes or devices do not fit together, or if the backend does not exist, is not
+            installed, or does not support the device, the dtype or ``deterministic``.
     """
-    _check(messages_Md, edges, weight_E)
-    chosen = choose_backend(messages_Md, backend, deterministic=deterministic)
-    arranged_E = None if weight_E is None else edges.arranged(weight_E)
-    total_Td: Tensor = _Sum.apply(messages_Md, arranged_E, edges, chosen)
-    return total_Td
-
-
-def _check(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> None:
     if messages_Md.dim() != 2 or len(messages_Md) != edges.num_sources:
         raise ValueError(f'expected messages of shape ({edges.num_sources}, d) (got {tuple(messages_Md.shape)})')
     if messages_Md.device != edges.source_E.device:
@@ -75,13 +67,17 @@ def _check(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> None:
     factors = edges.weight_E if weight_E is None else weight_E
     if factors is not None and factors.dtype != messages_Md.dtype:
         raise ValueError(f'expected factors in the dtype of the messages, {messages_Md.dtype} (got {factors.dtype})')
+    chosen = choose_backend(messages_Md, backend, deterministic=deterministic)
+    sorted_E = None if weight_E is None else edges.arranged(weight_E)
+    total_Td: Tensor = _Sum.apply(messages_Md, sorted_E, edges, chosen)
+    return total_Td
 
 
 def summed(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None, backend: Backend) -> Tensor:
-    """The sum without checks and without a gradient; factors in the order of the schedule."""
+    """The sum without checks and without a gradient; ``weight_E`` is in the order of ``edges``."""
     if not len(edges) or not messages_Md.numel():
         return messages_Md.new_zeros(edges.num_targets, messages_Md.shape[1])
-    return backend.sums(messages_Md.contiguous(), edges, weight_E)
+    return backend.sums(messages_Md.contiguous(), edges, edges.weight_E if weight_E is None else weight_E)
 
 
 class _Sum(torch.autograd.Function):
@@ -95,36 +91,17 @@ class _Sum(torch.autograd.Function):
         return summed(messages_Md, edges, weight_E, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient_Td: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        messages_Md, weight_E = ctx.saved_tensors
+        edges, (messages_Md, weight_E) = ctx.edges, ctx.saved_tensors
         of_messages = of_weight = None
         if ctx.needs_input_grad[0]:
-            back = ctx.edges.transposed
-            weights = None if weight_E is None else back.arranged(weight_E)
-            of_messages = _Sum.apply(gradient_Td, weights, back, ctx.backend)
+            back = edges.transposed
+            weight_back_E = None if weight_E is None else back.arranged(weight_E)
+            of_messages = summed(gradient_Td, back, weight_back_E, ctx.backend)
         if ctx.needs_input_grad[1]:
-            of_weight = _Dot.apply(messages_Md, gradient_Td, ctx.edges, ctx.backend)
+            if len(edges) and messages_Md.numel():
+                of_weight = ctx.backend.dots(messages_Md.contiguous(), gradient_Td.contiguous(), edges)
+            else:
+                of_weight = torch.zeros_like(weight_E)
         return of_messages, of_weight, None, None
-
-
-class _Dot(torch.autograd.Function):
-    """<m[source[e]], g[target[e]]> for each edge e; bilinear, so its gradients are sums along the edges again."""
-
-    @staticmethod
-    def forward(ctx: Any, messages_Md: Tensor, gradient_Td: Tensor, edges: Edges, backend: Backend) -> Tensor:
-        ctx.edges, ctx.backend = edges, backend
-        ctx.save_for_backward(messages_Md, gradient_Td)
-        if not len(edges) or not messages_Md.numel():
-            return messages_Md.new_zeros(len(edges))
-        return backend.dots(messages_Md.contiguous(), gradient_Td, edges)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_E: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        messages_Md, gradient_Td = ctx.saved_tensors
-        of_messages = of_gradient = None
-        if ctx.needs_input_grad[0]:
-            back = ctx.edges.transposed
-            of_messages = _Sum.apply(gradient_Td, back.arranged(gradient_E), back, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            of_gradient = _Sum.apply(messages_Md, gradient_E, ctx.edges, ctx.backend)
-        return of_messages, of_gradient, None, None

@@ -1,7 +1,7 @@
-"""Ways to compute one sum over edges, the dot products that are the gradient of its factors, and the choice of one.
+"""Backends: ways to compute one sum over edges and the dot products that are the gradient of its factors.
 
-All of them read the same schedule and give the same result to rounding. None of them is differentiable by itself:
-:mod:`timm_ghn.ops.aggregation` puts their gradients together from the two operations.
+All of them read the same sorted edges and agree up to rounding. :mod:`timm_ghn.ops.aggregation` makes them
+differentiable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,13 +30,13 @@ class Backend:
     """One way to sum over edges.
 
     Attributes:
-        name: What a caller calls it.
-        sums: (messages_Md, edges, weight_E or None) -> (T, d). The messages are contiguous, the factors in the order
-            of the schedule; None stands for those of the schedule, or for 1.
-        dots: (messages_Md, gradient_Td, edges) -> (E,): <m[source[e]], g[target[e]]>.
+        name: Its name in ``backend=`` and :func:`use_backend`.
+        sums: (messages_Md, edges, weight_E) -> (T, d). The messages are contiguous; ``weight_E``, in the order of the
+            sorted edges, takes the place of ``edges.weight_E``; None stands for factors of 1.
+        dots: (messages_Md, gradient_Td, edges) -> (E,): <m[source[e]], g[target[e]]>; both tensors are contiguous.
         deterministic_on: Types of device on which equal inputs give equal bits.
         dtypes: Of the messages.
-        missing: What keeps it from running on a type of device, or None.
+        missing: What it lacks to run on a type of device, or None.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Backend:
     missing: Callable[[str], str | None] = lambda device: None
 
     def problem(self, device: str, dtype: torch.dtype, *, deterministic: bool) -> str | None:
-        """Why it cannot do what is asked, in words that follow its name; None if it can."""
+        """Why it cannot run, in words that follow its name; None if it can."""
         if dtype not in self.dtypes:
             return f'computes in {", ".join(map(str, self.dtypes))} (got {dtype})'
         if deterministic and device not in self.deterministic_on:
@@ -63,15 +62,14 @@ def _chunks(edges: Edges, width: int) -> Iterator[slice]:
 
 
 def _rows(table: Tensor, index_E: Tensor) -> Tensor:
-    """Rows of a table, in single precision if they are in half: sums are added up in it, as in the other backends."""
+    """Rows of a table, half precision as float32: all backends add in at least float32."""
     return table.index_select(0, index_E).to(torch.promote_types(table.dtype, torch.float32))
 
 
 def _carried(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None, part: slice) -> Tensor:
-    """Messages of some edges, with their factors."""
-    carried = _rows(messages_Md, edges.source_E[part])
-    weight_E = edges.weight_E if weight_E is None else weight_E
-    return carried if weight_E is None else carried * weight_E[part, None]
+    """Messages of some edges, multiplied by their factors."""
+    carried_ed = _rows(messages_Md, edges.source_E[part])
+    return carried_ed if weight_E is None else carried_ed * weight_E[part, None]
 
 
 def _index_add(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
@@ -93,57 +91,26 @@ def _gathered_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Te
 
 def _bag(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
     """An embedding bag is this sum: rows of a table, scaled, added up bag by bag, without a copy for each edge."""
-    weight_E = edges.weight_E if weight_E is None else weight_E
     scale_by_frequency, mode_sum, sparse, with_end = False, 0, False, True
-    found: Tensor = torch.embedding_bag(
+    total_Td: Tensor = torch.embedding_bag(
         messages_Md, edges.source_E, edges.pointer_T1, scale_by_frequency, mode_sum, sparse, weight_E, with_end
     )[0]
-    return found
-
-
-@functools.cache
-def torch_scatter() -> ModuleType | str:
-    """The package, or why it cannot be used: absent, or built for another torch."""
-    try:
-        return importlib.import_module('torch_scatter')
-    except (ImportError, OSError) as error:
-        return f'needs torch-scatter: {error}'
-
-
-def _scatter_missing(device: str) -> str | None:
-    found = torch_scatter()
-    return found if isinstance(found, str) else None
+    return total_Td
 
 
 def _segments(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
     """torch-scatter's ``segment_csr`` (pytorch-scatter.readthedocs.io): sum of each run of rows."""
     carried_Ed = _carried(messages_Md, edges, weight_E, slice(None))
-    total_Td: Tensor = _module().segment_csr(carried_Ed, edges.pointer_T1.long(), reduce='sum')
+    segment_csr = importlib.import_module('torch_scatter').segment_csr
+    total_Td: Tensor = segment_csr(carried_Ed, edges.pointer_T1.long(), reduce='sum')
     return total_Td.to(messages_Md.dtype)
 
 
 def _segment_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
     """``gather_csr`` repeats the row of a target for each of its edges."""
-    repeated_Ed: Tensor = _module().gather_csr(gradient_Td.contiguous(), edges.pointer_T1.long())
+    gather_csr = importlib.import_module('torch_scatter').gather_csr
+    repeated_Ed: Tensor = gather_csr(gradient_Td, edges.pointer_T1.long())
     return (_rows(messages_Md, edges.source_E) * repeated_Ed).sum(1).to(messages_Md.dtype)
-
-
-def _module() -> ModuleType:
-    found = torch_scatter()
-    if isinstance(found, str):
-        raise ValueError(f"backend 'scatter' {found}")
-    return found
-
-
-@functools.cache
-def _triton_missing(device: str) -> str | None:
-    try:
-        importlib.import_module('triton')
-    except ImportError as error:
-        return f'needs triton: {error}'
-    if device == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1':
-        return None
-    return f'needs a GPU (got {device}), or TRITON_INTERPRET=1 in the environment to be tested without one'
 
 
 def _fused(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
@@ -158,17 +125,39 @@ def _fused_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tenso
     return fused_dots(messages_Md, gradient_Td, edges)
 
 
-#: By name. A GPU adds what index_add scatters in any order; the others add the edges of a target one after another, or
-#: in a tree of fixed shape.
+@functools.cache
+def missing_package(module: str) -> str | None:
+    """Why an optional package cannot be used: it is absent, or built for another torch; None if it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return f'needs {module.replace("_", "-")}: {error}'
+    return None
+
+
+def _triton_missing(device: str) -> str | None:
+    problem = missing_package('triton')
+    if problem or device == 'cuda' or os.environ.get('TRITON_INTERPRET') == '1':
+        return problem
+    return f'needs a GPU (got {device}), or TRITON_INTERPRET=1 in the environment to be tested without one'
+
+
+#: By name. On a GPU index_add adds in any order; the others add the edges of a target one after another, or in a tree
+#: of fixed shape.
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend('index_add', _index_add, _gathered_dots, ('cpu',), _FLOATS),
         Backend('bag', _bag, _gathered_dots, ('cpu', 'cuda'), _FLOATS),
-        Backend('scatter', _segments, _segment_dots, ('cpu', 'cuda'), _FLOATS, _scatter_missing),
         Backend(
-            'triton', _fused, _fused_dots, ('cpu', 'cuda'), (torch.float32, torch.bfloat16), missing=_triton_missing
+            'scatter',
+            _segments,
+            _segment_dots,
+            ('cpu', 'cuda'),
+            _FLOATS,
+            lambda device: missing_package('torch_scatter'),
         ),
+        Backend('triton', _fused, _fused_dots, ('cpu', 'cuda'), (torch.float32, torch.bfloat16), _triton_missing),
     )
 }
 
@@ -213,7 +202,7 @@ def choose_backend(like: Tensor, name: str | None = None, *, deterministic: bool
             ``are_deterministic_algorithms_enabled``.
 
     Raises:
-        ValueError: if the one that is named does not exist, is not installed, or cannot do what is asked.
+        ValueError: if the named backend does not exist or cannot run, see :meth:`Backend.problem`.
     """
     name = backend_in_use() if name is None else name
     device, dtype = like.device.type, like.dtype

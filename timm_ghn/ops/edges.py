@@ -1,4 +1,4 @@
-"""Edges in the order in which kernels read them, sorted once and used often."""
+"""Edges in the order in which kernels read them: sorted by target."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from torch import Tensor
 class Edges:
     """Edges sorted by their targets, as compressed rows: those into target t are at pointer[t] to pointer[t + 1].
 
-    :meth:`of` sorts and checks; the constructor takes what is sorted already, and checks nothing. A schedule is made
-    once for many sums: it keeps what they need, the transpose for their gradients included, for as long as it lives.
+    :meth:`of` sorts and checks; the constructor takes what is sorted already, and checks nothing. Made once for many
+    sums, it caches what they need, the transpose for their gradients included.
 
     Attributes:
         source_E: Index (E,), int32 or int64: row of the messages that each edge carries.
         pointer_T1: (T + 1,) of the same dtype: where the edges into each target begin, and where the last ones end.
         num_sources: Number M of rows that an edge can carry.
-        weight_E: (E,): factor of each edge in this order, where it is the same in all sums; None for other or no
-            factors.
+        weight_E: (E,): factor of each edge in this order, if it is the same in all sums.
         order_E: (E,): position of each edge among those that were given; None if they were in this order.
     """
 
@@ -67,7 +66,7 @@ class Edges:
             target_E, order_E = target_E.sort(stable=True)
             source_E = source_E[order_E]
             weight_E = None if weight_E is None else weight_E[order_E]
-        # Strided indices are none that kernels read.
+        # Kernels do not read strided tensors.
         source_E, weight_E = source_E.contiguous(), None if weight_E is None else weight_E.contiguous()
         return cls(source_E, _pointer(target_E, num_targets), num_sources, weight_E, order_E)
 
@@ -89,7 +88,7 @@ class Edges:
     def transposed(self) -> Edges:
         """The edges from target to source, sorted by source: gradients of messages are sums along them.
 
-        Their :attr:`order_E` are positions in this schedule.
+        Their :attr:`order_E` holds positions among these edges.
         """
         source_E, order_E = self.source_E.sort(stable=True)
         weight_E = None if self.weight_E is None else self.weight_E[order_E]
@@ -97,7 +96,7 @@ class Edges:
         return Edges(self.target_E[order_E], pointer, self.num_targets, weight_E, order_E)
 
     def arranged(self, values_E: Tensor) -> Tensor:
-        """Values of the edges as they were given, in the order of the schedule."""
+        """Values of the edges, given in the caller's order, in the sorted one."""
         return values_E if self.order_E is None else values_E.index_select(0, self.order_E)
 
 

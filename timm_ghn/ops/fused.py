@@ -1,7 +1,7 @@
 """Triton kernels: gather, scale and sum at once, without a tensor of one row for each edge.
 
-They add in float32. A program owns the rows that it writes, so there are no atomic additions and the result is the same
-each time. Indices are masked: a wrong one contributes nothing, and nothing is read out of bounds.
+They add in float32. A program owns the rows that it writes: there are no atomic additions, and equal inputs give equal
+bits. Indices are masked: a wrong one contributes nothing, and nothing is read out of bounds.
 """
 
 from __future__ import annotations
@@ -84,15 +84,8 @@ def _dot_kernel(  # type: ignore[no-untyped-def]
 
 
 def fused_sums(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
-    """(T, d): the sums of a schedule in one kernel; their gradients are the same kernel on the transposed schedule.
-
-    Args:
-        messages_Md: float32 or bfloat16, contiguous.
-        edges: The schedule.
-        weight_E: Factors in its order; None for its own, or for 1.
-    """
+    """The sums (T, d) in one kernel; arguments as in :class:`timm_ghn.ops.backends.Backend`."""
     width = messages_Md.shape[1]
-    weight_E = edges.weight_E if weight_E is None else weight_E
     out_Td = messages_Md.new_empty(edges.num_targets, width)
     features = min(_FEATURES, triton.next_power_of_2(width))
     _sum_kernel[edges.num_targets, triton.cdiv(width, features)](
@@ -112,18 +105,12 @@ def fused_sums(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Te
 
 
 def fused_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
-    """(E,): the gradient of the factors in one kernel.
-
-    Args:
-        messages_Md: float32 or bfloat16, contiguous.
-        gradient_Td: Gradient of the sums, the same dtype.
-        edges: The schedule.
-    """
+    """The dot products (E,) in one kernel; arguments as in :class:`timm_ghn.ops.backends.Backend`."""
     width = messages_Md.shape[1]
     out_E = torch.empty(len(edges), dtype=messages_Md.dtype, device=messages_Md.device)
     _dot_kernel[(triton.cdiv(len(edges), _EDGES),)](
         messages_Md,
-        gradient_Td.contiguous(),
+        gradient_Td,
         edges.source_E,
         edges.target_E,
         out_E,

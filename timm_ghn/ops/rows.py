@@ -1,4 +1,4 @@
-"""Sums over some targets of a schedule at a time, for networks that need the ones before the others."""
+"""Sums for consecutive targets at a time, for networks that need the first ones before the others."""
 
 from __future__ import annotations
 
@@ -12,44 +12,38 @@ from timm_ghn.ops.aggregation import summed
 from timm_ghn.ops.backends import Backend, choose_backend
 from timm_ghn.ops.edges import Edges
 
-#: When products with matrices beat sums over edges on a CPU. Fitted to times of both, float32, one thread of an AMD
-#: EPYC with AVX-512: a product takes 2.3 microseconds and 1 / 40 ns for each of its multiplications, a bag 4.0
-#: microseconds and 1 / 28 ns. The table of benchmarks/scatter.py checks the choice.
+#: Multiplications of a matrix that cost as much as the start of a sum over edges, and as one multiplication there.
+#: Fitted to times of both, float32, one thread of an AMD EPYC with AVX-512: a product with a matrix takes 2.3
+#: microseconds and 1 / 40 ns for each of its multiplications, a bag 4.0 microseconds and 1 / 28 ns.
+#: benchmarks/scatter.py checks the choice.
 DENSE_START = 64_000
 DENSE_PER_EDGE = 1.4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseRows:
-    """Consecutive targets of a schedule as a matrix, which reaches from the first source of any of them to the last.
+    """The edges into n consecutive targets as a matrix (n, W) over a window of W rows of the messages.
 
-    Attributes:
-        window: Rows of the messages that it multiplies; others lie between those that an edge carries.
-        matrix_nW: (n, W).
+    The window reaches from the first source of an edge to the last.
     """
 
     window: slice
     matrix_nW: Tensor
 
     def sum(self, messages_Md: Tensor) -> Tensor:
-        """(n, d): the sums, without a gradient. Rows of the window that no edge carries must be finite."""
+        """The sums (n, d), without a gradient. Rows of the window that no edge carries must be finite."""
         return self.matrix_nW @ messages_Md[self.window]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseRows:
-    """Consecutive targets of a schedule as edges.
-
-    Attributes:
-        edges: Those into these targets, from all sources.
-        backend: What sums over them.
-    """
+    """The edges into n consecutive targets, and the backend that sums over them."""
 
     edges: Edges
     backend: Backend
 
     def sum(self, messages_Md: Tensor) -> Tensor:
-        """(n, d): the sums, without a gradient."""
+        """The sums (n, d), without a gradient."""
         return summed(messages_Md, self.edges, None, self.backend)
 
 
@@ -57,20 +51,20 @@ Rows = DenseRows | SparseRows
 
 
 def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, backend: str = 'auto') -> tuple[Rows, ...]:
-    """Cut a schedule into parts of consecutive targets.
+    """Cut sorted edges into parts of consecutive targets.
 
-    ``'auto'`` makes them matrices where that is faster on a CPU. Matrices of a few targets reach over few sources in
-    one graph, and are quick. In several graphs that are merged, the sources of the targets of one graph lie among those
-    of the others: the matrices of 64 graphs would be a hundred times as large as the lists of edges.
+    ``'auto'`` makes them matrices where that is faster on a CPU. In one graph, the matrix of a few targets reaches over
+    few sources. In several graphs that are merged, the sources of one lie among those of the others: the matrices of 64
+    graphs would be a hundred times as large as the lists of edges.
 
     Args:
-        edges: The schedule; its factors stay the same.
+        edges: Edges with factors.
         sizes: Number of targets of each part; T in all.
         like: Messages (M, d) of the device, dtype and number of features that will be summed.
         backend: ``'dense'`` for matrices, one of :data:`timm_ghn.ops.backends.BACKENDS`, or ``'auto'``.
 
     Raises:
-        ValueError: if the sizes do not sum up to T, the schedule has no factors, or the backend cannot run.
+        ValueError: if the sizes do not sum up to T, the edges have no factors, or the backend cannot run.
     """
     if sum(sizes) != edges.num_targets or edges.weight_E is None:
         raise ValueError(f'expected factors and parts of {edges.num_targets} targets in all (got {sum(sizes)})')
@@ -81,23 +75,10 @@ def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, backend: str
     windows = [_window(source_e) for source_e in edges.source_E.cpu().split(counts)]
     elements = sum(size * (window.stop - window.start) for size, window in zip(sizes, windows, strict=True))
     on_cpu = like.device.type == 'cpu'
-    if backend == 'auto' and on_cpu and dense_is_faster(elements, len(edges), like.shape[1], len(sizes)):
-        backend = 'dense'
-    if backend == 'dense':
+    budget = len(sizes) * DENSE_START + DENSE_PER_EDGE * len(edges) * like.shape[1]
+    if backend == 'dense' or (backend == 'auto' and on_cpu and elements * like.shape[1] <= budget):
         return tuple(_matrices(edges, starts, windows))
     return tuple(_lists(edges, starts, counts, choose_backend(like, backend)))
-
-
-def dense_is_faster(elements: int, edges: int, width: int, products: int) -> bool:
-    """Whether products with matrices beat the sums over their edges, on a CPU and in float32.
-
-    Args:
-        elements: Of all matrices.
-        edges: Of them those that are not zero.
-        width: Number d of features.
-        products: Number of the matrices.
-    """
-    return elements * width <= products * DENSE_START + DENSE_PER_EDGE * edges * width
 
 
 def _window(source_e: Tensor) -> slice:
@@ -114,7 +95,7 @@ def _matrices(edges: Edges, starts: Sequence[int], windows: Sequence[slice]) -> 
     width_P = torch.tensor([window.stop - window.start for window in windows], device='cpu')
     first_P = torch.tensor([window.start for window in windows], device='cpu')
     begin_P = (size_P * width_P).cumsum(0) - size_P * width_P
-    # Where row 0 of the schedule and source 0 would be in the matrix of each part, one matrix after another.
+    # Where target 0 and source 0 would be in the matrix of each part, all matrices one after another.
     origin_P = begin_P - torch.tensor(starts[:-1], device='cpu') * width_P - first_P
     target_E = edges.target_E.cpu()
     part_E = torch.arange(len(windows), device='cpu').repeat_interleave(size_P)[target_E]

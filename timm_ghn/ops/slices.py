@@ -34,11 +34,7 @@ def take_slices(whole: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
     """``tuple(whole[cut] for cut in cuts)``: views, not to be written to.
 
     Indexing gives every slice a gradient as large as the whole, and adds them up. Here the gradients of all slices
-    are added into one. They may overlap, and some may stay unused. Not twice differentiable.
-
-    Args:
-        whole: Any tensor.
-        cuts: Slices of its first axes.
+    are added into one. Slices may overlap or stay unused. Not twice differentiable.
     """
     if whole.requires_grad and torch.is_grad_enabled():
         taken: tuple[Tensor, ...] = _TakeSlices.apply(whole, cuts)

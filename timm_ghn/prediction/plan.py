@@ -154,6 +154,16 @@ class ParameterPlan:
         """Plain values that ``json`` can write: the summary and all rows."""
         return {'summary': self.summary(), 'rows': [row.to_dict() for row in self.rows]}
 
+    def totals(self) -> str:
+        """A table of tensors and elements: predicted, and kept by reason."""
+        summary = self.summary()
+        rows = [(summary['predicted_tensors'], summary['predicted_elements'], f'predicted, of {len(self.graph)} nodes')]
+        rows += [(kept['tensors'], kept['elements'], f'kept: {why}') for why, kept in summary['kept'].items()]
+        rows.append((summary['tensors'], summary['elements'], 'all'))
+        return '\n'.join(
+            [f'{"tensors":>9}{"elements":>17}  parameters', *(f'{n:>9,}{size:>17,}  {text}' for n, size, text in rows)]
+        )
+
     def __str__(self) -> str:
         cells = [('parameter', 'shape', 'role', 'node', 'how')]
         for row in self.rows:
@@ -161,12 +171,7 @@ class ParameterPlan:
             cells.append((row.name, shape, row.role, '-' if row.node is None else str(row.node), row.how))
         widths = [max(len(line[column]) for line in cells) for column in range(4)]
         table = ['  '.join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[4]]) for line in cells]
-        totals = self.summary()
-        table.append(
-            f'{totals["predicted_tensors"]} of {totals["tensors"]} tensors and {totals["predicted_elements"]:,} of '
-            f'{totals["elements"]:,} elements are predicted, from a graph of {totals["nodes"]} nodes'
-        )
-        return '\n'.join(table)
+        return '\n'.join([*table, '', self.totals()])
 
 
 def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> ParameterPlan:

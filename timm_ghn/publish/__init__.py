@@ -1,1 +1,1 @@
-"""Models and GHNs on the Hub: what is known of one, its card, its files, and the commit that takes it there."""
+"""Pushing models and GHNs to the Hub: facts, model card, files, and one commit."""

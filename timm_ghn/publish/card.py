@@ -1,39 +1,25 @@
-"""Model cards, written from facts with huggingface_hub's own classes."""
+"""Model cards, generated from facts with huggingface_hub's classes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ghn.errors import LIMIT, ConfigError, printable
-from timm_ghn.graph.primitives import Primitive
 from timm_ghn.hub.catalogue import REPO
 from timm_ghn.nn.config import Origin
-from timm_ghn.prediction.postprocess import NAMED, PostProcess
-from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, entry_of, origin_of
+from timm_ghn.prediction.postprocess import PostProcess
+from timm_ghn.publish.code import keywords, model_code
+from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, origin_of
 from timm_ghn.publish.training import MetaTraining, Training
 from timm_ghn.version import __version__
 
-#: Papers behind every prediction: key of the entry, arXiv identifier, title, authors, year.
-PAPERS = (
-    (
-        'knyazev2021parameter', '2110.13100', 'Parameter Prediction for Unseen Deep Architectures',
-        'Boris Knyazev and Michal Drozdzal and Graham W. Taylor and Adriana Romero-Soriano', 2021,
-    ),
-    (
-        'knyazev2022pretraining', '2207.10049', 'Pretraining a Neural Network before Knowing Its Architecture',
-        'Boris Knyazev', 2022,
-    ),
-    (
-        'knyazev2023canwescale', '2303.04143',
-        'Can We Scale Transformers to Predict Parameters of Diverse ImageNet Models?',
-        'Boris Knyazev and Doha Hwang and Simon Lacoste-Julien', 2023,
-    ),
-)  # fmt: skip
+#: Papers behind every prediction.
+ARXIV = ('2110.13100', '2207.10049', '2303.04143')
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -77,30 +63,30 @@ With timm_ghn {{ version }}{{ remark }}:
 ## Citation
 
 ```bibtex
-{% for key, arxiv, title, authors, year in papers -%}
-@article{ {{- key }},
-  title = { {{- title -}} },
-  author = { {{- authors -}} },
-  journal = {arXiv:{{ arxiv }}},
-  year = { {{- year -}} }
+@article{knyazev2021parameter,
+  title={Parameter Prediction for Unseen Deep Architectures},
+  author={Boris Knyazev and Michal Drozdzal and Graham W. Taylor and Adriana Romero-Soriano},
+  journal={arXiv:2110.13100},
+  year={2021}
 }
-{% endfor -%}
+@article{knyazev2022pretraining,
+  title={Pretraining a Neural Network before Knowing Its Architecture},
+  author={Boris Knyazev},
+  journal={arXiv:2207.10049},
+  year={2022}
+}
+@article{knyazev2023canwescale,
+  title={Can We Scale Transformers to Predict Parameters of Diverse ImageNet Models?},
+  author={Boris Knyazev and Doha Hwang and Simon Lacoste-Julien},
+  journal={arXiv:2303.04143},
+  year={2023}
+}
 ```
 """
 
-#: Options of a fine-tuning run that do not change the trained weights.
-_WITHOUT_EFFECT = (
-    'output', 'resume', 'workers', 'log_with', 'val_batch_size', 'time_limit', 'checkpoint_steps', 'checkpoint_hist',
-    'push_to_hub', 'hub_private', 'hub_revision', 'hub_create_pr',
-    'hub_license',
-)  # fmt: skip
-
 _KINDS = {'graphormer': 'GHN-3 (Graphormer)', 'gated': 'GHN-2 or GHN-1 (gated graph network)', 'mlp': 'baseline (MLP)'}
 
-#: An address that needs no escaping.
-_ADDRESS = re.compile(r'https://[\w./-]+', re.ASCII)
-
-#: What Markdown reads as markup inside a line, links without brackets among it. An underscore inside a word is none.
+#: What Markdown reads as markup inside a line, also of links without brackets; not an underscore inside a word.
 _MARKUP = re.compile(
     r'[\\`*\[\]<>|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.(?=\w)', re.ASCII | re.IGNORECASE
 )
@@ -109,30 +95,27 @@ _Rows = Iterator[tuple[str, Any]]
 
 
 class Markdown(str):
-    """Text that is Markdown already: text of this module, in which everything from files is escaped."""
+    """Text that is Markdown already: everything from files is escaped in it."""
 
     __slots__ = ()
 
 
 def markdown(text: object, limit: int = LIMIT) -> Markdown:
-    """One printable line of text in which Markdown finds no markup; :class:`Markdown` stays as it is."""
+    """Text as one printable line, with all markup escaped; :class:`Markdown` stays as it is."""
     return text if isinstance(text, Markdown) else Markdown(_MARKUP.sub(r'\\\g<0>', printable(text, limit)))
 
 
 def code_span(text: object) -> Markdown:
-    """A code span of Markdown; plain text where a span cannot hold it."""
+    """A code span, or escaped text where a span cannot hold it."""
     shown = printable(text)
     return markdown(text) if not shown or set('`|') & set(shown) else Markdown(f'`{shown}`')
 
 
 def make_card(facts: Facts) -> ModelCard:
-    """The card of a timm model or of a GHN.
-
-    Args:
-        facts: All that it says.
+    """Write the card of a timm model or of a GHN.
 
     Raises:
-        ConfigError: if huggingface_hub refuses the metadata, or if a run's results are not those that a run writes.
+        ConfigError: if huggingface_hub refuses the metadata, or if a run's results are incomplete.
     """
     try:
         if isinstance(facts, GHNFacts):
@@ -144,10 +127,7 @@ def make_card(facts: Facts) -> ModelCard:
             data,
             template_str=_TEMPLATE,
             name=facts.repo_id.split('/')[1],
-            rows=[
-                (markdown(key), markdown(value)) for key, value in (*rows, ('written by', f'timm_ghn {__version__}'))
-            ],
-            papers=PAPERS,
+            rows=[(markdown(key), markdown(value)) for key, value in rows],
             version=__version__,
             **parts,
         )
@@ -159,7 +139,7 @@ def make_card(facts: Facts) -> ModelCard:
 
 
 def _metadata(facts: Facts, results: list[EvalResult], **more: Any) -> ModelCardData:
-    """What the Hub reads of a card."""
+    """The metadata of a card, which the Hub reads."""
     training: Training | MetaTraining | None = getattr(facts, 'training', None)
     return ModelCardData(
         license=facts.license,
@@ -192,7 +172,7 @@ def _link(repo_id: str) -> Markdown:
 
 
 def _origin_rows(origin: Origin, *, original: bool = False) -> _Rows:
-    """Where the weights of a GHN came from; ``original`` on the card of that GHN itself."""
+    """Where the weights of a GHN came from."""
     if origin.repo_id:
         yield 'original repository' if original else 'repository of the GHN', _link(origin.repo_id)
     if origin.revision:
@@ -205,16 +185,12 @@ def _origin_rows(origin: Origin, *, original: bool = False) -> _Rows:
         yield 'SHA-256 of that file', code_span(origin.sha256)
 
 
-def _call(arguments: Mapping[str, Any]) -> str:
-    return ', '.join(f'{printable(key)}={value!r}' for key, value in arguments.items())
-
-
 # Models
 
 
 def _model_metadata(facts: ModelFacts) -> ModelCardData:
     task = 'image-classification' if facts.num_classes else 'image-feature-extraction'
-    tags = [task, 'timm', 'transformers', 'timm_ghn', 'graph-hypernetwork', *(f'arxiv:{paper[1]}' for paper in PAPERS)]
+    tags = [task, 'timm', 'transformers', 'timm_ghn', 'graph-hypernetwork', *(f'arxiv:{arxiv}' for arxiv in ARXIV)]
     training, results = facts.training, []
     if training is not None:
         tested = training.test_top1
@@ -226,7 +202,7 @@ def _model_metadata(facts: ModelFacts) -> ModelCardData:
 
 
 def _model_parts(facts: ModelFacts) -> dict[str, Any]:
-    code, remark = _reproduction(facts)
+    code, remark = model_code(facts)
     address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
     return {
         'summary': _model_summary(facts),
@@ -242,6 +218,7 @@ def _model_summary(facts: ModelFacts) -> str:
     start = f'parameters that the graph hypernetwork {markdown(ghn)} predicted' if ghn else None
     if training is not None:
         known = {'pretrained': "timm's pretrained weights", 'random': 'random weights'}
+        known['race'] = 'the start that won a race between several'
         start = start or known.get(str(training.init), markdown(training.init))
         text = (
             f'`{facts.architecture}`, fine-tuned for {training.epoch:g} epochs on {markdown(training.dataset)} from '
@@ -264,7 +241,7 @@ def _model_summary(facts: ModelFacts) -> str:
 
 
 def _model_rows(facts: ModelFacts) -> _Rows:
-    more = f' with {code_span(_call(facts.model_args))}' if facts.model_args else ''
+    more = f' with {code_span(keywords(facts.model_args))}' if facts.model_args else ''
     yield 'architecture', Markdown(f'`{facts.architecture}`{more}')
     yield 'input size', ' x '.join(map(str, facts.input_size))
     yield 'classes', facts.num_classes or 'none'
@@ -292,52 +269,10 @@ def _model_rows(facts: ModelFacts) -> _Rows:
         batches = f'batches of {arguments["batch_size"]}'
         yield 'training', f'{arguments["opt"]}, learning rate {arguments["lr"]:g}, {batches}'
         yield 'epochs of these weights', f'{training.epoch:g} of {arguments["epochs"]}'
-        yield f'validation accuracy, fine-tuned for {training.epoch:g} epochs', f'{training.top1:.2f} %'
+        tuned = f'fine-tuned for {training.epoch:g} epochs'
+        yield f'validation accuracy, {tuned}', f'{training.top1:.2f} %'
         if training.test_top1 is not None:
-            tested = f'{training.test_top1:.2f} % ({images["test"]:,} images)'
-            yield f'test accuracy, fine-tuned for {training.epoch:g} epochs', tested
-
-
-def _reproduction(facts: ModelFacts) -> tuple[str | None, str]:
-    """Lines that make the model again, and what to know of them."""
-    if facts.training is not None:
-        return _training_code(facts.training), ''
-    provenance, origin = facts.provenance, origin_of(facts.provenance)
-    if provenance is None or origin is None or isinstance(provenance.get('postprocess'), str):
-        return None, ''
-    remark = '; parameters that are not predicted are drawn anew by timm'
-    if provenance.get('predicted_elements') and provenance['predicted_elements'] == provenance.get('elements'):
-        remark = ''
-    entry, seed, options = entry_of(origin), provenance.get('seed', 0), provenance.get('postprocess')
-    name = entry.name if entry is not None else origin.repo_id or PurePath(origin.file or '').name
-    ghn = repr(printable(name or facts.ghn))
-    if origin.revision:
-        ghn = f'timm_ghn.load_ghn({ghn}, revision={printable(origin.revision)!r})'
-    postprocess = 'None'
-    if options is not None:
-        made = PostProcess(**options)
-        named = [repr(name) for name in NAMED if PostProcess.of(name, seed=seed) == made]
-        postprocess = named[0] if named else f'timm_ghn.PostProcess({_call(options)})'
-    call = f'{ghn}, {_call({"head": provenance.get("head", "auto"), "seed": seed})}, postprocess={postprocess}'
-    if provenance.get('input_size'):
-        call += f', input_size={tuple(provenance["input_size"])}'
-    model = ', '.join(filter(None, [repr(facts.architecture), _call(facts.model_args)]))
-    lines = ['import timm, timm_ghn', f'model = timm.create_model({model})', f'timm_ghn.ghn_init(model, {call})']
-    return '\n'.join(lines), remark
-
-
-def _training_code(training: Training) -> str:
-    arguments = {key: value for key, value in training.arguments.items() if value is not None and value is not False}
-    arguments |= {'dataset': training.dataset} if training.is_local('dataset') else {}
-    arguments |= {'init': training.init} if training.is_local('init') else {}
-    entry = entry_of(origin_of(training.run.get('provenance')))
-    if entry is not None:
-        arguments['init'] = entry.name  # the default may be another one elsewhere
-    # What says where the run was and where it went. A run that is pushed later is to get the same card.
-    for name in _WITHOUT_EFFECT:
-        arguments.pop(name, None)
-    lines = ('from timm_ghn.finetune.loop import finetune', 'from timm_ghn.finetune.options import FinetuneOptions')
-    return '\n'.join((*lines, f'finetune(FinetuneOptions({_call(arguments)}))'))
+            yield f'test accuracy, {tuned}', f'{training.test_top1:.2f} % ({images["test"]:,} images)'
 
 
 # GHNs
@@ -345,7 +280,7 @@ def _training_code(training: Training) -> str:
 
 def _ghn_metadata(facts: GHNFacts) -> ModelCardData:
     training, results = facts.training, []
-    # Numbers without their context are read as those of the weights: an earlier step's stay out.
+    # The Hub shows these numbers as those of the weights, so an evaluation of an earlier step is left out.
     if training is not None and training.is_of_the_end:
         split = training.arguments.get('val_split')
         name = 'mean top-1 accuracy in percent, predicted, no training'
@@ -353,7 +288,7 @@ def _ghn_metadata(facts: GHNFacts) -> ModelCardData:
             _evaluation(training, None if split == 'auto' else split, f'{name}: {training.networks(group)}', value)
             for group, value in training.accuracies.items()
         ]
-    tags = ['timm_ghn', 'graph-hypernetwork', 'parameter-prediction', 'timm', *(f'arxiv:{p[1]}' for p in PAPERS)]
+    tags = ['timm_ghn', 'graph-hypernetwork', 'parameter-prediction', 'timm', *(f'arxiv:{arxiv}' for arxiv in ARXIV)]
     return _metadata(facts, results, library_name='timm_ghn', tags=tags)
 
 
@@ -406,47 +341,36 @@ def _ghn_rows(facts: GHNFacts) -> _Rows:
     more = f', {config.templates} templates, {config.codes} codes' if config.decoder == 'templates' else ''
     yield 'decoder', f'{config.decoder}{more}'
     yield 'parameters', f'{facts.parameters:,}'
-    yield 'width of the node embeddings', config.hid
     yield 'decoded at once', ' x '.join(map(str, config.max_shape)) + ' (out, in, height, width)'
     yield 'classes', config.num_classes
-    edges = f'virtual edges for paths of up to {config.virtual_edges}'
-    edges = edges if config.virtual_edges > 1 else 'no virtual edges'
-    yield 'graphs', Markdown(f'rules {code_span(config.rules)}, {len(Primitive)} kinds of nodes, {edges}')
-    mean, std = (', '.join(f'{value:g}' for value in values) for values in (config.mean, config.std))
-    yield 'images', f'mean {mean}, standard deviation {std}'
+    yield 'graphs', Markdown(f'rules {code_span(config.rules)}')
     if facts.origin is not None:
         yield from _origin_rows(facts.origin, original=True)
         if facts.entry is not None and facts.entry.paper:
-            paper = facts.entry.paper
-            yield 'paper', Markdown(paper) if _ADDRESS.fullmatch(paper) else paper
+            yield 'paper', Markdown(facts.entry.paper)
     if facts.training is not None:
         yield from _meta_training_rows(facts.training)
 
 
 def _meta_training_rows(training: MetaTraining) -> _Rows:
-    said, run = training.arguments, training.run
-    yield 'data set', training.dataset + (f', {said["subset"]}' if said.get('subset') else '')
-    size, images = said['image_size'], run['images']
+    options, run = training.arguments, training.run
+    yield 'data set', training.dataset + (f', {options["subset"]}' if options.get('subset') else '')
+    size, images = options['image_size'], run['images']
     yield 'images of the data set', f'{images["train"]:,} to train on, {images["val"]:,} to evaluate on, {size} pixels'
-    splits = code_span(said['train_split']), code_span(said['val_split'])
-    yield 'splits', Markdown(f'{splits[0]} to train on, {splits[1]} to evaluate on')
     if training.init is not None:
         yield 'begun with', training.init
-    yield 'steps', f'{training.steps:,} of {said["steps"]:,}'
-    yield 'a step', f'{said["meta_batch"]} architectures, {said["batch_size"]} images'
-    rates = f'learning rate {said["lr"]:g}, weight decay {said["weight_decay"]:g}'
-    yield 'optimiser', f'{said.get("opt", "adamw")}, {rates}'
-    pool = f', {said["pool"]:,} of them' if said.get('pool') else ''
-    families = (said.get('sampler_args') or {}).get('families') or list(training.families('known'))
+    yield 'steps', f'{training.steps:,} of {options["steps"]:,}'
+    pool = f', {options["pool"]:,} of them' if options.get('pool') else ''
+    families = (options.get('sampler_args') or {}).get('families') or list(training.families('known'))
     named = f': {", ".join(map(markdown, families))}' if families else ''
-    yield 'architectures', Markdown(f'sampler {code_span(said["sampler"])}{pool}{named}')
-    yield 'seed', said['seed']
+    yield 'architectures', Markdown(f'sampler {code_span(options["sampler"])}{pool}{named}')
+    yield 'seed', options['seed']
     yield 'processes', f'{run["processes"]} ({run["device"]})'
     yield 'seconds', f'{training.seconds:,.0f}'
     if training.evaluation is None:
         return
-    count = min(said['eval_images'], images['val'])
-    where = f'step {training.evaluation["step"]:,}, {count:,} images, {said["eval_count"]} networks of each family, '
+    count = min(options['eval_images'], images['val'])
+    where = f'step {training.evaluation["step"]:,}, {count:,} images, {options["eval_count"]} networks of each family, '
     where += 'batches normalised by themselves'
     for group, value in training.accuracies.items():
         parts = ', '.join(f'{markdown(name)} {share:.1f}' for name, share in training.families(group).items())
@@ -462,13 +386,7 @@ def _ghn_limits(facts: GHNFacts) -> Iterator[str]:
         'Running statistics of batch normalisation are not predicted: train, or calibrate them '
         '(`timm_ghn.calibrate_batchnorm_`), before you look at the accuracy in eval mode.'
     )
-    yield (
-        f'The classifier is predicted for {config.num_classes} classes; for another number it is kept as timm drew it, '
-        "unless `head='predict'` asks for it."
-    )
+    yield f"The classifier is predicted for {config.num_classes} classes only, unless `head='predict'` asks for it."
     yield f'Layers of more than {max(config.max_shape[:2]):,} channels repeat what is predicted for so many.'
     if training is not None:
-        yield (
-            f'It was trained on images of {training.arguments["image_size"]} pixels and on the architectures above; '
-            'what it predicts for others was measured only where this card says so.'
-        )
+        yield f'It was trained on images of {training.arguments["image_size"]} pixels and on the architectures above.'

@@ -1,4 +1,4 @@
-"""What is known of weights: from the prediction, from where they were loaded, from the results of a run."""
+"""Facts about weights, for model cards: from their prediction, their origin and the results of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PROVENANCE: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What every model card says.
+    """Facts for every model card.
 
     Attributes:
         repo_id: Repository on the Hub.
@@ -52,7 +52,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFacts(Facts):
-    """What the card of a timm model says.
+    """Facts for the card of a timm model.
 
     Attributes:
         architecture: timm's name.
@@ -61,7 +61,7 @@ class ModelFacts(Facts):
         num_classes: Outputs of the classifier; 0 for none.
         provenance: Facts about the prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them; None if
             the weights are not known to be predicted.
-        raw: Whether the weights are certain to be what was predicted, without training.
+        raw: Whether a second prediction gave the same weights: they are predicted, without training.
         training: The fine-tuning run that the weights come from.
     """
 
@@ -85,13 +85,13 @@ class ModelFacts(Facts):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GHNFacts(Facts):
-    """What the card of a GHN says.
+    """Facts for the card of a GHN.
 
     Attributes:
         config: Hyper-parameters.
-        origin: Where its weights came from; None if that is not known, or says nothing to others.
+        origin: Where its weights came from; None if that is unknown or a folder of this machine.
         entry: What the catalogue says of that origin.
-        unchanged: Whether all its weights are certain to be those of that origin.
+        unchanged: Whether all its weights were compared with that origin and are equal.
         training: The run that trained it.
     """
 
@@ -109,7 +109,7 @@ class GHNFacts(Facts):
 
 
 def origin_of(provenance: Mapping[str, Any] | None) -> Origin | None:
-    """The GHN that predicted."""
+    """Origin of the GHN that made a prediction."""
     if provenance is None:
         return None
     recorded = provenance.get('origin') or {}
@@ -118,7 +118,7 @@ def origin_of(provenance: Mapping[str, Any] | None) -> Origin | None:
 
 
 def entry_of(origin: Origin | None) -> GHNEntry | None:
-    """The entry of the catalogue for the place that weights came from; None for another GHN of that name."""
+    """The entry of the catalogue with this origin; None for another GHN of the same name."""
     if origin is None:
         return None
     entry = known_ghns().get(origin.name or '')
@@ -128,12 +128,10 @@ def entry_of(origin: Origin | None) -> GHNEntry | None:
 
 
 def check_provenance(found: object) -> dict[str, Any]:
-    """Check facts about a prediction that a caller or a file gives.
-
-    They must be as :func:`~timm_ghn.prediction.predict.provenance` gives them.
+    """Refuse facts that :func:`~timm_ghn.prediction.predict.provenance` cannot have given.
 
     Raises:
-        ConfigError: if they are something else.
+        ConfigError: naming the wrong one.
     """
     if not isinstance(found, Mapping):
         raise ConfigError(f'expected facts about a prediction (got {type(found).__name__})')
@@ -157,13 +155,7 @@ def check_provenance(found: object) -> dict[str, Any]:
 def provenance_of(
     model: nn.Module, prediction: Prediction | Mapping[str, Any] | None, training: Training | None
 ) -> tuple[dict[str, Any] | None, bool]:
-    """Where the weights come from, and whether they are certain to be as predicted.
-
-    Args:
-        model: The model; timm's configuration of it says whether it was made by the tag of a GHN.
-        prediction: What was predicted for it, or facts about that.
-        training: The run that trained it.
-    """
+    """The provenance of the weights, and whether a second prediction gives the same ones."""
     if isinstance(prediction, Prediction):
         return (dict(prediction.provenance), False) if training is not None else _compare(model, prediction)
     found = None if prediction is None else check_provenance(prediction)
@@ -176,7 +168,7 @@ def provenance_of(
 
 
 def _compare(model: nn.Module, prediction: Prediction) -> tuple[dict[str, Any], bool]:
-    """Find how weights were post-processed by doing it again; if nothing fits, they are not only predicted."""
+    """Find the post-processing that gives these weights again; without one, they were changed otherwise."""
     facts = dict(prediction.provenance)
     for options in (None, *(PostProcess.of(name, seed=facts['seed']) for name in NAMED)):
         again = copy.deepcopy(model)
@@ -188,7 +180,7 @@ def _compare(model: nn.Module, prediction: Prediction) -> tuple[dict[str, Any], 
 
 
 def _comes_out_again(model: nn.Module, facts: Mapping[str, Any]) -> bool:
-    """Whether predicting again, as the facts describe it, gives the parameters that the model has."""
+    """Whether a second prediction from the same facts gives the parameters of the model."""
     options = facts.get('postprocess')
     ghn = None if isinstance(options, str) else _load_again(origin_of(facts))
     if ghn is None:
@@ -249,14 +241,10 @@ def _totals(model: nn.Module, entry: GHNEntry | None) -> dict[str, Any]:
 def ghn_facts(
     ghn: GHN, repo_id: str, revision: str | None, *, training: MetaTraining | None, license: str | None
 ) -> GHNFacts:
-    """Gather what is known of a GHN.
+    """Gather what is known of a GHN that goes to a repository.
 
-    Args:
-        ghn: The GHN.
-        repo_id: Repository on the Hub that it goes to.
-        revision: Branch, if not the main one.
-        training: The run that trained it. If None, results that lie beside its file serve, if the file says the same.
-        license: Identifier of the licence; if None, that of the catalogue.
+    Without ``training``, the results beside the file that it was loaded from serve, if its weights did not change;
+    without ``license``, that of the catalogue.
 
     Raises:
         ConfigError: if the run trained another GHN.
@@ -288,7 +276,7 @@ def _equal_states(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> b
 
 
 def _load_again(origin: Origin | None) -> GHN | None:
-    """What an origin names, where it is at hand: nothing is downloaded for the sake of a sentence."""
+    """Load the GHN of an origin from this machine, if it is there; nothing is downloaded for a sentence."""
     if origin is None:
         return None
     entry = entry_of(origin)
@@ -303,7 +291,7 @@ def _load_again(origin: Origin | None) -> GHN | None:
 
 
 def _is_public(origin: Origin | None, repo_id: str) -> bool:
-    """Whether an origin says something to others: it is neither a folder of this machine nor the repository itself."""
+    """Whether others can use an origin: it is neither a folder of this machine nor the repository itself."""
     if origin is None or origin.repo_id == repo_id:
         return False
     return origin.embedded or origin.repo_id is not None or Path(origin.file or WEIGHTS_FILE).name != WEIGHTS_FILE
@@ -320,7 +308,7 @@ def _results_beside(ghn: GHN) -> MetaTraining | None:
             try:
                 found = MetaTraining.read(place)
                 found.check_config(ghn.config)
-            except ConfigError:  # of something else
+            except ConfigError:  # the results of something else
                 return None
             return found
     return None

@@ -1,4 +1,4 @@
-"""The files of a repository, checked by loading them; and models that other commands wrote to the disk."""
+"""Files of a repository on the Hub, checked by loading them, and files that other commands wrote."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_OTHER_WEIGHTS = (
 #: Keys of a configuration that no model of timm has.
 _OF_GHNS = frozenset({'hid', 'max_shape', 'num_classes'})
 
-#: What timm's data config says of images, and where the pretrained cfg holds it.
+#: Keys about images that timm's data config and its pretrained cfg share.
 _IMAGES = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
@@ -54,11 +54,7 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Build a model from a file whose header says what it is.
-
-    Args:
-        path: A file of ``timm-ghn predict``; a file of weights of ``timm-ghn finetune``, or its output folder, which
-            stands for the best weights.
+    """Build a model from what ``timm-ghn predict`` or ``finetune`` wrote; an output folder means the best weights.
 
     Raises:
         ConfigError: if it is no such file.
@@ -133,22 +129,19 @@ def check_model(model: nn.Module) -> str:
 def write_model(
     model: nn.Module, folder: Path, *, model_args: Mapping[str, Any] | None, images: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Write the weights and timm's configuration.
+    """Write the weights and timm's configuration, and return the latter.
 
     Args:
         model: The model.
         folder: An empty folder.
-        model_args: More that ``timm.create_model`` needs, beside what timm recorded itself.
+        model_args: Arguments of ``timm.create_model`` beside those that timm recorded.
         images: timm's data config, if the model was trained with another one than its own.
-
-    Returns:
-        The configuration.
 
     Raises:
         ConfigError: if an argument cannot be written.
     """
     try:
-        # Neither true nor false: no weights, which are written here, since timm's way refuses tied tensors.
+        # None keeps timm from writing the weights, which it refuses to do for tied tensors; they are written below.
         none: Any = None
         save_for_hf(model, str(folder), model_args=dict(model_args or {}) or None, safe_serialization=none)
     except (TypeError, ValueError) as error:
@@ -173,7 +166,7 @@ def write_config(config: dict[str, Any], folder: Path, facts: ModelFacts) -> Non
         how = 'Fine-tuned from' if facts.training is not None else 'Without training:' if facts.raw else 'Begun with'
         said = facts.provenance or {}
         if facts.training is None and len(said.get('mean', ())) == facts.input_size[0]:
-            # Images as the GHN saw them; timm's configuration is about weights that saw others.
+            # The statistics of the GHN's training images, not of those of timm's pretrained weights.
             cfg |= {key: said[key] for key in ('mean', 'std')}
         cfg |= {'tag': 'ghn', 'description': f'{how} {made}; see README.md.'}
     names = list(facts.training.run.get('classes', ())) if facts.training is not None else []

@@ -45,7 +45,7 @@ _MAIN = constants.DEFAULT_REVISION
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where on the Hub something goes.
+    """A destination on the Hub.
 
     Attributes:
         repo_id: The repository, as 'user/name'.
@@ -54,7 +54,7 @@ class Target:
         create_pr: Whether to open a pull request instead.
 
     Raises:
-        ConfigError: if there can be no such place.
+        ConfigError: if there can be no such destination.
     """
 
     repo_id: str
@@ -76,20 +76,17 @@ class Target:
 
     @property
     def branch(self) -> str:
-        """Branch that is committed to, or that a pull request is for."""
+        """Branch of the commit, or target of the pull request."""
         return self.revision or _MAIN
 
     @property
     def pinned(self) -> str | None:
-        """What has to be named to load it from there; None for the main branch."""
+        """Revision to name when loading from there; None for the main branch."""
         return None if self.create_pr or self.branch == _MAIN else self.branch
 
 
 def api_of(token: str | bool | None) -> HfApi:
-    """The client.
-
-    Args:
-        token: Of a user who may write; huggingface_hub's own (``hf auth login``, HF_TOKEN) if None.
+    """The client with a token, or with huggingface_hub's own (``hf auth login``, HF_TOKEN) if None.
 
     Raises:
         ConfigError: if it can be no token.
@@ -163,7 +160,7 @@ def push_to_hub(
             write_ghn(model, folder)
             facts = ghn_facts(model, repo_id, target.pinned, training=training, license=license)
             title = f'{printable(model.config.name or "GHN")}, a graph hypernetwork'
-            # It came from there and goes back as it was: the card that is there knows more of it than the GHN does.
+            # An unchanged GHN goes back to where it came from: the card there has more facts than the GHN.
             returns = model.origin is not None and model.origin.repo_id == repo_id and facts.unchanged
             keep_card = returns and training is None and license is None and _has_card(target, api)
         else:
@@ -205,13 +202,13 @@ def _write_model_files(
     arguments = dict(config.get('model_args') or {})
     known: Any = model.pretrained_cfg
     if config['num_classes'] != known.get('num_classes'):
-        # timm before 1.0.31 records no arguments; of these at least it says.
+        # timm before 1.0.31 records no arguments.
         arguments.setdefault('num_classes', int(config['num_classes']))
     facts = ModelFacts(
         repo_id=target.repo_id,
         revision=target.pinned,
         architecture=architecture,
-        # Sorted: a header of safetensors gives them in any order, and the same facts are to give the same card.
+        # Sorted, so that the same facts give the same card: a header of safetensors has no order.
         model_args=dict(sorted(arguments.items())),
         input_size=tuple(config['pretrained_cfg']['input_size']),
         num_classes=int(config['num_classes']),
@@ -229,14 +226,7 @@ def _write_model_files(
 def push_path(
     path: Path, target: Target, *, license: str | None = None, commit_message: str | None = None
 ) -> CommitInfo:
-    """Push what a command wrote: a model or a GHN, as :func:`push_to_hub` does.
-
-    Args:
-        path: A file of ``timm-ghn predict``; the output folder of ``timm-ghn finetune``, which stands for the best
-            weights, or a file of weights in it; or the folder of a GHN.
-        target: Where it goes. The token is huggingface_hub's own.
-        license: Identifier of the licence.
-        commit_message: First line of the commit's message.
+    """Push what a command wrote, a model or the folder of a GHN, as :func:`push_to_hub` does.
 
     Raises:
         GHNError: if there is nothing of the kind, or as :func:`push_to_hub`.
@@ -276,11 +266,7 @@ def check_pushable(model: nn.Module, model_args: Mapping[str, Any] | None) -> No
 
 
 def _send(folder: Path, files: Sequence[str], target: Target, api: HfApi, *, message: str) -> CommitInfo:
-    """Commit files; the repository and the branch are made if they do not exist.
-
-    Returns:
-        The commit, or the last one if nothing has changed.
-    """
+    """Commit files to a repository and branch, which are made if they do not exist."""
     repo_id = target.repo_id
     with _hub_errors(f'{repo_id} was not pushed to', api):
         api.create_repo(repo_id, private=target.private, exist_ok=True)
@@ -310,10 +296,10 @@ def check_access(target: Target, api: HfApi) -> None:
 
 
 def _has_card(target: Target, api: HfApi) -> bool:
-    """Whether there is a model card already where something goes; False if that cannot be found out."""
+    """Whether the destination has a model card; False if that cannot be found out."""
     try:
         info = api.model_info(target.repo_id, revision=target.branch)
-    except Exception:  # whatever is wrong with the network or the repository, the push itself says better
+    except Exception:  # the push reports it
         return False
     return any(sibling.rfilename == CARD_FILE for sibling in info.siblings or ())
 
@@ -355,17 +341,17 @@ def _check_repository(api: HfApi, target: Target, *, make_branch: bool) -> None:
 
 @contextlib.contextmanager
 def _hub_errors(what: str, api: HfApi) -> Iterator[None]:
-    """Turn what the client raises, which is another thing from version to version, into errors with a way out."""
+    """Turn the client's exceptions, which differ from version to version, into errors with a way out."""
     token = api.token if isinstance(api.token, str) else None if api.token is False else get_token()
     try:
         yield
     except GHNError:
         raise
     except Exception as error:
-        reason, hint = _explained(error)
+        reason, hint = _reason_and_hint(error)
         message = f'{what} {constants.ENDPOINT}: {reason.rstrip(".")}. {hint}'
         if token and any(token in str(one) for one in _chain(error)):
-            # A server may send back what it was asked with.
+            # A server may repeat the request.
             raise HubError(message.replace(token, '(token)')) from None
         raise HubError(message) from error
 
@@ -387,8 +373,8 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _explained(error: Exception) -> tuple[str, str]:
-    """Reason and way out. Addresses stay out of it: those of uploads are signed."""
+def _reason_and_hint(error: Exception) -> tuple[str, str]:
+    """Reason and hint for an error of the client, without addresses: those of uploads are signed."""
     chain = _chain(error)
     for one in chain:
         if isinstance(one, OfflineModeIsEnabled):

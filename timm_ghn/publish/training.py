@@ -1,4 +1,4 @@
-"""What the results of a run say: of fine-tuning a model, or of training a GHN."""
+"""Results of a run, read from its output folder: of fine-tuning a model, or of training a GHN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from timm_ghn.errors import ConfigError, printable
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.runs.results import RESULTS, read_results
 
-#: Weights that a fine-tuning run leaves, and the entry of its last line that says how good they are; None: the file.
+#: Weights that a fine-tuning run leaves, and the key of their accuracy in its last epoch; None for the best epoch's.
 WEIGHTS = {'model_best.safetensors': None, 'model.safetensors': 'val_top1', 'model_ema.safetensors': 'ema_top1'}
 
 #: Groups of networks that a training run evaluates on.
@@ -23,11 +23,7 @@ GROUPS = ('known', 'unseen')
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What the results of a run say of it.
-
-    Attributes:
-        run: The first line of its results.
-    """
+    """Results of a run; ``run`` is their first line."""
 
     run: Mapping[str, Any]
 
@@ -37,7 +33,7 @@ class RunRecord:
         return dict(self.run['arguments'])
 
     def is_local(self, name: str) -> bool:
-        """Whether an argument named a file or folder where the run was, which is nobody else's business."""
+        """Whether an argument is a path on the machine of the run, which is not published."""
         named = str(self.arguments.get(name))
         on_the_hub = not os.path.exists(named) and not named.startswith(('.', '~', os.sep)) and named.count('/') <= 1
         return not on_the_hub or name in (self.run.get('local') or ())
@@ -50,14 +46,16 @@ class RunRecord:
 
     @property
     def init(self) -> str | None:
-        """What the weights began as, without folders of the machine; None for random weights of a GHN."""
+        """Initial weights, without folders of the machine; None for random weights of a GHN."""
         name = str(self.arguments.get('init') or '')
+        if name.startswith('donor:') and name.endswith('.safetensors'):
+            return printable(f'donor:{PurePath(name).name}')
         return printable(PurePath(name).name if self.is_local('init') else name) or None
 
 
 @dataclasses.dataclass(frozen=True)
 class Training(RunRecord):
-    """A fine-tuning run, and how good the weights are that came out of it.
+    """A fine-tuning run and the accuracy of its weights.
 
     Attributes:
         epoch: After which epoch the weights are from.
@@ -102,7 +100,7 @@ class Training(RunRecord):
 
 @dataclasses.dataclass(frozen=True)
 class MetaTraining(RunRecord):
-    """A run of ``timm-ghn train``, and what came out of it.
+    """A run of ``timm-ghn train``.
 
     Attributes:
         steps: Steps done when the GHN was written.

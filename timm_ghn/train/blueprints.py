@@ -21,8 +21,7 @@ from timm_ghn.contexts import preserve_rng
 from timm_ghn.errors import CheckpointError
 from timm_ghn.files import atomic_write
 from timm_ghn.graph.build import trace
-from timm_ghn.graph.graph import Graph
-from timm_ghn.graph.records import graph_from_dict, graph_to_dict
+from timm_ghn.graph.graph import Graph, graph_from_dict, graph_to_dict
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, plan_parameters
 from timm_ghn.version import __version__

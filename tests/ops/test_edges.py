@@ -1,4 +1,4 @@
-"""A schedule is the edges that were given, in another order."""
+"""Sorted edges are the edges that were given, in another order."""
 
 from __future__ import annotations
 
@@ -23,12 +23,9 @@ def test_edges_are_sorted_by_target_and_their_factors_with_them(index):
     assert edges.weight_E.tolist() == edges.arranged(weight).tolist() == [1, 3, 0, 2, 4]
     assert {edges.source_E.dtype, edges.target_E.dtype, edges.pointer_T1.dtype} == {index}
     assert (len(edges), edges.num_targets) == (5, 5)
-
-
-def test_sorted_edges_are_not_moved():
-    edges = Edges.of(SOURCE, TARGET.sort().values, num_sources=4, num_targets=4)
-    assert edges.order_E is None
-    assert edges.source_E.tolist() == SOURCE.tolist()
+    in_order = Edges.of(SOURCE, TARGET.sort().values, num_sources=4, num_targets=4)
+    assert in_order.order_E is None
+    assert in_order.source_E.tolist() == SOURCE.tolist()
 
 
 def test_the_transpose_has_the_same_edges_and_twice_transposed_they_are_back():
@@ -41,26 +38,20 @@ def test_the_transpose_has_the_same_edges_and_twice_transposed_they_are_back():
     assert edges.transposed is back
 
 
-@pytest.mark.parametrize('index', [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    ('source', 'target', 'name'),
-    [([4], [0], 'source_E in 0..3'), ([-1], [0], 'source_E'), ([0], [5], 'target_E in 0..4'), ([0], [-1], 'target_E')],
-)
-def test_an_index_out_of_range_is_named(source, target, name, index):
-    with pytest.raises(IndexError, match=name):
-        Edges.of(torch.tensor(source, dtype=index), torch.tensor(target, dtype=index), num_sources=4, num_targets=5)
-
-
-@pytest.mark.parametrize(
-    ('source', 'target', 'weight', 'message'),
+    ('source', 'target', 'weight', 'error', 'message'),
     [
-        (SOURCE.float(), TARGET, None, 'source_E as int32 or int64'),
-        (SOURCE, TARGET[None], None, 'target_E as int32 or int64'),
-        (SOURCE, TARGET[:4], None, 'one length, dtype and device'),
-        (SOURCE, TARGET.int(), None, 'one length, dtype and device'),
-        (SOURCE, TARGET, torch.ones(4), 'weight_E like source_E'),
+        (SOURCE + 1, TARGET, None, IndexError, 'source_E in 0..3'),
+        (SOURCE - 1, TARGET, None, IndexError, 'source_E'),
+        (SOURCE.int(), TARGET.int() + 2, None, IndexError, 'target_E in 0..4'),
+        (SOURCE.int(), TARGET.int() - 1, None, IndexError, 'target_E'),
+        (SOURCE.float(), TARGET, None, ValueError, 'source_E as int32 or int64'),
+        (SOURCE, TARGET[None], None, ValueError, 'target_E as int32 or int64'),
+        (SOURCE, TARGET[:4], None, ValueError, 'one length, dtype and device'),
+        (SOURCE, TARGET.int(), None, ValueError, 'one length, dtype and device'),
+        (SOURCE, TARGET, torch.ones(4), ValueError, 'weight_E like source_E'),
     ],
 )
-def test_what_does_not_fit_is_refused(source, target, weight, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_that_do_not_fit_are_refused(source, target, weight, error, message):
+    with pytest.raises(error, match=message):
         Edges.of(source, target, num_sources=4, num_targets=5, weight_E=weight)

@@ -1,0 +1,93 @@
+"""The commands about data sets: ``timm-ghn finetune``, ``timm-ghn train`` and ``timm-ghn evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from timm_ghn.cli.tables import aligned
+from timm_ghn.errors import LONGEST, printable
+from timm_ghn.runs.recipes import add_arguments, options_of
+
+#: Module and name of the dataclass of each command's options.
+_OPTIONS = {
+    'finetune': ('timm_ghn.finetune.options', 'FinetuneOptions'),
+    'train': ('timm_ghn.train.options', 'TrainOptions'),
+    'evaluate': ('timm_ghn.train.evaluate', 'EvaluateOptions'),
+}
+
+
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Give the parser of a command an option for every field of its dataclass."""
+    module, name = _OPTIONS[command]
+    options = importlib.import_module(module)
+    add_arguments(parser, getattr(options, name), options.GROUPS)
+
+
+def finetune_model(args: argparse.Namespace) -> int:
+    """Fine-tune a model."""
+    from timm_ghn.finetune.options import FinetuneOptions
+
+    options = options_of(args, FinetuneOptions)
+    from timm_ghn.finetune.loop import finetune  # loads accelerate, so after the options are known to be right
+
+    with log_to_stderr():
+        result = finetune(options)
+    _print_once(result.output, result.pushed)
+    return 0
+
+
+def train_ghn(args: argparse.Namespace) -> int:
+    """Train a GHN."""
+    from timm_ghn.train.options import TrainOptions
+
+    options = options_of(args, TrainOptions)
+    from timm_ghn.train.loop import train
+
+    with log_to_stderr():
+        result = train(options)
+    _print_once(result.output)
+    return 0
+
+
+def evaluate_ghn(args: argparse.Namespace) -> int:
+    """Print the accuracy of predicted networks."""
+    from timm_ghn.train.evaluate import EvaluateOptions, evaluate
+
+    rows = evaluate(options_of(args, EvaluateOptions))
+    cells = [(row.family, row.name, f'{row.parameters:,}', f'{row.top1:.2f}', f'{row.loss:.3f}') for row in rows]
+    header = ('family', 'architecture', 'parameters', 'accuracy, %', 'cross-entropy')
+    print('\n'.join(aligned(header, cells)))
+    return 0
+
+
+def _print_once(*lines: Any) -> None:
+    """Print on the main process only."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(*(line for line in lines if line is not None), sep='\n')
+
+
+class _Line(logging.Formatter):
+    """One printable line for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage(), LONGEST)
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Write the log records of the package to the standard error."""
+    logger = logging.getLogger('timm_ghn')
+    logger.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
