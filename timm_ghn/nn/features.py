@@ -3,8 +3,8 @@
 The published GHNs look sizes and distances up in tables: 64 and 72 channels have nothing in common before both were
 seen often. These numbers vary smoothly with the size of a tensor and with its place between input and output.
 
-Sizes relative to the widest layer and the number of equal layers before a node say which layer of another network of the
-same family it corresponds to, however wide and deep both are. Of ResNets of all widths and depths, accuracy without
+Sizes relative to the widest layer and the number of equal layers before a node say which layer of another network of
+the same family it corresponds to, however wide and deep both are. Of ResNets of all widths and depths, accuracy without
 training after 150 steps on CIFAR-10 is 34 % without them, 39 % with them, and 44 % with a table of layer names.
 """
 
