@@ -75,6 +75,7 @@ def test_the_readme_names_what_exists():
     named = re.findall(r'^\| `(\w+)\(', PAGES['reference'], flags=re.MULTILINE)
     assert named
     assert not [name for name in named if not callable(getattr(timm_ghn, name, None))]
-    ghns = set(re.findall(r'(?<!recipes/)(?:\bghn\d\w*_\w+|\bghn_tiny\w*)', README + PAGES['reference'])) - {'ghn3_results'}
+    text = README + PAGES['reference']
+    ghns = set(re.findall(r'(?<!recipes/)(?:\bghn\d\w*_\w+|\bghn_tiny\w*)', text)) - {'ghn3_results'}
     assert ghns
     assert ghns <= set(known_ghns())

@@ -32,7 +32,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -238,7 +238,7 @@ class TemplateDecoder(TensorDecoder):
                 for part in self._parts_of(index, request):
                     alike.setdefault((part.role, part.size), []).append(part)
             for (role, size), parts in alike.items():
-                positions, rows, columns = self.banks[role].shape_qab
+                positions, rows, columns = cast(Bank, self.banks[role]).shape_qab
                 cost = rows * columns * max(math.prod(size), positions)
                 for some in chunks(parts, [cost] * len(parts), chunk_elements):
                     yield from self._decode_alike(z_Nd, some, codes)
