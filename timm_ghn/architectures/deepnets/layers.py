@@ -40,7 +40,7 @@ def make_op(name: str, channels: int, stride: int, norm: str | None) -> nn.Modul
     if name not in OPS:
         raise ConfigError(f'expected an operation among {", ".join(OPS)} (got {name!r})')
     if name == 'none':
-        return Zero(stride)
+        return Zero()
     if name == 'skip_connect':
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, norm)
     if name == 'max_pool_3x3':
@@ -103,15 +103,7 @@ class Convolutions(nn.Module):
 
 
 class Zero(nn.Module):
-    """The operation 'none': zeros, which do not depend on the input."""
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x_nchw: Tensor) -> Tensor:
-        """Zeros in the shape of the subsampled input."""
-        return torch.zeros_like(subsampled(x_nchw, self.stride))
+    """The operation 'none': a cell leaves it out."""
 
 
 class Subsample(nn.Module):
@@ -186,9 +178,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(channels, channels), nn.GELU(), nn.Identity(), nn.Linear(channels, channels)
-        )
+        self.net = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Identity(), nn.Linear(channels, channels))
 
     def forward(self, x_blc: Tensor) -> Tensor:
         """Apply the layers."""

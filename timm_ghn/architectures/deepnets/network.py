@@ -19,7 +19,7 @@ from timm_ghn.architectures.deepnets.layers import (
     make_op,
     relu_conv_norm,
 )
-from timm_ghn.errors import ConfigError
+from timm_ghn.errors import ConfigError, UnsupportedModelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,15 +156,21 @@ class Cell(nn.Module):
 
     def forward(self, s0_nchw: Tensor, s1_nchw: Tensor) -> Tensor:
         """The output of the cell from those of the two cells before."""
-        states = [self.preprocess0(s0_nchw), self.preprocess1(s1_nchw)]
+        # None stands for zeros; what an operation makes of them is left out, as in the reference.
+        states: list[Tensor | None] = [self.preprocess0(s0_nchw), self.preprocess1(s1_nchw)]
         for first in range(0, len(self.pairs), 2):
-            parts = [(self._ops[i], states[self.pairs[i][1]]) for i in (first, first + 1)]
-            # A sum with zeros is its other part.
-            parts = [part for part in parts if not isinstance(part[0], Zero)] or parts[:1]
-            outputs = [op(state) for op, state in parts]
-            states.append(outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1])
+            outputs = []
+            for i in (first, first + 1):
+                op, state = self._ops[i], states[self.pairs[i][1]]
+                if state is not None and not isinstance(op, Zero):
+                    outputs.append(op(state))
+            states.append(sum(outputs[1:], outputs[0]) if outputs else None)
         chosen = [states[i] for i in self.concat]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+        known = next((state for state in chosen if state is not None), None)
+        if known is None:
+            raise UnsupportedModelError('a cell of this network gives zeros alone')
+        filled = [torch.zeros_like(known) if state is None else state for state in chosen]
+        return filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
 
 
 class DeepNet(nn.Module):
