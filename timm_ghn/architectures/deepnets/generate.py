@@ -201,8 +201,8 @@ def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 
     partial = path.with_name(f'{path.name}.partial')
     found = _resume(partial, split, seed)
     by_hash: dict[str, list[int]] = {}
-    for number, record in found:
-        by_hash.setdefault(wl_hash(record), []).append(number)
+    for number, earlier in found:
+        by_hash.setdefault(wl_hash(earlier), []).append(number)
     found_count, first = len(found), found[-1][0] + 1 if found else 0
     del found
     with (

@@ -222,6 +222,7 @@ class DeepNet(nn.Module):
         """Make the stem, and say the channels of its two outputs."""
         large, norm, channels = image_size > 64, config.norm, config.C
         padding = config.ks // 2
+        self.stem0: nn.Module
         if config.genotype.is_vit:
             patch, pad = (16, 0) if large else (3, 1)
             self.stem0 = nn.Conv2d(in_chans, channels, patch, patch, pad, bias=False)

@@ -157,5 +157,5 @@ def sorted_record(
     rank = np.empty(len(nodes), dtype=np.int64)
     rank[order] = np.arange(len(nodes))
     pairs = sorted((int(rank[source]), int(rank[target])) for source, target in edges.tolist())
-    columns = list(zip(*(nodes[i] for i in order), strict=True))
+    columns = list(zip(*(nodes[i] for i in order.tolist()), strict=True))
     return NetRecord(config, dict(num_params), columns[0], columns[1], columns[2], tuple(pairs))
