@@ -1,4 +1,4 @@
-"""What is shipped: the metadata, the files in the wheel, and the words of the README."""
+"""What is shipped: the metadata, the files in the wheel, and the words of the README and the pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^```python\n(.*?)^```', README, flags=re.MULTILINE | re.DOTALL)
+PAGES = {path.stem: path.read_text(encoding='utf-8') for path in sorted((ROOT / 'docs').glob('*.md'))}
+BLOCKS = [
+    pytest.param(code, id=f'{name}-{number}')
+    for name, text in {'README': README, **PAGES}.items()
+    for number, code in enumerate(re.findall(r'^```python\n(.*?)^```', text, flags=re.MULTILINE | re.DOTALL))
+]
 
 
 def test_one_version():
@@ -47,11 +52,19 @@ def test_the_files_of_the_package_are_found():
 
 
 def test_the_readme_begins_with_a_short_example():
-    assert len(BLOCKS[0].splitlines()) < 15
-    assert README.count('\n', 0, README.index('```python')) < 12
+    assert len(README.splitlines()) <= 150
+    start = README.index('```python')
+    assert README.count('\n', 0, start) < 12
+    assert README.count('\n', start, README.index('```', start + 3)) < 16
 
 
-@pytest.mark.parametrize('code', BLOCKS, ids=range(len(BLOCKS)))
+def test_links_of_the_readme_and_the_pages_lead_somewhere():
+    for folder, text in ((ROOT, README), *((ROOT / 'docs', page) for page in PAGES.values())):
+        for link in re.findall(r'\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)', text):
+            assert not link or (folder / link).exists(), link
+
+
+@pytest.mark.parametrize('code', BLOCKS)
 def test_the_readme_runs(code, tmp_path):
     # Its own process, where importing the package and choosing a default are new; nothing is downloaded.
     environment = {**os.environ, 'TIMM_GHN_DEFAULT': EMBEDDED}
@@ -59,9 +72,9 @@ def test_the_readme_runs(code, tmp_path):
 
 
 def test_the_readme_names_what_exists():
-    named = re.findall(r'^\| `(\w+)\(', README, flags=re.MULTILINE)
+    named = re.findall(r'^\| `(\w+)\(', PAGES['reference'], flags=re.MULTILINE)
     assert named
     assert not [name for name in named if not callable(getattr(timm_ghn, name, None))]
-    ghns = set(re.findall(r'(?<!recipes/)(?:\bghn\d\w*_\w+|\bghn_tiny\w*)', README)) - {'ghn3_results'}
+    ghns = set(re.findall(r'(?<!recipes/)(?:\bghn\d\w*_\w+|\bghn_tiny\w*)', README + PAGES['reference'])) - {'ghn3_results'}
     assert ghns
     assert ghns <= set(known_ghns())

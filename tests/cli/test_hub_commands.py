@@ -18,7 +18,7 @@ from timm_ghn.hub import catalogue, known_ghns, list_ghns, load_ghn, register_gh
 from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.hub.converted import cache_folder, converted_ghns
 
-README = (Path(__file__).resolve().parents[2] / 'README.md').read_text(encoding='utf-8')
+PAGE = (Path(__file__).resolve().parents[2] / 'docs' / 'hub.md').read_text(encoding='utf-8')
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def test_the_commands_know_registered_names(run, mine):
     expect_error(run('inspect test_resnet.own'), 'names a GHN')
 
 
-def test_the_readme_about_conversions_and_names_runs(run, mine):
-    section = README.partition('\n## Conversions, and names of your own\n')[2].partition('\n## ')[0]
+def test_the_page_about_conversions_and_names_runs(run, mine):
+    section = PAGE.partition('\n## Conversions, and names of your own\n')[2].partition('\n## ')[0]
     commands = [line.partition(' ')[2].split('#')[0] for line in section.splitlines() if line.startswith('timm-ghn ')]
     (code,) = re.findall(r'^```py\n(.*?)^```', section, flags=re.MULTILINE | re.DOTALL)
     catalogue._registered['ghn3_tm8'] = dataclasses.replace(mine, name='ghn3_tm8')

@@ -236,13 +236,14 @@ def test_help_has_an_example(run, command):
     assert 'example' in out
 
 
-def test_every_command_of_the_readme_is_understood():
+def test_every_command_of_the_readme_and_the_pages_is_understood():
     lines = [
         line.split('#')[0]
-        for line in (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
+        for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))
+        for line in path.read_text(encoding='utf-8').splitlines()
         if line.startswith('timm-ghn ')
     ]
-    assert len(lines) >= 4
+    assert len(lines) >= 20
     for line in [*lines, *(example for _, example, _ in cli.COMMANDS.values())]:
         arguments = shlex.split(line)[1:]
         cli.build_parser(arguments).parse_args(arguments)

@@ -1,4 +1,4 @@
-"""``timm-ghn push``, and the README's section about the Hub, run against a server."""
+"""``timm-ghn push``, and the page about the Hub, run against a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from timm_ghn.hub.storage import save_ghn
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
 
-README = (Path(__file__).resolve().parents[2] / 'README.md').read_text(encoding='utf-8')
+PAGE = (Path(__file__).resolve().parents[2] / 'docs' / 'hub.md').read_text(encoding='utf-8')
 REPO = 'user/test.ghn'
 
 
@@ -123,9 +123,9 @@ def test_a_stem_that_timm_does_not_build_is_refused(run, hub: HubServer, tmp_pat
     assert not hub.requests
 
 
-def test_the_readme_about_the_hub_runs(run, hub: HubServer, monkeypatch, tmp_path):
+def test_the_page_about_the_hub_runs(run, hub: HubServer, monkeypatch, tmp_path):
     monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
-    section = README.partition('\n## Use it from the Hub\n')[2].partition('\n## ')[0]
+    section = PAGE.partition('\n## Use it from the Hub\n')[2].partition('\n## ')[0]
     commands = [
         line.partition(' ')[2].partition('  #')[0] for line in section.splitlines() if re.match('timm-ghn ', line)
     ]

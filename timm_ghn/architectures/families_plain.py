@@ -43,8 +43,8 @@ def draw_vgg(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'classifier': choose(rng, ('linear', 'linear', 'convolutions')),
         'classifier_kernel': choose(rng, (1, 3, 7)),
         'classifier_width': choose(rng, (64, 128, 256, 512)),
-        'norm': choose(rng, ('batch', 'batch', 'batch', 'none')),
-        'act': choose(rng, ('relu', 'relu', 'gelu')),
+        'norm': choose(rng, (*['batch'] * 5, 'none')),
+        'act': choose(rng, (*['relu'] * 6, 'gelu')),
     }
 
 
@@ -96,7 +96,7 @@ def draw_densenet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'depths': draw_depths(rng, stages, 6),
         'growth': choose(rng, (8, 12, 16, 24, 32)),
         'bottleneck': choose(rng, (2, 4)),
-        'act': choose(rng, ('relu', 'relu', 'silu')),
+        'act': choose(rng, (*['relu'] * 5, 'silu')),
         'norm': 'batch',
     }
 

@@ -31,11 +31,11 @@ from timm_ghn.architectures.draws import (
 GROUPS = 8
 
 #: Stride of the first convolution and what pools behind it, with the total stride.
-_STEMS = (((1, 'none'), 1), ((2, 'none'), 2), ((1, 'max'), 2), ((2, 'max'), 4))
+_STEMS = (*[((1, 'none'), 1)] * 3, ((2, 'none'), 2), ((1, 'max'), 2), *[((2, 'max'), 4)] * 3)
 
 
 #: How the last map is pooled: nearly all networks of timm average.
-_POOLINGS = (*['avg'] * 8, 'max', 'catavgmax')
+_POOLINGS = (*['avg'] * 18, 'max', 'catavgmax')
 
 
 def set_convolution(convolution: nn.Conv2d, *, kernel: int, stride: int) -> None:
@@ -51,8 +51,8 @@ def set_convolution(convolution: nn.Conv2d, *, kernel: int, stride: int) -> None
 
 def _draw_stem(rng: np.random.Generator, limits: Limits, *, after: int) -> dict[str, Any]:
     stride, pool = affordable(rng, limits, _STEMS, after=after)
-    stem = choose(rng, ('plain', 'plain', 'deep', 'tiered'))
-    kernel = choose(rng, (3, 5, 7) if stride > 1 else (3, 3, 3, 5)) if stem == 'plain' else 3
+    stem = choose(rng, (*['plain'] * 6, 'deep', 'tiered'))
+    kernel = choose(rng, (7, 7, 7, 5, 3) if stride > 1 else (3, 3, 3, 3, 3, 5)) if stem == 'plain' else 3
     return {'stem': stem, 'stem_kernel': kernel, 'stem_stride': stride, 'stem_pool': pool}
 
 
@@ -73,7 +73,7 @@ def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str
     """1x1, 3x3 (in groups: ResNeXt) and 1x1 convolutions per block; widths are those of a block's 3x3."""
     stem = _draw_stem(rng, limits, after=8)
     depths = draw_depths(rng, 4, 3)
-    cardinality, base_width = choose(rng, ((1, 64), (1, 64), (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
+    cardinality, base_width = choose(rng, (*[(1, 64)] * 5, (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
     sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
     ratio = cardinality * base_width / 64
     per_block = 8 * ratio + 9 * ratio * ratio / cardinality
@@ -95,15 +95,15 @@ def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str
 
 
 def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: int) -> dict[str, Any]:
-    norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.15) else 'batch'
+    norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.08) else 'batch'
     if stem['stem_pool'] == 'max' and chance(rng, 0.2):
         stem['stem_pool'] = 'convolution'
     return {
-        'stem_width': round_to(width * choose(rng, (0.5, 1, 1, 2)), 16),
+        'stem_width': round_to(width * choose(rng, (0.5, 1, 1, 1, 1, 2)), 16),
         'norm': norm,
-        'act': choose(rng, ('relu', 'relu', 'relu', 'silu', 'gelu')),
-        'squeeze_excite': chance(rng, 0.25),
-        'average_down': chance(rng, 0.25),
+        'act': choose(rng, (*['relu'] * 8, 'silu', 'gelu')),
+        'squeeze_excite': chance(rng, 0.12),
+        'average_down': chance(rng, 0.12),
         'pooling': choose(rng, _POOLINGS),
     }
 
@@ -172,8 +172,8 @@ def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'bottle_ratio': ratio,
         'stem_width': round_to(widths[0] * choose(rng, (0.5, 1) if basic else (0.25, 0.5)), 16),
         'norm': norm,
-        'act': choose(rng, ('relu', 'relu', 'silu', 'gelu')),
-        'average_down': chance(rng, 0.25),
+        'act': choose(rng, (*['relu'] * 6, 'silu', 'gelu')),
+        'average_down': chance(rng, 0.12),
         'pooling': choose(rng, _POOLINGS),
     }
 
@@ -239,7 +239,7 @@ def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'group_size': group_size,
         'expansion': expansion,
         'average_down': kind in 'xyv' and chance(rng, 0.25),
-        'act': choose(rng, ('relu', 'relu', 'silu')),
+        'act': choose(rng, (*['relu'] * 5, 'silu')),
         'norm': 'batch',
     }
 

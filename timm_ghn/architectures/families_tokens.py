@@ -49,7 +49,7 @@ def draw_convnext(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     depths = draw_depths(rng, 4, 3)
     sides = stage_sides(limits.image_size, ({'convolution': 1, 'patch2': 2}.get(stem, 4), 2, 2, 2))
     widths = stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=8)
-    kernels = draw_each(rng, 4, (3, 5, 7, 9)) if chance(rng, 0.25) else (choose(rng, (3, 5, 7, 7)),) * 4
+    kernels = draw_each(rng, 4, (3, 5, 7, 9)) if chance(rng, 0.1) else (choose(rng, (*[7] * 6, 3, 5)),) * 4
     response = chance(rng, 0.35)
     return {
         'stem': stem,
@@ -59,8 +59,8 @@ def draw_convnext(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'layer_scale': None if response else choose(rng, OPEN_GATES),
         'response_norm': response,
         'convolutional_mlp': chance(rng, 0.3),
-        'norm_before_pooling': chance(rng, 0.2),
-        'act': choose(rng, ('gelu', 'gelu', 'relu', 'silu')),
+        'norm_before_pooling': chance(rng, 0.1),
+        'act': choose(rng, (*['gelu'] * 8, 'relu', 'silu')),
     }
 
 
@@ -101,7 +101,7 @@ def _draw_patches(rng: np.random.Generator, limits: Limits) -> tuple[int, int, i
 
 
 def _draw_transformer(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
-    mlp_ratio = choose(rng, (1.0, 2.0, 3.0, 4.0, 4.0))
+    mlp_ratio = choose(rng, (*[4.0] * 6, 1.0, 2.0, 3.0))
     patch, depth, side = _draw_patches(rng, limits)
     head = choose(rng, (16, 32, 32, 64))
     (width,) = stage_widths(
@@ -113,11 +113,11 @@ def _draw_transformer(rng: np.random.Generator, limits: Limits) -> dict[str, Any
         'width': width,
         'heads': width // head,
         'mlp_ratio': mlp_ratio,
-        'qkv_bias': chance(rng, 0.8),
-        'qk_norm': chance(rng, 0.15),
-        'layer_scale': choose(rng, (None, None, *OPEN_GATES)),
-        'norm_first': chance(rng, 0.1),
-        'act': choose(rng, ('gelu', 'gelu', 'gelu', 'relu', 'silu')),
+        'qkv_bias': chance(rng, 0.92),
+        'qk_norm': chance(rng, 0.08),
+        'layer_scale': choose(rng, (None, None, None, *OPEN_GATES)),
+        'norm_first': chance(rng, 0.05),
+        'act': choose(rng, (*['gelu'] * 8, 'relu', 'silu')),
     }
 
 
@@ -189,7 +189,7 @@ def draw_swin(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         'heads': tuple(width // head for width in widths),
         'window': choose(rng, (2, 4, 4, 7, 8)),
         'mlp_ratio': mlp_ratio,
-        'qkv_bias': chance(rng, 0.8),
+        'qkv_bias': chance(rng, 0.92),
     }
 
 
