@@ -71,6 +71,11 @@ COMMANDS = {
         'timm-ghn verify ghn3_tm8 --arch resnet50 --arch vit_b_16',
         'Compare the norms of predicted torchvision networks with the published ones.',
     ),
+    'deepnets': (
+        'deepnets:run_deepnets',
+        'timm-ghn deepnets generate --split train --num 1000 -o nets.arrow',
+        'Generate, convert and describe files of DeepNets-1M architectures.',
+    ),
 }
 
 #: Commands whose options are the fields of a dataclass.
@@ -214,9 +219,29 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     add('--arch', action='append', metavar='ARCH', help='only this network (may be repeated)')
     add('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
 
+    _add_deepnets_options(of['deepnets'])
     for name in ('list', 'predict', 'inspect', 'convert', 'cache'):
         of[name].add_argument('--json', action='store_true', help='print JSON')
     return parser
+
+
+def _add_deepnets_options(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True, parser_class=_Parser)
+    add = actions.add_parser(
+        'generate', help='draw networks of a split; a run that was interrupted goes on'
+    ).add_argument
+    add('--split', required=True, help='train, val, test, wide, deep, dense, bnfree or search')
+    add('--num', type=_positive, required=True, metavar='N', help='how many networks')
+    add('--seed', type=_count, default=0, help='of the draws (default: 0)')
+    add('--workers', type=_positive, default=1, metavar='N', help='processes (default: 1)')
+    add('-o', '--output', type=Path, required=True, metavar='FILE', help='file.arrow to write')
+    add = actions.add_parser('stats', help='print nodes, parameters, degrees, paths and primitives').add_argument
+    add('file', type=Path, metavar='FILE', help='Arrow file, or official HDF5 file')
+    add('--split', help='only this split')
+    add('--json', action='store_true', help='print JSON')
+    add = actions.add_parser('convert', help='convert official HDF5 and JSON to Arrow, or back').add_argument
+    add('file', type=Path, metavar='IN', help='file.hdf5 (with file_meta.json beside it) or file.arrow')
+    add('output', type=Path, metavar='OUT', help='file.arrow or file.hdf5')
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> None:

@@ -38,6 +38,7 @@ _TABLE = {
     'torchvision.models.convnext.LayerNorm2d': Primitive.LN,
     'torch.nn.modules.sparse.Embedding': Primitive.POS_ENC,
     'torchvision.models.vision_transformer.Encoder': Primitive.POS_ENC,
+    'timm_ghn.architectures.deepnets.layers.PosEnc': Primitive.POS_ENC,
 }
 
 

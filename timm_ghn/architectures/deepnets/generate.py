@@ -1,0 +1,258 @@
+"""Draw networks as DeepNets-1M was drawn, in parallel, into a file that a later run continues."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from timm_ghn.architectures.deepnets.isomorphism import is_isomorphic, wl_hash
+from timm_ghn.architectures.deepnets.layers import OPS
+from timm_ghn.architectures.deepnets.network import DeepNet, Genotype, NetworkConfig
+from timm_ghn.architectures.deepnets.records import NetRecord, record_of
+from timm_ghn.errors import ConfigError, DataError, UnsupportedModelError
+
+#: Operations that only_pool leaves to a reduction cell.
+POOLS = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect')
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRanges:
+    """What a split is drawn from; ranges include both ends.
+
+    Attributes:
+        cells: Number of cells.
+        depths: Numbers of cells, one of which is drawn as the threshold beyond which a network is deep.
+        steps: Fewest and most sums in a cell, and the most in a deep network.
+        parameters: Most parameters with 32 channels.
+        norm: Which normalisation: 'mixed', 'always' or 'none'.
+        preproc: Probability of the 1x1 convolutions where they are not needed and there is no attention.
+        width: Factor of the channels for CIFAR-10.
+    """
+
+    cells: tuple[int, int] = (4, 18)
+    depths: tuple[int, ...] = (7, 8, 9, 10)
+    steps: tuple[int, int, int] = (1, 4, 2)
+    parameters: int = 10**7
+    norm: str = 'mixed'
+    preproc: float = 1.0
+    width: int = 1
+
+
+#: The published ranges.
+SPLITS = {
+    'train': SplitRanges(),
+    'val': SplitRanges(),
+    'test': SplitRanges(),
+    'wide': SplitRanges(width=4),
+    'bnfree': SplitRanges(norm='none'),
+    'deep': SplitRanges(cells=(10, 36), depths=(18,), parameters=10**8),
+    'dense': SplitRanges(steps=(2, 10, 6), parameters=10**8),
+    'search': SplitRanges(cells=(6, 20), depths=(10,), steps=(1, 6, 3), norm='always', preproc=0.8),
+}
+
+
+def ranges_of(split: str) -> SplitRanges:
+    """The ranges of a split.
+
+    Raises:
+        ConfigError: if there is no such split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f'expected a split among {", ".join(SPLITS)} (got {split!r})')
+    return SPLITS[split]
+
+
+def draw_genotype(rng: np.random.Generator, steps: int, *, only_pool: bool, drop_concat: bool) -> Genotype:
+    """Draw both cells: nearly uniform over operations and over pairs of inputs, as the published logits are."""
+    none = steps > 1
+    normal = _draw_cell(rng, steps, OPS if none else OPS[1:])
+    allowed = POOLS if only_pool else OPS
+    reduce = _draw_cell(rng, steps, allowed if none else allowed[1:])
+    concat = tuple(2 + j for j in range(steps) if not drop_concat or j == steps - 1 or rng.random() < 0.5)
+    return Genotype(normal, concat, reduce, concat)
+
+
+def _draw_cell(rng: np.random.Generator, steps: int, allowed: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    pairs: list[tuple[str, int]] = []
+    for step in range(steps):
+        logits = 1e-3 * rng.standard_normal((2 + step, len(allowed)))
+        probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        strongest = np.argsort(-probability.max(axis=1), kind='stable')[:2]
+        pairs += [(allowed[int(probability[state].argmax())], int(state)) for state in strongest]
+    return tuple(pairs)
+
+
+def draw_config(rng: np.random.Generator, split: str) -> NetworkConfig | None:
+    """Draw a network of a split; None where the published rules reject it."""
+    ranges = ranges_of(split)
+    n_cells = int(rng.integers(ranges.cells[0], ranges.cells[1] + 1))
+    threshold = int(rng.choice(ranges.depths))
+    fewest, most, medium = ranges.steps
+    steps = int(rng.integers(fewest, (most if n_cells <= threshold else medium) + 1))
+    only_pool = bool(rng.random() < 0.5)
+    drop_concat = steps > 1 and bool(rng.random() < 0.5)
+    genotype = draw_genotype(rng, steps, only_pool=only_pool, drop_concat=drop_concat)
+    ks = int(rng.choice((3, 5, 7)))
+    if _is_rejected(genotype):
+        return None
+    c_mult = int(rng.choice((1, 2)))
+    preproc = steps > 1 or c_mult > 1 or bool(rng.random() < (0.2 if genotype.is_vit else ranges.preproc))
+    glob_avg = genotype.is_vit or n_cells > threshold or bool(rng.random() < 0.9)
+    norm: str | None = None if ranges.norm == 'none' else 'bnorm'
+    if ranges.norm == 'mixed' and n_cells <= ranges.cells[0] + 1 and steps <= medium and rng.random() < 0.5:
+        norm = None
+    stem_type = int(rng.integers(2))
+    stem_pool = stem_type == 0 and bool(rng.random() < 0.5)
+    fc_layers = int(rng.choice((1, 2)))
+    return NetworkConfig(genotype, n_cells, 32, c_mult, ks, stem_type, stem_pool, norm, preproc, glob_avg, fc_layers)
+
+
+def _is_rejected(genotype: Genotype) -> bool:
+    """Whether the published rules refuse a genotype."""
+    cells = ([op for op, _ in genotype.normal], [op for op, _ in genotype.reduce])
+    ops = genotype.ops
+    if 'cse' in ops and not any('conv' in op for op in ops):
+        return True
+    if not any(op in ('cse', 'msa') or 'conv' in op for op in ops):
+        return True
+    return any(cell.count('cse') > 1 or cell.count('conv_5x5') + cell.count('conv_7x7') > 1 for cell in cells)
+
+
+def candidate(split: str, seed: int, number: int) -> NetRecord | None:
+    """The network that a number stands for, None where it is rejected: it depends on the arguments alone."""
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), number])
+    config = draw_config(rng, split)
+    if config is None:
+        return None
+    with torch.device('meta'):
+        counts = {
+            name: sum(p.numel() for p in DeepNet(config, image_size=size).parameters())
+            for name, size in (('cifar10', 32), ('imagenet', 224))
+        }
+    if max(counts.values()) > ranges_of(split).parameters:
+        return None
+    try:
+        record = record_of(config, counts)
+    except UnsupportedModelError:
+        return None
+    if 'none' in config.genotype.ops and not record.is_connected:
+        return None
+    return record
+
+
+def _numbered(number: int, *, split: str, seed: int) -> tuple[int, NetRecord | None]:
+    return number, candidate(split, seed, number)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _candidates(split: str, seed: int, first: int, workers: int) -> Iterator[Iterator[tuple[int, NetRecord | None]]]:
+    """Candidates from a number on, in order, whatever the number of processes."""
+    make = functools.partial(_numbered, split=split, seed=seed)
+    if workers <= 1:
+        yield map(make, itertools.count(first))
+        return
+    with multiprocessing.get_context('spawn').Pool(workers, initializer=_one_thread) as pool:
+        yield _in_chunks(pool, make, first, 16 * workers)
+
+
+def _in_chunks(pool: Any, make: Any, first: int, chunk: int) -> Iterator[tuple[int, NetRecord | None]]:
+    for start in itertools.count(first, chunk):
+        yield from pool.imap(make, range(start, start + chunk), chunksize=2)
+
+
+def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 1, progress: bool = False) -> None:
+    """Write distinct networks of a split to an Arrow file; the same for the same seed, whatever the processes.
+
+    Each network goes to ``path + '.partial'`` when it is found. A run that was interrupted is continued from there,
+    with the same result. No two networks have isomorphic graphs.
+
+    Args:
+        path: The file.
+        split: A name of :data:`SPLITS`.
+        num: How many networks.
+        seed: Of the draws.
+        workers: Processes.
+        progress: Whether to show a bar.
+
+    Raises:
+        ConfigError: if a partial file belongs to another split or seed.
+        DataError: if it is damaged.
+    """
+    from timm_ghn.architectures.deepnets.store import write_records  # needs datasets
+
+    ranges_of(split)
+    partial = path.with_name(f'{path.name}.partial')
+    found = _resume(partial, split, seed)
+    by_hash: dict[str, list[int]] = {}
+    for number, earlier in found:
+        by_hash.setdefault(wl_hash(earlier), []).append(number)
+    found_count, first = len(found), found[-1][0] + 1 if found else 0
+    del found
+    with (
+        partial.open('a', encoding='utf-8') as file,
+        tqdm(total=num, initial=found_count, desc='generating', unit='net', disable=None if progress else True) as bar,
+    ):
+        if found_count < num:
+            with _candidates(split, seed, first, workers) as stream:
+                for number, record in stream:
+                    if record is None or _is_known(record, by_hash, split, seed):
+                        continue
+                    by_hash.setdefault(wl_hash(record), []).append(number)
+                    file.write(json.dumps([number, record.to_dict()]) + '\n')
+                    file.flush()
+                    found_count += 1
+                    bar.update()
+                    if found_count >= num:
+                        break
+        file.flush()
+        os.fsync(file.fileno())
+    lines = itertools.islice(_lines(partial), 1, 1 + num)
+    write_records(path, split, (NetRecord.from_dict(json.loads(line)[1]) for line in lines))
+    partial.unlink()
+
+
+def _is_known(record: NetRecord, by_hash: dict[str, list[int]], split: str, seed: int) -> bool:
+    """Whether an earlier network has the same graph; of one with the same hash the graph is made again."""
+    earlier = (candidate(split, seed, number) for number in by_hash.get(wl_hash(record), ()))
+    return any(other is not None and is_isomorphic(record, other) for other in earlier)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding='utf-8') as file:
+        yield from file
+
+
+def _resume(partial: Path, split: str, seed: int) -> list[tuple[int, NetRecord]]:
+    """Networks of an interrupted run; the file is cut after the last complete line, or begun."""
+    header = json.dumps({'split': split, 'seed': seed}) + '\n'
+    data = partial.read_bytes() if partial.exists() else b''
+    data = data[: data.rfind(b'\n') + 1]
+    lines = data.decode(errors='replace').splitlines(keepends=True)
+    if not lines:
+        partial.write_text(header, encoding='utf-8')
+        return []
+    if lines[0] != header:
+        raise ConfigError(f'{partial} was begun with {lines[0].strip()}; remove it, or give that split and seed')
+    try:
+        found = [(int(number), NetRecord.from_dict(values)) for number, values in map(json.loads, lines[1:])]
+    except (ValueError, TypeError) as error:
+        raise DataError(f'{partial} is damaged, remove it: {error}') from error
+    os.truncate(partial, len(data))
+    return found
