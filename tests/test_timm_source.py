@@ -10,10 +10,8 @@ timm's own tests hold with and without this package. They come in its source dis
 import copy
 import dataclasses
 import re
-import subprocess
 import sys
 import types
-import warnings
 import zlib
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from timm.models import _factory, _registry
 from torch import nn
 
 from timm_ghn import timm_source as source
-from timm_ghn.errors import GHNNotFoundError
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess
 
 NAMED = 'ghn-of-the-catalogue'
@@ -123,15 +120,15 @@ def user_module(monkeypatch):
     _registry._module_to_models.pop(module.__name__, None)
 
 
-def add_architecture(module, name, *, build=None, register_model=timm.models.register_model):
+def add_architecture(module, name):
     """Register an architecture that does not use timm's builder."""
 
     def entrypoint(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
         assert not pretrained
-        return build(**kwargs) if build else nn.Sequential(nn.Conv2d(kwargs.get('in_chans', 3), 4, 3), nn.ReLU())
+        return nn.Sequential(nn.Conv2d(kwargs.get('in_chans', 3), 4, 3), nn.ReLU())
 
     entrypoint.__name__, entrypoint.__module__ = name, module.__name__
-    return register_model(entrypoint)
+    return timm.models.register_model(entrypoint)
 
 
 class TestRequest:
@@ -179,15 +176,12 @@ class TestRequest:
         assert hub.loaded == [(NAMED, 'somewhere')]
         assert model.pretrained_cfg['tag'] == notes(model)['ghn'] == NAMED
 
-    @pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet', 'test_convnext', 'test_byobnet', 'test_nfnet'])
-    def test_other_families(self, name):
-        assert is_predicted(timm.create_model(f'{name}.ghn'))
-
     def test_model_is_that_of_the_untagged_name(self):
-        for name in ('test_resnet', 'test_convnext', 'vit_tiny_patch16_224'):
+        for name in ('test_resnet', 'test_convnext', 'test_vit'):
             plain, tagged = timm.create_model(name), timm.create_model(f'{name}.ghn')
             assert str(tagged) == str(plain)
             assert tagged.training
+            assert is_predicted(tagged)
 
     @pytest.mark.parametrize('cfg', [None, 'r160_in1k', {'tag': 'mine', 'num_classes': 7}, timm.models.PretrainedCfg()])
     def test_other_requests_are_timms(self, hub, cfg):
@@ -215,11 +209,6 @@ class TestRequest:
             timm.create_model('test_resnet.ghn-of-nobody')
         with pytest.raises(RuntimeError, match='Unknown model'):
             timm.create_model('no_such_architecture.ghn')
-
-    def test_failure_reaches_the_caller(self, hub):
-        hub.error = GHNNotFoundError('no way')
-        with pytest.raises(GHNNotFoundError, match='no way'):
-            timm.create_model('test_resnet.ghn')
 
     def test_deprecated_names_still_map(self, hub):
         with pytest.warns(UserWarning, match='Mapping deprecated model name'):
@@ -254,14 +243,10 @@ class TestArguments:
         [
             ('test_resnet', {}),
             ('test_resnet', {'out_indices': (1, 3), 'in_chans': 1, 'pretrained': True}),
-            ('test_resnet', {'feature_cls': 'dict'}),
             ('test_resnet', {'feature_cls': 'hook'}),
             ('test_resnet', {'feature_cls': 'getter'}),
             ('test_vit', {'img_size': 96, 'out_indices': [-1]}),
-            ('test_convnext', {}),
-            ('test_efficientnet', {}),
-            ('test_efficientnet', {'feature_location': 'expansion'}),
-            ('mobilenetv3_small_050', {'in_chans': 2}),
+            ('test_efficientnet', {'feature_location': 'expansion', 'in_chans': 2}),
         ],
     )
     def test_features_are_those_of_the_whole_model(self, name, arguments):
@@ -282,12 +267,6 @@ class TestArguments:
             inner = [getattr(module, 'pretrained_cfg', {}) for module in model.modules()]
             assert not any('state_dict' in cfg for cfg in inner)
 
-    def test_scriptable_holds_while_the_model_is_built(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # TorchScript is deprecated
-            scripted = torch.jit.script(timm.create_model('test_efficientnet.ghn', scriptable=True).eval())
-        assert scripted(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
-
     def test_overlay_wins(self, hub):
         overlay = {'mean': (0.5, 0.5, 0.5), 'input_size': (3, 96, 96), 'crop_pct': 1.0}
         model = timm.create_model('test_vit.ghn', pretrained_cfg_overlay=overlay)
@@ -295,11 +274,6 @@ class TestArguments:
         assert model.pretrained_cfg['std'] == STD
         assert hub.inputs == [(3, 96, 96)]
         assert model.patch_embed.img_size == (96, 96)
-
-    def test_dtype(self):
-        model = timm.create_model('test_vit.ghn', dtype=torch.bfloat16)
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert is_predicted(model)
 
     def test_checkpoint_is_loaded_last_and_plain_timm_reads_ours(self, tmp_path):
         model = timm.create_model('test_resnet.ghn')
@@ -329,9 +303,7 @@ class TestTruth:
         assert cfg['input_size'] == timm.get_pretrained_cfg('test_resnet').input_size
         assert not {'url', 'file', 'hf_hub_id', 'license', 'origin_url', 'state_dict'} & cfg.keys()
         assert model.default_cfg is cfg
-
-    def test_normalisation_is_the_ghns(self):
-        data = timm.data.resolve_model_data_config(timm.create_model('test_vit.ghn'))
+        data = timm.data.resolve_model_data_config(model)
         assert (data['mean'], data['std']) == (MEAN, STD)
 
     def test_cfg_of_a_model_asks_for_another_like_it(self, hub):
@@ -398,8 +370,7 @@ class TestListing:
         assert answers() == with_ghns
 
     def test_a_tag_of_every_architecture_is_known_though_not_listed(self):
-        for name in timm.list_models():
-            assert timm.is_model_pretrained(f'{name}.ghn')
+        assert all(timm.is_model_pretrained(f'{name}.ghn') for name in timm.list_models())
         assert timm.is_model_pretrained(f'resnet50.{NAMED}')
         for unknown in ('resnet50.ghn-of-nobody', 'no_such_architecture.ghn', 'ghn', '', None):
             assert not timm.is_model_pretrained(unknown)
@@ -418,12 +389,10 @@ class TestListing:
 
 
 class TestUsersArchitectures:
-    # Bound before the source is registered anew, like an import above that of timm_ghn.
-    @pytest.mark.parametrize('bound', [timm.models.register_model, _registry.register_model])
-    def test_architecture_without_cfgs(self, hub, user_module, bound):
+    def test_architecture_without_cfgs(self, hub, user_module):
         source.disable_timm_tags()
         source.enable_timm_tags()
-        add_architecture(user_module, 'users_net', register_model=bound)
+        add_architecture(user_module, 'users_net')
         model = timm.create_model('users_net.ghn', pretrained=True)
         assert is_predicted(model)
         assert model.pretrained_cfg['tag'] == 'ghn'
@@ -454,13 +423,6 @@ class TestUsersArchitectures:
             assert timm.list_pretrained('users_net*') == ['users_net.first']
             source.disable_timm_tags()
         assert timm.list_models('users_net*', include_tags=True) == ['users_net.first', 'users_net.second']
-
-    def test_architecture_registered_twice(self, user_module):
-        add_architecture(user_module, 'users_net')
-        with pytest.warns(UserWarning, match='Overwriting users_net'):
-            add_architecture(user_module, 'users_net', build=lambda: nn.Sequential(nn.Linear(2, 2)))
-        assert isinstance(timm.create_model('users_net.ghn')[0], nn.Linear)
-        assert timm.is_model_pretrained('users_net.ghn')
 
     def test_tag_of_that_name_of_the_users_own_is_left_alone(self, hub, user_module):
         user_module.default_cfgs = timm.models.generate_default_cfgs(
@@ -532,12 +494,9 @@ class TestRegistration:
 
 
 class TestPrivateSurface:
-    @pytest.mark.parametrize('path', source.PRIVATE)
-    def test_each_private_name_is_there(self, path):
+    def test_each_private_name_is_there(self):
         source.disable_timm_tags()
-        assert path not in source._missing(), (
-            f'timm {timm.__version__} has no {path} of the expected type {source.PRIVATE[path]}: adapt timm_source.py'
-        )
+        assert source._missing() == [], f'timm {timm.__version__} has other internals: adapt timm_source.py'
 
     @pytest.mark.parametrize(
         ('function', 'name'),
@@ -563,44 +522,3 @@ class TestPrivateSurface:
             if path.name != 'timm_source.py' and private.search(path.read_text(encoding='utf-8'))
         ]
         assert not others, f"these use timm's private names, which is left to timm_source.py: {others}"
-
-
-SCRIPT = """
-import sys
-from timm import create_model, is_model_pretrained
-from timm.models import register_model
-
-before = set(sys.modules)
-import timm_ghn
-
-# Nothing but the package itself and huggingface_hub's parts is imported along with it.
-added = {name.partition('.')[0] for name in set(sys.modules) - before}
-heavy = {'accelerate', 'datasets', 'joblib', 'matplotlib', 'networkx', 'pandas', 'transformers', 'triton'}
-assert not added & heavy, added & heavy
-create_model('test_resnet')
-assert is_model_pretrained('resnet50.ghn')
-
-import types
-from types import SimpleNamespace
-load, predict = types.ModuleType('timm_ghn.hub.load'), types.ModuleType('timm_ghn.prediction.predict')
-sys.modules[load.__name__], sys.modules[predict.__name__] = load, predict
-load.shared_ghn = lambda name, cache_dir=None: SimpleNamespace(
-    config=SimpleNamespace(mean=(0.0,), std=(1.0,), name=name, postprocess='orth'), origin=None
-)
-predict.ghn_init = lambda model, ghn, input_size, seed: model.fc.bias.data.fill_(7)
-
-assert create_model('test_resnet.ghn').fc.bias.eq(7).all()
-assert not create_model('test_resnet.ghn', pretrained=False).fc.bias.eq(7).all()
-
-@register_model
-def users_net(pretrained=False, **kwargs):
-    return create_model('test_resnet')
-
-assert create_model('users_net.ghn').fc.bias.eq(7).all()
-assert is_model_pretrained('users_net.ghn')
-"""
-
-
-def test_names_imported_from_timm_before_the_package():
-    done = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -4,14 +4,13 @@ A tag that names a GHN asks for predicted weights: ``ghn`` is the default GHN, e
 well. The tag alone is the request, and ``pretrained=True`` adds nothing to it; ``pretrained=False`` takes it back, as
 it does with timm's own tags: the model is then that of the untagged name, with timm's initialisation.
 
-How it works. ``timm.create_model`` looks the entrypoint of an architecture up in its own module each time. There, and
+How it works: ``timm.create_model`` looks up the entrypoint of an architecture in its own module each time. There, and
 nowhere else, timm is made to call :func:`_create`, which lets the entrypoint build the model without weights and then
 predicts them. So it does not matter who imported ``create_model`` before this package, when an architecture was
-registered, or whether its entrypoint uses timm's builder. The default of ``pretrained`` is None meanwhile, which tells
-a call that says False from one that says nothing. Two containers of timm's registry answer for the tags when they are
-asked about one name (``is_model_pretrained``, ``get_pretrained_cfg``); timm's listings go through all names that the
-containers hold, and those are timm's own. :data:`PRIVATE` names all that is used of timm's internals; this module alone
-uses them.
+registered, or whether its entrypoint uses timm's builder. The default of ``pretrained`` becomes None, which tells a
+call that says False from one that says nothing. Two containers of timm's registry answer for the tags when they are
+asked about one name; timm's listings iterate over the containers, which hold timm's own names only. :data:`PRIVATE`
+lists all that is used of timm's internals; no other module uses any.
 
 An entrypoint that is called directly, ``timm.models.resnet50(pretrained_cfg='ghn')``, does not pass through
 ``create_model``: nothing is predicted for it.
@@ -63,9 +62,6 @@ _ARCHITECTURE = (
 
 #: Arguments that only a feature extractor takes: without them an entrypoint builds the whole model.
 _FEATURES = ('features_only', 'out_indices', 'feature_cls', 'feature_cfg', 'feature_location')
-
-#: Entries that timm leaves out of the pretrained cfg of a feature extractor.
-_NOT_FOR_FEATURES = ('num_classes', 'classifier')
 
 Entrypoint = Callable[..., 'nn.Module']
 Cfg = str | dict[str, Any] | PretrainedCfg | None
@@ -158,12 +154,11 @@ def _parts(path: str) -> tuple[ModuleType, str]:
 
 
 def _missing() -> list[str]:
-    """What of timm's internals this timm does not have, or has in another form."""
+    """Those of timm's internals that this timm does not have, or has with another type."""
     missing = []
     for path, kind in PRIVATE.items():
         try:
-            module, name = _parts(path)
-            found = getattr(module, name)
+            found = getattr(*_parts(path))
         except (ImportError, AttributeError):
             found = None
         if not isinstance(found, kind):
@@ -176,7 +171,7 @@ def _missing() -> list[str]:
 
 
 def _create_model() -> Any:
-    """``timm.create_model`` itself, also where another package shows a function of its own under that name."""
+    """``timm.create_model`` itself, also where another package replaced that name by a function of its own."""
     return _parts(_LOOKUP)[0].create_model
 
 
@@ -201,19 +196,22 @@ def _names_ghn(name: object) -> bool:
 
 
 def _timm_name(architecture: str) -> str:
-    """Name of an architecture in timm's registry: the current one with its tag, where the given one is deprecated."""
+    """Name of an architecture in timm's registry: of a deprecated one the current name with its tag."""
     return get_deprecated_models().get(architecture) or architecture
 
 
 def _blank_cfg(architecture: str) -> PretrainedCfg:
-    """The default pretrained cfg of an architecture without all that describes its weights.
+    """The default pretrained cfg of an architecture without the entries that describe its weights.
 
     Mean and standard deviation are timm's defaults, which are ImageNet's.
     """
     name = _timm_name(architecture)
     default = timm.get_pretrained_cfg(name) or PretrainedCfg()
-    kept = {key: getattr(default, key) for key in _ARCHITECTURE if hasattr(default, key)}
-    return PretrainedCfg(architecture=split_model_name_tag(name)[0], **kept)
+    return PretrainedCfg(architecture=split_model_name_tag(name)[0], **_architecture_entries(default))
+
+
+def _architecture_entries(cfg: PretrainedCfg) -> dict[str, Any]:
+    return {key: getattr(cfg, key) for key in _ARCHITECTURE if hasattr(cfg, key)}
 
 
 def _create(
@@ -271,34 +269,27 @@ def _cfg_of(
 
     facts = dataclasses.asdict(ghn.origin) if ghn.origin else {}
     if facts.get('file'):
-        # timm writes the cfg into what it uploads: the folders of this machine are not for others to read.
+        # timm uploads the cfg with the weights, and paths of this machine are private.
         facts['file'] = Path(facts['file']).name
     name = printable(facts.pop('name', None) or ghn.config.name or facts.get('file') or tag)
-    entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
-    if not isinstance(pretrained_cfg, str):
-        entries |= _said(architecture, pretrained_cfg)
     options = PostProcess.of(DEFAULT, auto=ghn.config.postprocess)
     facts |= {'postprocess': options.describe() if options else 'none'}
+    blank = _blank_cfg(architecture)
+    entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
+    if not isinstance(pretrained_cfg, str):
+        cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
+        entries |= _architecture_entries(cfg)
+        if not cfg.notes:
+            # Without notes it was not read from a predicted model: normalisation that differs was set by the caller.
+            given = {key: tuple(getattr(cfg, key)) for key in ('mean', 'std')}
+            entries |= {key: value for key, value in given.items() if value != tuple(getattr(blank, key))}
     entries |= {
         'tag': tag,
         'source': DEFAULT_TAG,
         'description': f'Parameters predicted by the graph hypernetwork {name}, without training.',
         'notes': (f'ghn: {name}', *(f'{key}: {printable(v)}' for key, v in facts.items() if v is not None)),
     }
-    return dataclasses.replace(_blank_cfg(architecture), **entries)
-
-
-def _said(architecture: str, pretrained_cfg: dict[str, Any] | PretrainedCfg) -> dict[str, Any]:
-    """Entries of a caller's pretrained cfg that hold for predicted weights too."""
-    cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
-    said = {key: getattr(cfg, key) for key in _ARCHITECTURE if hasattr(cfg, key)}
-    if not cfg.notes:
-        # Without notes it was not read from a predicted model: normalisation that differs was set by the caller.
-        blank = _blank_cfg(architecture)
-        for key in ('mean', 'std'):
-            if tuple(getattr(cfg, key)) != tuple(getattr(blank, key)):
-                said[key] = tuple(getattr(cfg, key))
-    return said
+    return dataclasses.replace(blank, **entries)
 
 
 def _predicted(
@@ -310,7 +301,7 @@ def _predicted(
     """
     from timm_ghn.prediction.predict import ghn_init
 
-    # Some entrypoints choose a variant by the tag: the untagged name's it is to be.
+    # Some entrypoints choose a variant by the tag: build that of the untagged name.
     default = timm.get_pretrained_cfg(_timm_name(architecture))
     built = dataclasses.replace(cfg, tag=default.tag if default else None)
     features = bool(kwargs.get('features_only'))
@@ -330,7 +321,7 @@ def _predicted(
 
 
 def _input_size(cfg: PretrainedCfg, kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """(channels, height, width) that a model takes which is built from a pretrained cfg and arguments."""
+    """(channels, height, width) of the input of a model that is built from a pretrained cfg and arguments."""
     channels, *size = cfg.input_size
     size = kwargs.get('img_size') or size
     height, width = (size, size) if isinstance(size, int) else size
@@ -338,11 +329,13 @@ def _input_size(cfg: PretrainedCfg, kwargs: dict[str, Any]) -> tuple[int, int, i
 
 
 def _describe(model: nn.Module, cfg: PretrainedCfg, *, features: bool) -> None:
-    """Write the pretrained cfg into a model where timm keeps it; what the model held there may not be true of it."""
+    """Write the pretrained cfg into a model where timm keeps it, in place of the one that it was built with."""
     inner = [module for module in model.modules() if 'state_dict' in (getattr(module, 'pretrained_cfg', None) or ())]
     for module in (*inner, model):
         described = cfg.to_dict()
-        if features and module is model:
-            described = {key: value for key, value in described.items() if key not in _NOT_FOR_FEATURES}
+        if features and module is model:  # as timm does
+            described = {
+                key: value for key, value in described.items() if key not in ('num_classes', 'classifier')
+            }  # as timm does
         # timm models have both names for one dictionary.
         module.pretrained_cfg = module.default_cfg = described

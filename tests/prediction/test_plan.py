@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -12,22 +11,16 @@ from networks import NETWORKS, SIZE, Case, plain
 from tiny import TINY
 from torch import nn
 
-from timm_ghn import ConfigError, ParameterPlan, plan_parameters, trace
+from timm_ghn import ParameterPlan, plan_parameters, trace
 from timm_ghn.nn.requests import DecodeKind
 
 CONFIG = TINY['graphormer']
 HEADS = ('auto', 'predict', 'keep')
 TIMM = [
     *timm.list_models('test_*'),
-    'resnet18',
     'mobilenetv3_small_050',
-    'efficientnet_lite0',
-    'vit_tiny_patch16_224',
     'deit_tiny_distilled_patch16_224',
     'swin_tiny_patch4_window7_224',
-    'convnext_atto',
-    'mixer_s32_224',
-    'poolformer_s12',
     'levit_128s',
     'gmixer_12_224',
 ]
@@ -38,11 +31,6 @@ def case(name: str) -> Case:
         return NETWORKS[name]()
     with torch.device('meta'):
         return Case(timm.create_model(name), {})
-
-
-def plan_of(name: str, head: str = 'auto') -> tuple[ParameterPlan, nn.Module]:
-    found = case(name)
-    return plan_parameters(trace(found.model, **found.options), CONFIG, head=head), found.model
 
 
 @pytest.mark.parametrize('name', [*NETWORKS, *TIMM])
@@ -60,6 +48,8 @@ def test_each_parameter_is_in_the_plan_once(name):
         for row in plan:
             check_row(row, len(graph))
         check_words(plan)
+    totals = plan_parameters(graph, CONFIG).summary()
+    assert name in NETWORKS or totals['predicted_elements'] > 0.95 * totals['elements']
 
 
 def check_row(row, nodes: int) -> None:
@@ -94,20 +84,6 @@ def check_words(plan: ParameterPlan) -> None:
     )
 
 
-@pytest.mark.parametrize('name', TIMM)
-def test_nearly_all_of_a_real_network_is_predicted(name):
-    plan, model = plan_of(name)
-    assert model.num_classes == CONFIG.num_classes
-    totals = plan.summary()
-    assert totals['predicted_elements'] > 0.95 * totals['elements']
-
-
-@pytest.mark.parametrize('head', ['', 'Auto', None, True])
-def test_an_unknown_wish_for_the_head_is_refused(head):
-    with pytest.raises(ConfigError, match='expected head to be one of auto, predict, keep'):
-        plan_parameters(trace(plain(), input_size=SIZE), CONFIG, head=head)
-
-
 @pytest.mark.parametrize(
     ('classes', 'head', 'predicted', 'reason'),
     [
@@ -117,7 +93,6 @@ def test_an_unknown_wish_for_the_head_is_refused(head):
         (10, 'auto', False, 'head for 10 classes, the GHN was trained with 1000'),
         (10, 'predict', True, None),
         (10, 'keep', False, 'head kept on request'),
-        (2000, 'auto', False, 'head for 2000 classes, the GHN was trained with 1000'),
         (2000, 'predict', True, None),
     ],
 )
@@ -169,14 +144,6 @@ def test_what_the_published_rules_leave_out_is_kept_for_that_reason():
     assert plan.summary()['rules'] == 'published'
 
 
-def test_plans_are_compared_by_identity():
-    plan, _ = plan_of('plain')
-    again = plan_parameters(plan.graph, CONFIG)
-    assert plan != again
-    assert len({plan, again}) == 2
-    assert plan.rows == again.rows
-
-
 def test_what_cannot_be_predicted_is_kept_and_says_why():
     found = NETWORKS['direct']()
     rows = {row.name: row for row in plan_parameters(trace(found.model, **found.options), CONFIG)}
@@ -190,10 +157,3 @@ def test_what_cannot_be_predicted_is_kept_and_says_why():
     assert rows['empty'].reason == 'has no elements'
     assert rows['counts'].reason == 'not of a floating-point type'
     assert rows['unused'].reason == 'not used in the forward pass'
-
-
-def test_a_frozen_record_cannot_be_changed():
-    plan, _ = plan_of('plain')
-    for record, field in ((plan, 'rows'), (plan.rows[0], 'name'), (plan.rows[0].fit, 'scale')):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(record, field, None)

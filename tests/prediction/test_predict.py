@@ -22,6 +22,7 @@ import timm_ghn
 from timm_ghn import (
     GHN,
     ConfigError,
+    GHNError,
     Graph,
     PredictionError,
     UnsupportedModelError,
@@ -33,16 +34,16 @@ from timm_ghn import (
 from timm_ghn.prediction.fit import fitted, write_repeated
 
 CASES = pytest.mark.parametrize('name', NETWORKS)
-VISION = ('test_resnet', 'test_vit', 'test_efficientnet_gn', 'test_convnext')
+VISION = ('test_resnet', 'test_vit', 'test_convnext')
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def from_graph(ghn: GHN, graph: Graph, embeddings_Nd: Tensor | None = None) -> dict[str, Tensor]:
+def from_graph(ghn: GHN, graph: Graph, embeddings_Nd: Tensor | None = None, head: str = 'predict') -> dict[str, Tensor]:
     """The prediction, from the parts of the package: embed, decode, fit."""
-    plan = plan_parameters(graph, ghn.config, head='predict')
+    plan = plan_parameters(graph, ghn.config, head=head)
     with torch.no_grad():
         embeddings_Nd = ghn.encode(graph) if embeddings_Nd is None else embeddings_Nd
         decoded = dict(ghn.decode(embeddings_Nd, [row.request for row in plan.predicted]))
@@ -56,28 +57,8 @@ def from_graph(ghn: GHN, graph: Graph, embeddings_Nd: Tensor | None = None) -> d
 # -- any network
 
 
-@CASES
-def test_a_prediction_fits_the_model_and_initialising_writes_it(name, ghn):
-    case = NETWORKS[name]()
-    before, flags = snapshot(case.model), [module.training for module in case.model.modules()]
-    identities = {name: (id(p), p.requires_grad, p.dtype, p.device) for name, p in case.model.named_parameters()}
-    prediction = predict(case.model, ghn, **case.options)
-    assert equal(snapshot(case.model), before), 'predicting writes nothing'
-    names = {name for row in prediction.plan.predicted for name in (row.name, *row.aliases)}
-    assert prediction.state_dict.keys() == names
-    assert all(bool(tensor.isfinite().all()) for tensor in prediction.state_dict.values())
-    assert ghn_init(case.model, ghn, postprocess=None, **case.options) is case.model
-    after = snapshot(case.model)
-    first_names = {row.name for row in prediction.plan.predicted}
-    assert equal(
-        {n: tensor for n, tensor in after.items() if n in first_names}, _only(prediction.state_dict, first_names)
-    )
-    kept = before.keys() - first_names
-    assert equal(_only(after, kept), _only(before, kept)), 'buffers and kept parameters stay'
-    assert [module.training for module in case.model.modules()] == flags
-    assert identities == {
-        name: (id(p), p.requires_grad, p.dtype, p.device) for name, p in case.model.named_parameters()
-    }
+def states() -> tuple[object, ...]:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def _only(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
@@ -85,57 +66,41 @@ def _only(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
 
 
 @CASES
-def test_a_prediction_is_what_the_parts_of_the_package_give(name, ghn):
+def test_a_prediction_fits_the_model_and_initialising_writes_it(name, ghn):
     case = NETWORKS[name]()
-    prediction = predict(case.model, ghn, head='predict', **case.options)
-    expected = from_graph(ghn, trace(case.model, **case.options))
-    for key, tensor in expected.items():
-        torch.testing.assert_close(prediction.state_dict[key], tensor, rtol=1e-5, atol=1e-7)
-
-
-@CASES
-def test_a_prediction_can_be_loaded_into_another_copy(name, ghn):
-    case = NETWORKS[name]()
+    before, flags, drawn = snapshot(case.model), [module.training for module in case.model.modules()], states()
+    identities = {name: (id(p), p.requires_grad, p.dtype, p.device) for name, p in case.model.named_parameters()}
     prediction = predict(case.model, ghn, **case.options)
-    copied = copy.deepcopy(case.model) if name not in ('hooked',) else NETWORKS[name]().model
-    result = copied.load_state_dict(prediction.state_dict, strict=False)
-    assert not result.unexpected_keys
-    aliases = {alias for row in prediction.plan for alias in row.aliases}
-    assert set(result.missing_keys) <= {row.name for row in prediction.plan.kept} | aliases | {
-        key for key, _ in copied.named_buffers()
+    assert equal(snapshot(case.model), before), 'predicting writes nothing'
+    names = {name for row in prediction.plan.predicted for name in (row.name, *row.aliases)}
+    assert prediction.state_dict.keys() == names
+    assert not case.model.load_state_dict(prediction.state_dict, strict=False).unexpected_keys
+    case.model.load_state_dict(before, strict=False)
+    for key, tensor in from_graph(ghn, trace(case.model, **case.options), head='auto').items():
+        torch.testing.assert_close(prediction.state_dict[key], tensor, rtol=1e-5, atol=1e-7)
+    assert ghn_init(case.model, ghn, postprocess=None, **case.options) is case.model
+    after = snapshot(case.model)
+    first_names = {row.name for row in prediction.plan.predicted}
+    assert equal(_only(after, first_names), _only(prediction.state_dict, first_names))
+    kept = before.keys() - first_names
+    assert equal(_only(after, kept), _only(before, kept)), 'buffers and kept parameters stay'
+    assert [module.training for module in case.model.modules()] == flags
+    assert identities == {
+        name: (id(p), p.requires_grad, p.dtype, p.device) for name, p in case.model.named_parameters()
     }
-    ghn_init(case.model, ghn, postprocess=None, **case.options)
-    parameters = dict(case.model.named_parameters())
-    for row in prediction.plan.predicted:
-        assert torch.equal(dict(copied.named_parameters())[row.name], parameters[row.name])
+    assert states() == drawn, 'nothing is drawn from the global generators'
 
 
-@CASES
-def test_the_same_call_gives_the_same_prediction_and_draws_nothing_from_the_global_generators(name, ghn):
-    case = NETWORKS[name]()
-
-    def states() -> tuple[object, ...]:
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-    before = states()
-    first = predict(case.model, ghn, **case.options)
-    torch.rand(3), np.random.rand(3), random.random()
-    after = states()
-    second = predict(case.model, ghn, **case.options)
-    ghn_init(case.model, ghn, **case.options)
-    assert states() == after != before
-    assert equal(first.state_dict, second.state_dict)
-    assert first.provenance == second.provenance
-
-
-@CASES
-def test_a_model_on_the_meta_device_gets_real_parameters(name, ghn):
+@pytest.mark.parametrize('name', ['plain', 'tied', 'reparametrised', 'plain tensors', 'direct', 'two inputs'])
+def test_a_model_on_the_meta_device_gets_the_same_parameters(name, ghn):
     case = NETWORKS[name]()
     with torch.device('meta'):
         model = NETWORKS[name]().model
     prediction = predict(model, ghn, **case.options)
     assert all(tensor.device.type == 'cpu' for tensor in prediction.state_dict.values())
-    assert equal(prediction.state_dict, predict(case.model, ghn, **case.options).state_dict)
+    again = predict(case.model, ghn, **case.options)
+    assert equal(prediction.state_dict, again.state_dict)
+    assert prediction.provenance == again.provenance
 
 
 # -- symmetries
@@ -195,7 +160,7 @@ def test_a_model_in_lower_precision_gets_the_rounded_prediction(ghn):
         assert torch.equal(tensor.to(mixed[key].dtype), mixed[key])
 
 
-@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
 def test_a_prediction_does_not_depend_on_the_context(context, ghn):
     model = timm.create_model('test_vit')
     expected = predict(model, ghn).state_dict
@@ -229,21 +194,6 @@ def test_a_prediction_does_not_depend_on_global_settings(where, ghn):
     assert equal(snapshot(other), snapshot(model))
 
 
-def test_the_embedded_ghn_can_be_loaded_and_used_under_the_meta_device():
-    model = plain()
-    with torch.device('meta'):
-        found = predict(model, timm_ghn.load_ghn('ghn_tiny'), input_size=SIZE).state_dict
-    assert equal(found, predict(model, 'ghn_tiny', input_size=SIZE).state_dict)
-
-
-def test_the_initialised_network_computes_and_learns(ghn):
-    model = ghn_init(timm.create_model('test_vit'), ghn)
-    out = model(torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)))
-    assert bool(out.isfinite().all())
-    out.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 # -- head
 
 
@@ -272,27 +222,17 @@ def test_more_classes_than_the_ghn_knows_repeat_its_rows(ghn):
     assert torch.equal(weight[1000:], weight[:500])
 
 
-def test_an_unknown_wish_for_the_head_changes_nothing(ghn):
-    model = plain()
-    before = snapshot(model)
-    for call in (predict, ghn_init):
-        with pytest.raises(ConfigError, match='expected head to be one of'):
-            call(model, ghn, head='maybe', input_size=SIZE)
-    assert equal(snapshot(model), before)
-
-
 # -- all or nothing
 
 
-BROKEN = ('embed.weight', 'decoder_1d.last.weight', 'decoder.last.weight', 'decoder.class_predictor.weight')
+BROKEN = ('embed.weight', 'decoder_1d.last.weight', 'decoder.class_predictor.weight')
 
 
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
 @pytest.mark.parametrize('part', BROKEN)
-def test_a_prediction_that_is_not_finite_changes_nothing(part, value):
+def test_a_prediction_that_is_not_finite_changes_nothing(part):
     ghn = make_ghn(TINY['graphormer'])
     with torch.no_grad():
-        operator.attrgetter(part)(ghn).fill_(value)
+        operator.attrgetter(part)(ghn).fill_(float('nan'))
     model = timm.create_model('test_vit')
     before = snapshot(model)
     for call in (predict, ghn_init):
@@ -329,15 +269,6 @@ def test_a_model_without_storage_says_how_to_get_it(ghn):
     with pytest.raises(UnsupportedModelError, match=r"'head\.weight' is on the meta device"):
         ghn_init(half, ghn, input_size=SIZE)
     assert torch.equal(half.body[0].weight, before)
-
-
-def test_parameters_that_share_memory_within_are_refused_before_any_is_written(ghn):
-    model = plain()
-    model.head.bias = nn.Parameter(torch.zeros(1).expand(1000))
-    before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=r"'head\.bias' share their memory"):
-        ghn_init(model, ghn, input_size=SIZE)
-    assert equal(snapshot(model), before)
 
 
 def test_a_model_made_in_inference_mode_can_be_written_there(ghn):
@@ -394,11 +325,7 @@ def refusing(model: nn.Module, failure: BaseException, monkeypatch: pytest.Monke
     return model
 
 
-FAILURES = (
-    NotImplementedError('mixed tensors'),
-    torch.OutOfMemoryError('out of memory\nand a page of advice'),
-    MemoryError(),
-)
+FAILURES = (torch.OutOfMemoryError('out of memory\nand a page of advice'), MemoryError())
 
 
 @pytest.mark.parametrize('failure', FAILURES, ids=lambda failure: type(failure).__name__)
@@ -458,18 +385,6 @@ def test_a_prediction_is_applied_to_models_of_the_same_parameters_only(ghn):
         prediction.apply_(nn.Linear(2, 2))
 
 
-def test_an_interruption_of_post_processing_leaves_the_model_as_it_was(monkeypatch):
-    def interrupted(weight: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(timm_ghn.prediction.postprocess, 'orthogonalised', interrupted)
-    model = timm.create_model('test_vit')
-    before = snapshot(model)
-    with pytest.raises(KeyboardInterrupt):
-        ghn_init(model, make_ghn(TINY['graphormer']))
-    assert equal(snapshot(model), before)
-
-
 def test_parameters_that_share_memory_are_put_back_in_the_opposite_order(monkeypatch):
     model = plain()
     model.body[1].bias = nn.Parameter(model.body[1].weight.detach())
@@ -480,30 +395,11 @@ def test_parameters_that_share_memory_are_put_back_in_the_opposite_order(monkeyp
     assert equal(snapshot(model), before)
 
 
-@pytest.mark.filterwarnings('default')  # torch's own
-def test_a_distributed_parameter_is_refused_and_the_others_are_put_back(tmp_path, ghn):
-    distributed = pytest.importorskip('torch.distributed')
-    tensors = pytest.importorskip('torch.distributed.tensor')
-    distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh('cpu', (1,))
-        model = plain()
-        model.head.bias = nn.Parameter(tensors.distribute_tensor(model.head.bias.detach(), mesh))
-        before = {name: tensor for name, tensor in snapshot(model).items() if name != 'head.bias'}
-        bias = model.head.bias.full_tensor().clone()
-        with pytest.raises(PredictionError, match=r"'head\.bias' cannot be written .*DTensor"):
-            ghn_init(model, ghn, input_size=SIZE)
-        assert equal(_only(snapshot(model), set(before)), before)
-        assert torch.equal(model.head.bias.full_tensor(), bias)
-    finally:
-        distributed.destroy_process_group()
-
-
 # -- what is asked for
 
 
-@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_a_dtype_that_nothing_can_be_computed_in_is_named(dtype, ghn):
+def test_a_dtype_that_nothing_can_be_computed_in_is_named(ghn):
+    dtype = torch.float8_e4m3fn
     model = plain()
     model.head.to(dtype)
     before = model.body[0].weight.detach().clone()
@@ -518,9 +414,7 @@ def test_a_dtype_that_nothing_can_be_computed_in_is_named(dtype, ghn):
     ('device', 'words'),
     [
         ('meta', "the device 'meta' holds no values"),
-        (torch.device('meta'), "the device 'meta' holds no values"),
         ('nowhere', "the device 'nowhere' cannot be used"),
-        (99, "the device '99' cannot be used"),
         ({}, "the device '{}' cannot be used"),
     ],
 )
@@ -546,18 +440,18 @@ def test_a_ghn_without_values_is_refused():
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
+        ({'rules': 'mine'}, "expected rules to be one of .*got 'mine'"),
+        ({'head': 'maybe'}, 'expected head to be one of'),
         ({'input_size': 10**9}, r'numbers from 1 to 1048576 \(got 1000000000\)'),
-        ({'input_size': (3, 2**20, 2**20 + 1)}, r'numbers from 1 to 1048576 \(got \(3, 1048576, 1048577\)\)'),
         ({'input_size': True}, r'expected input_size to be a side.*\(got True\)'),
         ({'example_inputs': 5}, r'expected example_inputs to be a tensor, a tuple .* a dictionary .*\(got 5\)'),
-        ({'example_inputs': 'image'}, r"expected example_inputs to be a tensor.*\(got 'image'\)"),
     ],
 )
 def test_inputs_that_make_no_sense_are_refused(options, words, call, ghn):
     model = plain()
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=words):
-        call(model, ghn, **options)
+    with pytest.raises(GHNError, match=words):
+        call(model, ghn, **{'input_size': SIZE, **options})
     assert equal(snapshot(model), before)
 
 
@@ -615,12 +509,3 @@ def test_the_rules_are_those_of_the_ghn_or_those_that_are_asked_for():
     expected = predict(model, own, input_size=SIZE).state_dict
     assert equal(expected, found.state_dict)
     assert equal(_only(snapshot(model), set(expected)), expected)
-
-
-@pytest.mark.parametrize('call', [predict, ghn_init])
-def test_rules_that_nobody_knows_change_nothing(call, ghn):
-    model = plain()
-    before = snapshot(model)
-    with pytest.raises(ConfigError, match="expected rules to be one of .*got 'mine'"):
-        call(model, ghn, input_size=SIZE, rules='mine')
-    assert equal(snapshot(model), before)

@@ -9,7 +9,6 @@ from typing import Any
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import RULES
-from timm_ghn.nn.registry import known_gnns
 
 #: Version of the configuration format that this package writes. Raise it when a reader must know more than before.
 FORMAT_VERSION = 2
@@ -17,6 +16,7 @@ FORMAT_VERSION = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+GNNS = ('graphormer', 'gated', 'mlp')
 DECODERS = ('conv', 'mlp', 'templates')
 WINDOWS = ('center', 'corner')
 POSTPROCESSING = ('orth', 'noise', 'none')
@@ -34,7 +34,7 @@ class GHNConfig:
         hid: Width d of the node embeddings.
         max_shape: Largest tensor decoded at once: (out channels, in channels, height, width). Larger ones are tiled.
         num_classes: Classes K of the data set that the GHN was trained on.
-        gnn: Name of a registered graph network: 'graphormer' (GHN-3), 'gated' (GHN-1, GHN-2), 'mlp' (baseline).
+        gnn: Graph network: 'graphormer' (GHN-3), 'gated' (GHN-1, GHN-2), 'mlp' (baseline).
         layers: Depth of the Graphormer; 1 for the others.
         heads: Attention heads of the Graphormer; unused by the others.
         virtual_edges: Longest shortest path that becomes an edge; 1 for none (arXiv 2110.13100, section 4.1).
@@ -90,7 +90,7 @@ class GHNConfig:
             raise ConfigError(f'expected max_shape with height equal to width (got {self.max_shape})')
         if self.hid % 4:
             raise ConfigError(f'expected hid divisible by 4, for the four sizes of a shape (got {self.hid})')
-        _expect_one_of('gnn', self.gnn, known_gnns())
+        _expect_one_of('gnn', self.gnn, GNNS)
         _expect_one_of('decoder', self.decoder, DECODERS)
         _expect_one_of('window', self.window, WINDOWS)
         _expect_one_of('rules', self.rules, RULES)

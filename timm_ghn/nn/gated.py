@@ -15,19 +15,13 @@ from torch.autograd.function import once_differentiable
 from timm_ghn.graph.graph import GraphBatch
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, linear_of
-from timm_ghn.nn.registry import register_gnn
 from timm_ghn.ops.backends import backend_in_use
 from timm_ghn.ops.edges import Edges
 from timm_ghn.ops.rows import Rows, split_rows
 
 
 class MLP(nn.Module):
-    """Two linear layers, each followed by a ReLU, the last one included.
-
-    Args:
-        width: Size d of input and output.
-        hidden: Size between the two layers.
-    """
+    """Two linear layers, each followed by a ReLU, the last one included."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -40,19 +34,14 @@ class MLP(nn.Module):
         return x
 
 
-@register_gnn('mlp')
 class NodeMLP(MLP):
-    """Baseline of arXiv 2110.13100: each node by itself, edges ignored.
-
-    Args:
-        config: Its ``hid`` is used.
-    """
+    """Baseline of arXiv 2110.13100: each node by itself, edges ignored."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__(config.hid, config.hid)
 
     def forward(self, x_Nd: Tensor, batch: GraphBatch | None = None) -> Tensor:
-        """Map (N, d) to (N, d)."""
+        """Map (N, d) to (N, d); the graphs are not read."""
         return super().forward(x_Nd)
 
 
@@ -116,9 +105,7 @@ def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tens
     rank_N[order_N] = torch.arange(len(order_N), device='cpu')
     functions = 2 if cutoff > 1 else 1
     found = [_messages(graph.distances_NN(cutoff), backward, functions, like.dtype) for graph in batch.graphs]
-    message_E = torch.cat(
-        [message_e + functions * at for (message_e, _, _), at in zip(found, batch.offsets, strict=True)]
-    )
+    message_E = torch.cat([parts[0] + functions * at for parts, at in zip(found, batch.offsets, strict=True)])
     row_M = (functions * rank_N[:, None] + torch.arange(functions, device='cpu')).flatten().int()
     row_E = row_M.index_select(0, message_E)
     weight_E, count_N = (torch.cat([parts[index] for parts in found]) for index in (1, 2))
@@ -156,18 +143,14 @@ def _messages(
     near_NN = distances_NN == 1
     weight_NM = near_NN.to(dtype)
     if functions > 1:
-        weight_NM = torch.stack((weight_NM, torch.where(distances_NN > 0, 1 / distances_NN.to(dtype), 0)), -1).flatten(
-            1
-        )
+        inverse_NN = torch.where(distances_NN > 0, 1 / distances_NN.to(dtype), 0)
+        weight_NM = torch.stack((weight_NM, inverse_NN), -1).flatten(1)
     exists_NM = weight_NM > 0
     return exists_NM.nonzero()[:, 1].int(), weight_NM.masked_select(exists_NM), exists_NM.sum(1)
 
 
 def traversals(batch: GraphBatch, cutoff: int, like: Tensor) -> tuple[Traversal, Traversal]:
-    """The forward and the backward pass over a batch, planned once.
-
-    They are kept by the batch itself, so they live as long as it does; those of another backend beside them.
-    """
+    """The forward and the backward pass over a batch, planned once for each backend and cached in the batch."""
     kept = vars(batch).setdefault('_traversals', {})
     backend = backend_in_use()
     key = cutoff, like.device, like.dtype, like.shape[1], backend
@@ -185,15 +168,8 @@ def traversals(batch: GraphBatch, cutoff: int, like: Tensor) -> tuple[Traversal,
 class _Update:
     """What a node does: h <- GRU(m, h), then its messages phi(h) and psi(h), side by side.
 
-    Attributes:
-        gru_weight_m: (3d, d), ``weight_ih`` of the gates.
-        gru_weight_h: (3d, d), ``weight_hh``.
-        gru_bias_m: (3d,).
-        gru_bias_h: (3d,).
-        first_weight: First layers of the functions.
-        first_bias: Theirs.
-        last_weight: (F d, ...): second layers, as blocks of a diagonal.
-        last_bias: (F d,).
+    The GRU has torch's ``weight_ih`` (m) and ``weight_hh`` (h), each (3d, d); the first layers of the F functions are
+    stacked, their last ones are the blocks of a block-diagonal matrix (F d, ...).
     """
 
     gru_weight_m: Tensor
@@ -212,11 +188,12 @@ class _Update:
         first, last = ([linear_of(function.fc, index) for function in functions] for index in (0, 2))
         first_weight = torch.cat([layer.weight for layer in first])
         last_weight = torch.block_diag(*(layer.weight for layer in last))
-        tensors = (*gates, first_weight, _biases(first), last_weight, _biases(last))
+        biases = [torch.cat([layer.bias for layer in layers]) for layers in (first, last)]
+        tensors = (*gates, first_weight, biases[0], last_weight, biases[1])
         return cls(*(tensor.to(dtype) for tensor in tensors))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the constructor."""
+        """All tensors, in the order of the constructor."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def state(self, message_nd: Tensor, h_nd: Tensor) -> Tensor:
@@ -245,11 +222,6 @@ class _Update:
         return torch.cat((by_n * h_n * r * (1 - r), (h_nd - n) * z * (1 - z), by_n), 1)
 
 
-def _biases(layers: Sequence[nn.Linear]) -> Tensor:
-    return torch.cat([layer.bias for layer in layers])
-
-
-@register_gnn('gated')
 class GatedGNN(nn.Module):
     """Gated graph network that follows the order of execution (arXiv 1810.05749, 2110.13100).
 
@@ -278,12 +250,7 @@ class GatedGNN(nn.Module):
         self.gru = nn.GRUCell(config.hid, config.hid)
 
     def forward(self, x_Nd: Tensor, batch: GraphBatch) -> Tensor:
-        """One forward and one backward pass.
-
-        Args:
-            x_Nd: Features of the nodes of all graphs, in the numbering of the batch.
-            batch: The graphs.
-        """
+        """One forward and one backward pass; ``x_Nd`` are the features of all nodes, in the numbering of the batch."""
         functions = (self.mlp,) if self.mlp_ve is None else (self.mlp, self.mlp_ve)
         update = _Update.of(self.gru, functions, x_Nd.dtype)
         for plan in traversals(batch, self.cutoff, x_Nd):
@@ -323,28 +290,24 @@ class _Traverse(torch.autograd.Function):
     def backward(ctx: Any, gradient_Nd: Tensor) -> tuple[Tensor | None, ...]:
         h_Nd, received_Nd, new_Nd, *weights = ctx.saved_tensors
         plan: Traversal = ctx.plan
-        of_new_Nd, of_messages_Nm, of_before_Nm = _sweep(
-            plan, _Update(*weights), h_Nd, received_Nd, new_Nd, gradient_Nd
-        )
+        swept = _sweep(plan, _Update(*weights), h_Nd, received_Nd, new_Nd, gradient_Nd)
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in (h_Nd, *weights)]
             update = _Update(*leaves[1:])
             results = [update.state(received_Nd, leaves[0]), update.messages(new_Nd)]
-            gradients = [of_new_Nd, of_messages_Nm]
-            if of_before_Nm is not None:
+            if plan.cyclic:
                 results.append(update.messages(leaves[0]))
-                gradients.append(of_before_Nm)
-        return None, *torch.autograd.grad(results, leaves, gradients)
+        return None, *torch.autograd.grad(results, leaves, swept)
 
 
 def _sweep(
     plan: Traversal, update: _Update, h_Nd: Tensor, received_Nd: Tensor, new_Nd: Tensor, gradient_Nd: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> list[Tensor]:
     """Gradients of all states and messages of a pass, from the last level to the first.
 
     Returns:
-        (N, d) of the new states, by all ways; (N, F d) of the messages; (N, F d) of those from before the pass, if any
-        was carried.
+        (N, d) of the new states, by all paths; (N, F d) of the messages; of a cyclic traversal also (N, F d) of the
+        messages from before the pass.
     """
     hidden_Nk = update.hidden(new_Nd)
     message_on = F.linear(hidden_Nk, update.last_weight, update.last_bias) > 0
@@ -361,5 +324,5 @@ def _sweep(
         of_received_nd.copy_((of_new_nd.repeat(1, 3) * slope_n3d) @ update.gru_weight_m)
         of_new.append(of_new_nd)
         of_messages.append(of_message_nm)
-    before = plan.sending[-1].sum(of_received_Nd).view(len(h_Nd), -1) if plan.cyclic else None
-    return torch.cat(of_new[::-1]), torch.cat(of_messages[::-1]), before
+    before = [plan.sending[-1].sum(of_received_Nd).view(len(h_Nd), -1)] if plan.cyclic else []
+    return [torch.cat(of_new[::-1]), torch.cat(of_messages[::-1]), *before]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from timm_ghn.nn.decoders import (
     build_decoder,
 )
 from timm_ghn.nn.features import SmoothEncoder, node_features
+from timm_ghn.nn.gated import GatedGNN, NodeMLP
 from timm_ghn.nn.graphormer import Graphormer
 from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, look_up
-from timm_ghn.nn.registry import build_gnn
 from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
 from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
 
+_GNNS: dict[str, Callable[[GHNConfig], nn.Module]] = {'graphormer': Graphormer, 'gated': GatedGNN, 'mlp': NodeMLP}
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
 
 
@@ -55,7 +56,7 @@ class GHN(nn.Module):
         self.embed = nn.Embedding(len(Primitive), config.hid)
         self.shape_enc = ShapeEncoder(config)
         self.smooth_enc = SmoothEncoder(config) if config.smooth else None
-        self.gnn = build_gnn(config)
+        self.gnn = _GNNS[config.gnn](config)
         self.decoder: TensorDecoder
         self.decoder_1d: VectorDecoder | TemplateVectorDecoder
         if config.decoder == 'templates':
@@ -66,13 +67,13 @@ class GHN(nn.Module):
             self.decoder_1d = vectors = VectorDecoder(config)
             self.bias_class = vectors.bias_class
         if config.gnn == 'graphormer':
-            self._rescale()
+            self._initialise_as_ghn3()
         if config.smooth:
-            self._quieten()
+            self._scale_down()
 
     @torch.no_grad()
-    def _rescale(self) -> None:
-        """Initialise as GHN-3 does: the others keep PyTorch's defaults.
+    def _initialise_as_ghn3(self) -> None:
+        """Initialise as GHN-3 does; GHNs with other graph networks keep PyTorch's defaults.
 
         The last layers start with small weights and no bias, embeddings with a standard deviation of
         (their width)^-1/2, cut off at +-2.
@@ -84,16 +85,16 @@ class GHN(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=module.embedding_dim**-0.5)
 
     @torch.no_grad()
-    def _quieten(self) -> None:
-        """Let embeddings begin as smooth functions of sizes and depth, in place.
+    def _scale_down(self) -> None:
+        """Scale embedding tables and residual branches by 0.1, in place.
 
-        What tables and random layers add first tells networks apart that should share what they learn.
+        So embeddings begin as smooth functions of sizes and depth, and similar networks share what they learn.
         """
         for name, parameter in self.named_parameters():
             if name.startswith('shape_enc') or 'centrality' in name or 'input_dist' in name:
                 parameter.mul_(0.1)
         if isinstance(self.gnn, Graphormer):
-            self.gnn.quieten_()
+            self.gnn.scale_down_()
 
     @property
     def device(self) -> torch.device:

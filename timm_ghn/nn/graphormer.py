@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from timm_ghn.graph.graph import Graph, GraphBatch
 from timm_ghn.nn.config import MAX_DISTANCE, GHNConfig
 from timm_ghn.nn.precision import apply_layer_norm, apply_linear, linear, linear_of, look_up
-from timm_ghn.nn.registry import register_gnn
 
 #: Largest degree, and largest distance from the start, that has an embedding; larger ones share the last.
 MAX_DEGREE = 100
@@ -17,11 +16,7 @@ MAX_INPUT_DISTANCE = 1000
 
 
 class EdgeEmbedding(nn.Module):
-    """Embedding of a distance l, as row l + 2; row 2 means that there is no path.
-
-    Args:
-        width: Size d of an embedding.
-    """
+    """Embedding of a distance l, as row l + 2; row 2 means that there is no path."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,11 +24,7 @@ class EdgeEmbedding(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FF(x) = W_2 GELU(W_1 x + b_1) + b_2.
-
-    Args:
-        width: Size d of input and output; the hidden layer has 4d.
-    """
+    """FF(x) = W_2 GELU(W_1 x + b_1) + b_2, with a hidden layer of 4d features."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -119,7 +110,7 @@ class GraphormerLayer(nn.Module):
             self.input_dist_embed = nn.Embedding(MAX_INPUT_DISTANCE + 1, config.hid)
 
     def position(self, graph: Graph) -> Tensor:
-        """Where each node is in its graph: E_in[in-degree] + E_out[out-degree] + E_dist[distance from the start].
+        """Embedding of each node's position: E_in[in-degree] + E_out[out-degree] + E_dist[distance from the start].
 
         The start itself and nodes that it does not reach have distance 0.
         """
@@ -149,7 +140,6 @@ class GraphormerLayer(nn.Module):
         return x_Nd + changed_Nd
 
 
-@register_gnn('graphormer')
 class Graphormer(nn.ModuleList):
     """Graph transformer of GHN-3: nodes attend to all nodes of their graph, biased by the distances between them.
 
@@ -167,20 +157,15 @@ class Graphormer(nn.ModuleList):
         super().__init__(GraphormerLayer(config, first=index == 0) for index in range(config.layers))
 
     @torch.no_grad()
-    def quieten_(self) -> None:
-        """Let all layers begin near the identity, in place."""
+    def scale_down_(self) -> None:
+        """Scale the last linear layers of all residual branches by 0.1, in place."""
         for name, module in self.named_modules():
             if name.endswith(('to_out.0', 'ff.net.3')) and isinstance(module, nn.Linear):
                 module.weight.mul_(0.1)
                 module.bias.zero_()
 
     def forward(self, x_Nd: Tensor, batch: GraphBatch) -> Tensor:
-        """Run all layers.
-
-        Args:
-            x_Nd: Features of the nodes of all graphs, in the numbering of the batch.
-            batch: The graphs.
-        """
+        """Run all layers; ``x_Nd`` are the features of all graphs' nodes, in the numbering of the batch."""
         first: GraphormerLayer = self[0]  # type: ignore[assignment]
         x_Nd = x_Nd + torch.cat([first.position(graph) for graph in batch.graphs])
         biases = first.biases(batch)

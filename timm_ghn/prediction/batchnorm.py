@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from timm_ghn.contexts import preserve_modes
-from timm_ghn.errors import ConfigError, PredictionError
+from timm_ghn.errors import ConfigError
+from timm_ghn.prediction.checks import check_finite
 
 M = TypeVar('M', bound=nn.Module)
 
@@ -24,7 +24,7 @@ IMAGE_KEYS = ('image', 'images', 'pixel_values')
 
 
 def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.device | str | None = None) -> M:
-    """Compute the running statistics of batch normalisation anew, in place, with ``torch``'s ``update_bn``.
+    """Compute the running statistics of batch normalisation anew, in place.
 
     Each statistic becomes the mean over the batches, of equal weight. Only batch normalisation is in training mode
     meanwhile: dropout and stochastic depth are off. A model without batch normalisation is returned as it is.
@@ -47,21 +47,27 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
     if not norms:
         return model
     before = {norm: {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms}
-    momenta = {norm: norm.momentum for norm in norms}
-    images = _Images(batches, device or _device(model))
+    momenta = [norm.momentum for norm in norms]
+    where = device or next(model.parameters(), torch.empty(0)).device
     try:
-        with preserve_modes(model):
-            _update(images, _OnlyNorms(model, norms))
-        if not images.count:
-            raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
-        _check_statistics(model)
+        with preserve_modes(model), torch.no_grad():
+            model.eval()
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+            if not _feed(model, batches, where):
+                raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
+        for name, buffer in model.named_buffers():
+            if name.endswith(('running_mean', 'running_var')):
+                check_finite(f"batch statistics '{name}'", buffer)
     except BaseException:
         for norm, buffers in before.items():
             for name, buffer in buffers.items():
                 norm.get_buffer(name).copy_(buffer)
         raise
     finally:
-        for norm, momentum in momenta.items():
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return model
 
@@ -90,50 +96,25 @@ def batch_statistics(model: M) -> Iterator[M]:
                 norm.track_running_stats = flag
 
 
-class _OnlyNorms(nn.Module):
-    """A model whose training mode is that of its batch normalisation; the rest is in eval mode."""
+def _feed(model: nn.Module, batches: Iterable[Any], device: torch.device | str) -> int:
+    """Run the model on each batch.
 
-    def __init__(self, model: nn.Module, norms: list[_BatchNorm]) -> None:
-        super().__init__()
-        self.model = model
-        self._norms = norms
-
-    def train(self, mode: bool = True) -> _OnlyNorms:
-        """Switch batch normalisation."""
-        self.model.eval()
-        for norm in self._norms:
-            norm.training = mode
-        return self
-
-    def forward(self, images: Tensor) -> Any:
-        """What the model computes."""
-        return self.model(images)
-
-
-class _Images:
-    """The images of batches of any kind; counts them."""
-
-    def __init__(self, batches: Iterable[Any], device: torch.device | str) -> None:
-        self.batches = batches
-        self.device = device
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self.batches:
-            yield _images(batch).to(self.device)
-            self.count += 1
-
-
-def _update(images: _Images, model: _OnlyNorms) -> None:
-    try:
-        update_bn(images, model)
-    except ValueError as error:
-        if 'more than 1 value per channel' not in str(error):
-            raise
-        raise ConfigError(
-            'a batch has too few images to compute statistics from: a layer sees a single value of each channel; give '
-            'larger batches, or larger images'
-        ) from error
+    Returns:
+        The number of batches.
+    """
+    count = 0
+    for batch in batches:
+        try:
+            model(_images(batch).to(device))
+        except ValueError as error:
+            if 'more than 1 value per channel' not in str(error):
+                raise
+            raise ConfigError(
+                'a batch has too few images to compute statistics from: a layer sees a single value of each channel; '
+                'give larger batches, or larger images'
+            ) from error
+        count += 1
+    return count
 
 
 def _images(batch: Any) -> Tensor:
@@ -149,20 +130,5 @@ def _images(batch: Any) -> Tensor:
     return batch
 
 
-def _check_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
-            continue
-        for statistic in (module.running_mean, module.running_var):
-            if statistic is not None and not bool(statistic.isfinite().all()):
-                raise PredictionError(
-                    f"the statistics of '{name}' on these batches are not finite; the old ones were left in place"
-                )
-
-
 def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device('cpu'))

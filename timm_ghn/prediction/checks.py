@@ -34,11 +34,7 @@ def device_of(name: torch.device | str) -> torch.device:
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Refuse a parameter of a dtype that torch does not compute in.
-
-    Raises:
-        UnsupportedModelError: if it is such a one, as those of 8 bits are.
-    """
+    """Raise :class:`UnsupportedModelError` for a parameter of a dtype that torch does not compute in (8 bits)."""
     if dtype not in _DTYPES:
         raise UnsupportedModelError(
             f"'{name}' is in {dtype}; expected one of {', '.join(map(str, _DTYPES))}: predict before the model is "
@@ -47,11 +43,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_storage(name: str, parameter: Tensor) -> None:
-    """Refuse a parameter without storage.
-
-    Raises:
-        UnsupportedModelError: if it is on the meta device.
-    """
+    """Raise :class:`UnsupportedModelError` for a parameter on the meta device."""
     if parameter.is_meta:
         raise UnsupportedModelError(
             f"'{name}' is on the meta device and has no storage to write to; call model.to_empty(device=...) "
@@ -60,11 +52,10 @@ def check_storage(name: str, parameter: Tensor) -> None:
 
 
 def check_writable(name: str, parameter: Tensor) -> None:
-    """Refuse a parameter that cannot be written in place.
+    """Raise :class:`UnsupportedModelError` for a parameter that cannot be written in place.
 
-    Raises:
-        UnsupportedModelError: if it has no storage, if torch does not compute in its dtype, if it was made in inference
-            mode, or if its elements share memory.
+    That is one without storage, of a dtype that torch does not compute in, made in inference mode, or with elements
+    that share memory.
     """
     check_storage(name, parameter)
     check_dtype(name, parameter.dtype)
@@ -73,23 +64,14 @@ def check_writable(name: str, parameter: Tensor) -> None:
             f"'{name}' was made in inference mode and can be written only there; "
             'make this call in torch.inference_mode() as well, or build the model outside of it'
         )
-    shared = any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    if shared:
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
         raise UnsupportedModelError(
             f"several elements of '{name}' share their memory (an expanded tensor); give the model its own copy"
         )
 
 
 def check_finite(what: str, values: Tensor) -> None:
-    """Refuse values that are not finite.
-
-    Args:
-        what: What the values are, in words that the error begins with.
-        values: Floating-point values of any dtype.
-
-    Raises:
-        PredictionError: if one is infinite or not a number.
-    """
+    """Raise :class:`PredictionError`, which begins with ``what``, if a value is infinite or NaN."""
     # The sum of finite values may overflow, so only a suspicious sum is looked into.
     if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
         raise PredictionError(f'{what} are not finite in {values.dtype}')
@@ -99,58 +81,47 @@ def check_finite(what: str, values: Tensor) -> None:
 def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], object]) -> None:
     """Write parameters in place: all of them or, if anything fails, none.
 
-    What may fail is written first, and put back if it does: subclasses of tensors, and what lies on a device. To copy
-    into an ordinary tensor on the CPU cannot fail, only be interrupted: an interruption by the user is raised when all
-    are written.
+    What may fail (subclasses of tensors, and what lies on a device) is written first and restored if it does. Copying
+    into an ordinary tensor on the CPU cannot fail, only be interrupted: ``KeyboardInterrupt`` is raised when all are
+    written, so no copy of them is needed.
 
     Args:
         parameters: All that are to be written, by name.
-        write: Writes one of them in place. It may be called again for the same one, and allocates nothing that is
-            large for a tensor on the CPU.
+        write: Writes one of them in place. It may be called again for the same one.
 
     Raises:
         PredictionError: if a parameter cannot be written; all are what they were.
     """
-    _write_or_put_back(
-        {name: parameter for name, parameter in parameters.items() if not _is_ordinary(parameter)}, write
-    )
-    pending = [item for item in parameters.items() if _is_ordinary(item[1])][::-1]
+    ordinary = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == 'cpu'
+    }
+    _write_or_restore({name: parameter for name, parameter in parameters.items() if name not in ordinary}, write)
+    pending = [*ordinary.items()]
     interruption = None
     while pending:
         try:
-            while pending:
-                write(*pending[-1])
-                pending.pop()
+            write(*pending[-1])
+            pending.pop()
         except KeyboardInterrupt as error:
             interruption = error
     if interruption is not None:
         raise interruption
 
 
-def _is_ordinary(parameter: Tensor) -> bool:
-    return type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == 'cpu'
-
-
-def _write_or_put_back(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], object]) -> None:
-    written: list[tuple[Tensor, Tensor]] = []
+def _write_or_restore(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], object]) -> None:
+    saved: list[tuple[Tensor, Tensor]] = []
     name = ''
     try:
         for name, parameter in parameters.items():
-            written.append((parameter, parameter.detach().clone()))
+            saved.append((parameter, parameter.detach().clone()))
             write(name, parameter)
     except BaseException as error:
-        _put_back(written)
+        for parameter, value in reversed(saved):  # the last one first: some may share memory
+            with contextlib.suppress(Exception, KeyboardInterrupt):  # one that cannot be written still has its value
+                parameter.copy_(value)
         if not isinstance(error, Exception):
             raise
         cause = ': '.join((type(error).__name__, *str(error).splitlines()[:1]))
         raise PredictionError(f"'{name}' cannot be written ({cause}); the model was left as it was") from error
-
-
-def _put_back(written: list[tuple[Tensor, Tensor]]) -> None:
-    """Give parameters what they held, the last one first: some may share memory."""
-    expected: tuple[type[BaseException], ...] = (Exception,)  # what refuses to be written holds what it held
-    for parameter, held in reversed(written):
-        # A further interruption by the user comes when a parameter is copied, not halfway.
-        with contextlib.suppress(KeyboardInterrupt, *expected):
-            parameter.copy_(held)
-        expected = ()

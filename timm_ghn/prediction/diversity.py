@@ -52,13 +52,8 @@ class LayerDiversity:
     spectrum: tuple[float, ...] = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write: the measures, without the spectrum."""
-        return {
-            'duplicates': self.duplicates,
-            'stable_rank': self.stable_rank,
-            'relative_rank': self.relative_rank,
-            'effective_rank': self.effective_rank,
-        }
+        """The measures as plain values that ``json`` can write, without the spectrum."""
+        return {key: getattr(self, key) for key in ('duplicates', 'stable_rank', 'relative_rank', 'effective_rank')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +108,8 @@ def compare(
         if not row.predicted:
             continue  # a classifier that is kept
         weight = predicted[row.name]
-        tensors = (weight, weight, random[row.name].detach())
-        if options and row.name in changed:
-            tensors = (weight, processed(weight, options, generator), tensors[2])
+        post = processed(weight, options, generator) if options and row.name in changed else weight
+        tensors = (weight, post, random[row.name].detach())
         measured = {kind: measure(row.name, tensor) for kind, tensor in zip(KINDS, tensors, strict=True)}
         yield Comparison(number, row.name in changed, measured)
 
@@ -134,7 +128,9 @@ def measure(name: str, weight: Tensor) -> LayerDiversity:
     matrix = matrix / largest if largest else matrix  # no measure depends on it, and no square leaves the range
     squares = _eigenvalues(matrix)
     stable_rank = float(squares.sum() / squares[0]) if float(squares[0]) > 0 else 0.0
-    spectrum = _eigenvalues(_unit_rows(matrix - matrix.mean(dim=1, keepdim=True), floor=_rounding(matrix)))
+    # A centred row shorter than this is the rounding of its mean.
+    rounding = 8 * torch.finfo(matrix.dtype).eps * torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+    spectrum = _eigenvalues(_unit_rows(matrix - matrix.mean(dim=1, keepdim=True), floor=rounding))
     total = float(spectrum.sum())
     return LayerDiversity(
         name=name,
@@ -153,12 +149,6 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
     smaller = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     ascending: Tensor = torch.linalg.eigvalsh((smaller @ smaller.t()).double())
     return ascending.flip(0).clamp(min=0)
-
-
-def _rounding(matrix: Tensor) -> Tensor:
-    """Length below which a centred row is the rounding of its mean."""
-    lengths: Tensor = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
-    return 8 * torch.finfo(matrix.dtype).eps * lengths
 
 
 def _unit_rows(matrix: Tensor, floor: Tensor | float = 0.0) -> Tensor:

@@ -89,8 +89,8 @@ def fit_of(
         shape: Of the parameter.
         config: Of the GHN.
         position: Whether it is a positional embedding, see :func:`timm_ghn.graph.vocabulary.positional_size`.
-        kernel: Shape (out, in, ...) of the kernels that it holds, where its own shape is another one.
-        blocks: (rows, columns, height, width) of the blocks in which a positional embedding is stored, if it is.
+        kernel: See :class:`Fit`.
+        blocks: See :class:`Fit`.
 
     Returns:
         Size (out, in, height, width) to request, and how to fit what comes back.
@@ -150,19 +150,19 @@ def scaled(decoded: Tensor, fit: Fit, dtype: torch.dtype | None = None) -> Tenso
 
 
 def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """The parameter that a decoded tensor becomes; differentiable.
-
-    Args:
-        decoded: What the GHN decoded for it.
-        fit: From :func:`fit_of`.
-        shape: Of the parameter.
-        generator: On the CPU; draws the tokens without a position.
-    """
+    """The parameter that a decoded tensor becomes; differentiable. See :func:`scaled` and :func:`repeated`."""
     return repeated(scaled(decoded, fit), fit, shape, generator)
 
 
 def repeated(values: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """The parameter that the values of :func:`scaled` become; it may be a view of them."""
+    """The parameter that the values of :func:`scaled` become; it may be a view of them.
+
+    Args:
+        values: From :func:`scaled`.
+        fit: From :func:`fit_of`.
+        shape: Of the parameter.
+        generator: On the CPU; draws the tokens without a position.
+    """
     if not fit.columns:
         return values.repeat(-(-math.prod(shape) // fit.rows))[: math.prod(shape)].view(shape)
     size = positional_size(shape)
@@ -194,10 +194,8 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
     if not count:
         return positions
     # Drawn in float32 on the CPU, so that the tokens are the same on every device.
-    random = (
-        torch.randn(1, count, positions.shape[2], generator=generator, dtype=torch.float32, device='cpu') * TOKEN_STD
-    )
-    return torch.cat((random.to(positions), positions), dim=1)[:, :tokens]
+    random = torch.randn(1, count, positions.shape[2], generator=generator, dtype=torch.float32, device='cpu')
+    return torch.cat(((random * TOKEN_STD).to(positions), positions), dim=1)[:, :tokens]
 
 
 def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:

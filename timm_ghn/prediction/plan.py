@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from timm_ghn.errors import ConfigError, UnsupportedModelError
+from timm_ghn.errors import ConfigError
 from timm_ghn.graph.channels import ChannelLayout, channel_layouts
 from timm_ghn.graph.graph import Graph, ParameterInfo
 from timm_ghn.graph.primitives import Primitive
@@ -25,14 +24,6 @@ ANY_GHN = GHNConfig(hid=4, max_shape=(1, 1, 1, 1), num_classes=1, gnn='mlp')
 
 #: What can be asked of the classifier.
 HEAD_OPTIONS = ('auto', 'predict', 'keep')
-
-_ROLES = {
-    DecodeKind.TENSOR: 'weight',
-    DecodeKind.HEAD_WEIGHT: 'head weight',
-    DecodeKind.HEAD_BIAS: 'head bias',
-    DecodeKind.WEIGHT_1D: 'norm weight',
-    DecodeKind.BIAS_1D: 'bias',
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +88,7 @@ class ParameterRow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParameterPlan:
-    """Every parameter of a model, exactly once. Plans are compared by identity, as their graphs are.
+    """Every parameter of a model, exactly once. Plans are compared by identity, as graphs are.
 
     Attributes:
         rows: In the order of ``model.named_parameters()``.
@@ -106,15 +97,6 @@ class ParameterPlan:
 
     rows: tuple[ParameterRow, ...]
     graph: Graph
-
-    def __post_init__(self) -> None:
-        names = [name for row in self.rows for name in (row.name, *row.aliases)]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        missing = {info.name for info in self.graph.parameters} - set(names)
-        if twice or missing:
-            raise UnsupportedModelError(
-                f'expected each parameter once in the plan (got twice: {twice}, never: {missing})'
-            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -175,7 +157,7 @@ class ParameterPlan:
 
 
 def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> ParameterPlan:
-    """Decide for each parameter of a traced model what becomes of it.
+    """Decide for each parameter of a traced model whether and how it is predicted.
 
     Args:
         graph: The traced model.
@@ -194,30 +176,27 @@ def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> P
         reason = f'head for {graph.num_classes} classes, the GHN was trained with {config.num_classes}'
     classifier = frozenset(graph.classifier) if keep_head else frozenset()
     layouts = channel_layouts(graph)
-    rows = tuple(
-        _kept(info, reason if info.name in classifier else graph.kept[info.name])
-        if info.name in classifier or info.name in graph.kept
-        else _predicted(info, graph, config, layouts)
-        for info in graph.parameters
-    )
-    return ParameterPlan(rows, graph)
+    rows = []
+    for info in graph.parameters:
+        why = reason if info.name in classifier else graph.kept.get(info.name)
+        if why is None and not info.dtype.is_floating_point:
+            why = NOT_FLOATING
+        elif why is None and info.numel == 0:
+            why = NO_ELEMENTS
+        rows.append(_predicted(info, graph, config, layouts) if why is None else _row(info, 'kept', reason=why))
+    return ParameterPlan(tuple(rows), graph)
 
 
-def _kept(info: ParameterInfo, reason: str | None) -> ParameterRow:
-    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, 'kept', reason=reason)
+def _row(info: ParameterInfo, role: str, **decisions: Any) -> ParameterRow:
+    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, **decisions)
 
 
 def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig, layouts: Sequence[ChannelLayout]) -> ParameterRow:
-    if not info.dtype.is_floating_point:
-        return _kept(info, NOT_FLOATING)
-    if info.numel == 0:
-        return _kept(info, NO_ELEMENTS)
     index = graph.node_of[info.name]
     kind, role = _kind(info, graph, index)
     node = graph.nodes[index]
     size, fit = fit_of(kind, info.shape, config, position=role == 'position', kernel=node.kernel, blocks=node.blocks)
-    request = DecodeRequest(kind, index, size, layouts[index])
-    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, index, request, fit)
+    return _row(info, role, node=index, request=DecodeRequest(kind, index, size, layouts[index]), fit=fit)
 
 
 def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, str]:
@@ -226,17 +205,17 @@ def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, st
     if info.name == node.norm_bias:
         return DecodeKind.BIAS_1D, 'norm bias'
     if info.name in graph.class_weights:
-        return DecodeKind.HEAD_WEIGHT, _ROLES[DecodeKind.HEAD_WEIGHT]
+        return DecodeKind.HEAD_WEIGHT, 'head weight'
     if info.name in graph.class_biases:
-        return DecodeKind.HEAD_BIAS, _ROLES[DecodeKind.HEAD_BIAS]
+        return DecodeKind.HEAD_BIAS, 'head bias'
     if node.primitive is Primitive.BIAS:
-        return DecodeKind.BIAS_1D, _ROLES[DecodeKind.BIAS_1D]
+        return DecodeKind.BIAS_1D, 'bias'
     if node.primitive in (Primitive.BN, Primitive.LN) or len(info.shape) < 2:
-        return DecodeKind.WEIGHT_1D, _ROLES[DecodeKind.WEIGHT_1D]
+        return DecodeKind.WEIGHT_1D, 'norm weight'
     if (
         node.primitive is Primitive.POS_ENC
         and positional_size(info.shape)
         and node.shape == encoded_position(info.shape)
     ):
         return DecodeKind.TENSOR, 'position'
-    return DecodeKind.TENSOR, _ROLES[DecodeKind.TENSOR]
+    return DecodeKind.TENSOR, 'weight'

@@ -31,15 +31,6 @@ _BLOCK_OF_GRAM = 128
 SCALES = ('unit', 'keep')
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _expect(holds: bool, what: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f'expected {what} (got {value!r})')
-
-
 @dataclasses.dataclass(frozen=True)
 class PostProcess:
     """How predicted weights are post-processed.
@@ -67,18 +58,21 @@ class PostProcess:
     scale: str = 'unit'
 
     def __post_init__(self) -> None:
-        _expect(isinstance(self.orth, bool), 'orth to be true or false', self.orth)
-        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
-        _expect(number and math.isfinite(self.beta) and self.beta >= 0, 'beta of 0 or more', self.beta)
-        _expect(
-            (_is_integer(self.layer) and self.layer >= 0)
-            or (isinstance(self.layer, float) and 0.0 <= self.layer < 1.0),
-            "layer to be a layer's number (an integer) or a share of the depth (a float from 0.0 to below 1.0)",
-            self.layer,
-        )
-        _expect(_is_integer(self.max_size) and self.max_size >= 0, 'max_size of 0 or more', self.max_size)
-        _expect(_is_integer(self.seed) and -(2**63) <= self.seed < 2**63, 'seed to be an integer', self.seed)
-        _expect(self.scale in SCALES, f'scale to be one of {", ".join(SCALES)}', self.scale)
+        share = type(self.layer) is float and 0.0 <= self.layer < 1.0
+        for name, holds, expected in (
+            ('orth', type(self.orth) is bool, 'to be true or false'),
+            ('beta', type(self.beta) in (int, float) and 0 <= self.beta < math.inf, 'of 0 or more'),
+            (
+                'layer',
+                share or (type(self.layer) is int and self.layer >= 0),
+                "to be a layer's number (an integer) or a share of the depth (a float from 0.0 to below 1.0)",
+            ),
+            ('max_size', type(self.max_size) is int and self.max_size >= 0, 'of 0 or more'),
+            ('seed', type(self.seed) is int and -(2**63) <= self.seed < 2**63, 'to be an integer'),
+            ('scale', self.scale in SCALES, f'to be one of {", ".join(SCALES)}'),
+        ):
+            if not holds:
+                raise ConfigError(f'expected {name} {expected} (got {getattr(self, name)!r})')
 
     @classmethod
     def of(cls, value: PostProcess | str | None, *, seed: int = 0, auto: str = 'orth') -> PostProcess | None:
@@ -104,11 +98,7 @@ class PostProcess:
         return dataclasses.replace(NAMED[name], seed=seed)
 
     def first(self, count: int) -> int:
-        """Number of the first layer to process, counted from 1.
-
-        Args:
-            count: How many layers the network has.
-        """
+        """Number of the first layer to process in a network of ``count`` layers, counted from 1."""
         if isinstance(self.layer, float):
             return math.floor(self.layer * count + 1e-9) + 1  # 0.29 * 100 is a little less than 29
         return max(self.layer, 1)
@@ -182,8 +172,7 @@ def postprocess_(
 ) -> M:
     """Post-process the weights of a model, in place; the rest of it stays.
 
-    Weights of any origin will do. What is written is finite; either all weights are written or, if anything fails,
-    none.
+    The weights may come from anywhere. Either all are written, and finite, or, if anything fails, none.
 
     Args:
         model: Any network that takes a batch of images.
@@ -228,32 +217,34 @@ def process_(
     options: PostProcess,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Put post-processed weights in the place of weights, without a check; the tensors themselves stay.
+    """Replace weights by their post-processed ones in a dictionary; the tensors themselves stay.
 
     Args:
         values: Finite weights by name.
         rows: What to process, in the order of the layers: see :func:`processed_layers`.
         options: How.
         generator: Draws the noise; by default one on the CPU with the seed of the options.
+
+    Raises:
+        PredictionError: if a post-processed weight is not finite.
     """
     drawn = torch.Generator().manual_seed(options.seed) if generator is None else generator
     for row in rows:
         with full_precision(values[row.name].device):
             values[row.name] = processed(values[row.name], options, drawn)
+        check_finite(f"post-processed values of '{row.name}'", values[row.name])
 
 
 def processed(weight: Tensor, options: PostProcess, generator: torch.Generator) -> Tensor:
-    """A weight after post-processing, as a new tensor.
-
-    Computed in float32, and in float64 for a weight in float64.
+    """A weight after post-processing, as a new tensor; computed in float32, or float64 for a weight in float64.
 
     Args:
         weight: Finite, with two axes or more, and at least one element.
-        options: How; the number of the layer is not looked at.
+        options: How; ``layer`` is ignored.
         generator: Draws the noise, one normal value for each element that gets noise.
 
     Returns:
-        A finite tensor of the same shape, dtype and device.
+        A tensor of the same shape, dtype and device.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     values = weight.to(dtype, copy=True)
@@ -262,14 +253,12 @@ def processed(weight: Tensor, options: PostProcess, generator: torch.Generator) 
         spread = correlation_spread(values)
         block = values[options.max_size :, options.max_size :]
         noise = torch.randn(block.shape, generator=generator, dtype=dtype, device=generator.device)
-        block.add_(noise.to(block.device), alpha=min(options.beta * spread, torch.finfo(dtype).max))
-        _clamp(values, dtype)
+        block.add_(noise.to(block.device), alpha=options.beta * spread)
     if options.orth:
         values = orthogonalised(values)
         if options.scale == 'keep':
-            length = float(torch.linalg.vector_norm(values))  # the square root of the rank
-            values *= min(norm / max(length, 1.0), torch.finfo(dtype).max)
-    return _clamp(values, weight.dtype).to(weight.dtype)
+            values *= norm / max(float(torch.linalg.vector_norm(values)), 1.0)  # divided by the root of the rank
+    return values.to(weight.dtype)
 
 
 def orthogonalised(weight: Tensor) -> Tensor:
@@ -283,7 +272,7 @@ def orthogonalised(weight: Tensor) -> Tensor:
     Shapes:
         - weight: (out, in, ...), float32 or float64 and finite; the result has the same shape.
     """
-    orthogonal = _orthogonal_factor(_near_one(_tall(weight)))
+    orthogonal = _orthogonal_factor(_tall(weight))
     wide = len(orthogonal) != len(weight)
     return (orthogonal.t() if wide else orthogonal).reshape(weight.shape)
 
@@ -342,7 +331,7 @@ def correlation_spread(weight: Tensor) -> float:
     rows, columns = matrix.shape
     if columns < 2:
         return 0.0
-    z = _near_one(matrix).contiguous()
+    z = matrix.contiguous()
     lengths = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     z = z - z.mean(dim=1, keepdim=True)
     centred = torch.linalg.vector_norm(z, dim=1, keepdim=True)
@@ -351,9 +340,7 @@ def correlation_spread(weight: Tensor) -> float:
     mean = z.mean(dim=0)
     z -= mean
     squares = 2 * rows * _norm(z @ mean) ** 2
-    for first in range(
-        0, columns, _BLOCK_OF_GRAM
-    ):  # D'D is symmetric: what is on the right of the diagonal counts twice
+    for first in range(0, columns, _BLOCK_OF_GRAM):  # D'D is symmetric: what is right of the diagonal counts twice
         products = z[:, first : first + _BLOCK_OF_GRAM].t() @ z[:, first:]
         squares += 2 * _norm(products) ** 2 - _norm(products[:, :_BLOCK_OF_GRAM]) ** 2
     return math.sqrt(squares / (rows**2 - 1))
@@ -365,33 +352,10 @@ def _tall(weight: Tensor) -> Tensor:
     return matrix.t() if matrix.shape[0] < matrix.shape[1] else matrix
 
 
-def _near_one(values: Tensor) -> Tensor:
-    """Values, divided by a power of two if they are so large or small that their squares might leave the range."""
-    factor = _power_of_two(values)
-    return values if factor == 1 else values * factor
-
-
-def _power_of_two(values: Tensor) -> float:
-    """1, or the factor that brings very large or very small values near 1."""
-    least, most = torch.aminmax(values)
-    exponent = math.frexp(max(-float(least), float(most)))[1]
-    limit = 120 if values.dtype == torch.float32 else 1000  # the factor is within the range of the dtype
-    return 1.0 if abs(exponent) < 40 else 2.0 ** -max(-limit, min(limit, exponent))
-
-
 def _norm(values: Tensor) -> float:
     """Euclidean norm over all elements; those of rows are summed up in float64 where the device has it."""
-    factor = _power_of_two(values)
-    scaled = values if factor == 1 else values * factor
-    rows = torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1)
-    return float(torch.linalg.vector_norm(rows, dtype=sum_dtype(scaled.device))) / factor
-
-
-def _clamp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring values into the range of a dtype, in place."""
-    largest = torch.finfo(dtype).max
-    values.clamp_(-largest, largest)
-    return values
+    rows = torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)
+    return float(torch.linalg.vector_norm(rows, dtype=sum_dtype(values.device)))
 
 
 def _is_named_weight(name: str) -> bool:

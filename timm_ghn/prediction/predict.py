@@ -14,9 +14,8 @@ from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.nn.requests import DecodeRequest
 from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, device_of, write_all_
-from timm_ghn.prediction.fit import Fit, repeated, scaled, write_repeated
+from timm_ghn.prediction.fit import repeated, scaled, write_repeated
 from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers
 from timm_ghn.version import __version__
@@ -133,17 +132,15 @@ def ghn_init(
 
     Args:
         model: Any network that takes a batch of images.
-        ghn: A GHN, or the name or path of one; 'ghn' is the default GHN.
-        input_size: Image size, see :func:`timm_ghn.trace`.
-        example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
-        head: 'auto' predicts the classifier where it has as many classes as the GHN was trained with, 'predict'
-            always, 'keep' never.
-        seed: Seed of what the published GHNs draw at random: the class token's row of a positional embedding; and of
-            the noise of a post-processing that is named.
+        ghn: See :func:`predict`.
+        input_size: See :func:`predict`.
+        example_inputs: See :func:`predict`.
+        head: See :func:`predict`.
+        seed: See :func:`predict`; also the seed of the noise of a post-processing that is named.
         postprocess: 'auto' does what the GHN's configuration recommends; 'orth' or 'noise', see
             :data:`~timm_ghn.prediction.postprocess.NAMED`, or options; None leaves the parameters as predicted.
-        device: Where to predict; by default where the GHN is. A GHN that is given as such is moved there.
-        rules: Rules of the graph, see :func:`timm_ghn.trace`; those of the GHN's configuration if None.
+        device: See :func:`predict`.
+        rules: See :func:`predict`.
 
     Returns:
         The same model.
@@ -181,7 +178,7 @@ def initialise(
     device: torch.device | str | None = None,
     rules: str | None = None,
 ) -> dict[str, Any]:
-    """Do what :func:`ghn_init` does, and give the facts about it."""
+    """Do what :func:`ghn_init` does, and return its :func:`provenance`."""
     PostProcess.of(postprocess)  # before anything is loaded
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -244,7 +241,7 @@ class _Decoded:
         ghn: The GHN.
         plan: Of the model.
         seed: Of the tokens without a position.
-        devices: Of the parameters by name: nothing is left to be moved when they are written.
+        devices: Of the parameters by name; the decoded values are moved there.
 
     Raises:
         PredictionError: if a value is not finite in the dtype of its parameter.
@@ -253,6 +250,7 @@ class _Decoded:
     @torch.no_grad()
     def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int, devices: Mapping[str, torch.device]) -> None:
         self._values: dict[str, Tensor] = {}
+        self._fits = {row.name: row.fit for row in plan if row.fit is not None}
         embeddings_Nd = ghn.encode(plan.graph)
         if not bool(torch.isfinite(embeddings_Nd).all()):
             raise PredictionError(
@@ -260,9 +258,9 @@ class _Decoded:
                 'the model was left as it was'
             )
         rows, sums = plan.predicted, []
-        for index, decoded in ghn.decode(embeddings_Nd, [_request(row) for row in rows]):
+        for index, decoded in ghn.decode(embeddings_Nd, [row.request for row in rows if row.request is not None]):
             row = rows[index]
-            values = scaled(decoded, _fit(row), row.dtype)
+            values = scaled(decoded, self._fits[row.name], row.dtype)
             sums.append(values.sum(dtype=torch.float32))
             self._values[row.name] = values.to(devices[row.name])
         if not bool(torch.stack(sums).isfinite().all()):  # the sum of finite values may overflow
@@ -270,9 +268,9 @@ class _Decoded:
                 check_finite(f"values predicted for '{name}'", values)
         generator = torch.Generator().manual_seed(seed)
         self._embeddings = {
-            row.name: repeated(self._values[row.name], _fit(row), row.shape, generator)
+            row.name: repeated(self._values[row.name], self._fits[row.name], row.shape, generator)
             for row in rows
-            if _fit(row).tokens is not None
+            if self._fits[row.name].tokens is not None
         }
 
     @torch.no_grad()
@@ -281,25 +279,13 @@ class _Decoded:
         if row.name in self._embeddings:
             target.copy_(self._embeddings[row.name])
         else:
-            write_repeated(target, self._values[row.name], _fit(row))
+            write_repeated(target, self._values[row.name], self._fits[row.name])
 
     def tensor(self, row: ParameterRow) -> Tensor:
         """A parameter as a tensor of its own."""
         target = torch.empty(row.shape, dtype=row.dtype, device=self._values[row.name].device)
         self.write(row, target)
         return target
-
-
-def _request(row: ParameterRow) -> DecodeRequest:
-    if row.request is None:
-        raise ValueError(f"'{row.name}' is not predicted")
-    return row.request
-
-
-def _fit(row: ParameterRow) -> Fit:
-    if row.fit is None:
-        raise ValueError(f"'{row.name}' is not predicted")
-    return row.fit
 
 
 def provenance(
