@@ -10,9 +10,11 @@ import literal
 import pytest
 import torch
 from isomorphism import permuted
+from torch import nn
 from variants import GHN3, VARIANTS
 
-from timm_ghn.nn import GHN, DecodeKind, DecodeRequest, GHNConfig
+from timm_ghn.errors import ConfigError
+from timm_ghn.nn import GHN, DecodeKind, DecodeRequest, GHNConfig, ghn as ghn_module
 
 REQUESTS = (
     DecodeRequest(DecodeKind.TENSOR, 2, (24, 20, 3, 3)),
@@ -201,3 +203,24 @@ def test_a_copy_computes_the_same(config, make_graph):
             parameter.fill_(torch.nan)
     assert all(torch.equal(a, b) for a, b in zip(ghn(graph, REQUESTS), before, strict=True))
     assert all(tensor.isnan().all() for tensor in twin(graph, REQUESTS)), 'the copy computes with its own weights'
+
+
+def test_a_registered_graph_network_is_built_by_its_name_once(monkeypatch, make_graph):
+    monkeypatch.setattr(ghn_module, '_GNNS', dict(ghn_module._GNNS))
+    names = list(ghn_module.GNNS)
+
+    class Twice(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def forward(self, x_Nd, batch):
+            return 2 * x_Nd
+
+    try:
+        ghn_module.register_gnn('twice')(Twice)
+        config = GHNConfig(hid=8, max_shape=(8, 8, 11, 11), num_classes=10, gnn='twice')
+        assert GHN(config).encode(make_graph(5)).shape == (5, 8)
+        with pytest.raises(ConfigError, match="'twice'"):
+            ghn_module.register_gnn('twice')(Twice)
+    finally:
+        ghn_module.GNNS[:] = names

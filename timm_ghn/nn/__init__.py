@@ -2,4 +2,4 @@
 
 from timm_ghn.nn.config import GHNConfig as GHNConfig, Origin as Origin
 from timm_ghn.nn.decoders import DecodeKind as DecodeKind, DecodeRequest as DecodeRequest
-from timm_ghn.nn.ghn import GHN as GHN
+from timm_ghn.nn.ghn import GHN as GHN, register_gnn as register_gnn

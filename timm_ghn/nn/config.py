@@ -16,7 +16,7 @@ FORMAT_VERSION = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-GNNS = ('graphormer', 'gated', 'mlp')
+GNNS = ['graphormer', 'gated', 'mlp']
 DECODERS = ('conv', 'mlp', 'templates')
 WINDOWS = ('center', 'corner')
 POSTPROCESSING = ('orth', 'noise', 'none')
@@ -34,7 +34,7 @@ class GHNConfig:
         hid: Width d of the node embeddings.
         max_shape: Largest tensor decoded at once: (out channels, in channels, height, width). Larger ones are tiled.
         num_classes: Classes K of the data set that the GHN was trained on.
-        gnn: Graph network: 'graphormer' (GHN-3), 'gated' (GHN-1, GHN-2), 'mlp' (baseline).
+        gnn: Graph network: 'graphormer' (GHN-3), 'gated' (GHN-1, GHN-2), 'mlp' (baseline), or a registered one.
         layers: Depth of the Graphormer; 1 for the others.
         heads: Attention heads of the Graphormer; unused by the others.
         virtual_edges: Longest shortest path that becomes an edge; 1 for none (arXiv 2110.13100, section 4.1).

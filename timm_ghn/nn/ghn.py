@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from timm_ghn.errors import ConfigError
 from timm_ghn.graph.graph import Graph, GraphBatch
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.nn.config import GHNConfig, Origin
+from timm_ghn.nn.config import GNNS, GHNConfig, Origin
 from timm_ghn.nn.decoders import (
     CHUNK_ELEMENTS,
     DecodeKind,
@@ -29,6 +31,28 @@ from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
 
 _GNNS: dict[str, Callable[[GHNConfig], nn.Module]] = {'graphormer': Graphormer, 'gated': GatedGNN, 'mlp': NodeMLP}
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
+
+ModuleType = TypeVar('ModuleType', bound=type[nn.Module])
+
+
+def register_gnn(name: str) -> Callable[[ModuleType], ModuleType]:
+    """Class decorator: make a graph network available as ``GHNConfig(gnn=name)``.
+
+    The class is built as ``cls(config)`` and maps node features (N, d) and a
+    :class:`~timm_ghn.graph.graph.GraphBatch` of N nodes to node features (N, d).
+
+    Raises:
+        ConfigError: if another graph network has this name.
+    """
+
+    def register(cls: ModuleType) -> ModuleType:
+        if name in _GNNS:
+            raise ConfigError(f'expected a new name for a graph network (got {name!r}, which exists)')
+        _GNNS[name] = cls
+        GNNS.append(name)
+        return cls
+
+    return register
 
 
 class GHN(nn.Module):

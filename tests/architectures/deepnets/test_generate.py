@@ -46,9 +46,7 @@ def test_probabilities_are_those_published():
     configs = drawn('train', 6000)
     multi = [config for config in configs if len(config.genotype.normal) > 2]
     assert {op for config in configs for op in config.genotype.ops} == set(OPS)
-    assert np.mean([{op for op, _ in c.genotype.reduce} <= set(POOLS) for c in multi]) == pytest.approx(
-        0.5, abs=0.05
-    )
+    assert np.mean([{op for op, _ in c.genotype.reduce} <= set(POOLS) for c in multi]) == pytest.approx(0.5, abs=0.05)
     assert np.mean([c.stem_pool for c in configs if c.stem_type == 0]) == pytest.approx(0.5, abs=0.05)
     shallow = [c for c in configs if c.n_cells <= 7 and not c.genotype.is_vit]
     assert np.mean([c.glob_avg for c in shallow]) == pytest.approx(0.9, abs=0.04)
