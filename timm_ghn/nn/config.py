@@ -90,7 +90,7 @@ class GHNConfig:
             raise ConfigError(f'expected max_shape with height equal to width (got {self.max_shape})')
         if self.hid % 4:
             raise ConfigError(f'expected hid divisible by 4, for the four sizes of a shape (got {self.hid})')
-        _expect_one_of('gnn', self.gnn, GNNS)
+        _expect_one_of('gnn', self.gnn, tuple(GNNS))
         _expect_one_of('decoder', self.decoder, DECODERS)
         _expect_one_of('window', self.window, WINDOWS)
         _expect_one_of('rules', self.rules, RULES)
