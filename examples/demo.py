@@ -1,4 +1,4 @@
-"""Start a timm model from predicted parameters and from timm's own, fine-tune both, and draw the two curves.
+"""Fine-tune a network that has no weights anywhere, from predicted parameters and from timm's own, and draw the curves.
 
 Usage: python examples/demo.py [GHN]. Without an argument the GHN inside the package predicts. Nothing is downloaded:
 the images are the handwritten digits that come with scikit-learn.
@@ -23,9 +23,10 @@ from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub.catalogue import EMBEDDED
 
-MODEL = 'resnet18'
+MODEL = 'seresnet18'
 SHOTS = 20
-EPOCHS = 15
+EPOCHS = 12
+SEEDS = (0, 1, 2)
 FOLDER = Path('demo-out')
 COLOURS = {'random': '#555555', 'ghn': '#d1495b'}
 
@@ -49,11 +50,11 @@ def main(ghn_name: str) -> None:
     print(f'{path}: read by plain timm, outputs are the same\n')
 
     dataset = save_digits(FOLDER / 'digits')
-    print(f'{MODEL} on {10 * SHOTS} handwritten digits, {EPOCHS} epochs, from both starts:')
-    curves = {init: fine_tuned(dataset, init) for init in COLOURS}
+    print(f'{MODEL} on {10 * SHOTS} handwritten digits, {EPOCHS} epochs, from both starts, {len(SEEDS)} seeds:')
+    curves = {init: torch.tensor([fine_tuned(dataset, init, seed) for seed in SEEDS]) for init in COLOURS}
     print(f'{"epoch":>8}' + ''.join(f'{init:>10}' for init in curves))
     for epoch in range(0, EPOCHS + 1, 3):
-        print(f'{epoch:>8}' + ''.join(f'{curve[epoch]:>9.1f}%' for curve in curves.values()))
+        print(f'{epoch:>8}' + ''.join(f'{runs[:, epoch].mean():>9.1f}%' for runs in curves.values()))
     draw(curves, FOLDER / 'curves.png')
     print(f'The curves: {FOLDER / "curves.png"}')
 
@@ -77,26 +78,42 @@ def save_digits(folder: Path) -> Path:
     return folder
 
 
-def fine_tuned(dataset: Path, init: str) -> list[float]:
+def fine_tuned(dataset: Path, init: str, seed: int) -> list[float]:
     """Accuracy in percent before the training and after each epoch."""
     output = FOLDER / f'finetune-{init}'
     shutil.rmtree(output, ignore_errors=True)
-    options: dict[str, Any] = {'image_size': 32, 'small_stem': 'off', 'hflip': 0.0, 'train_crop_mode': 'pad'}
+    options: dict[str, Any] = {
+        'image_size': 32,
+        'small_stem': 'off',
+        'hflip': 0.0,
+        'train_crop_mode': 'pad',
+        'seed': seed,
+    }
     result = finetune(
         FinetuneOptions(
-            model=MODEL, init=init, dataset=str(dataset), shots=SHOTS, epochs=EPOCHS, output=output, **options
+            model=MODEL,
+            init=init,
+            dataset=str(dataset),
+            shots=SHOTS,
+            epochs=EPOCHS,
+            seed=seed,
+            output=output,
+            **options,
         )
     )
     return [epoch['val_top1'] for epoch in result.epochs]
 
 
-def draw(curves: dict[str, list[float]], path: Path) -> None:
-    """Draw the accuracy over the epochs."""
+def draw(curves: dict[str, torch.Tensor], path: Path) -> None:
+    """Draw the accuracy over the epochs: the mean over the seeds, and from the least to the most."""
     figure = Figure(figsize=(6.5, 4), layout='constrained')
     axis = figure.subplots()
-    for init, curve in curves.items():
-        axis.plot(curve, marker='.', color=COLOURS[init], label={'random': "timm's own start"}.get(init, 'predicted'))
-    axis.set(xlabel='epochs', ylabel='validation accuracy, %', title=f'{MODEL}, {10 * SHOTS} handwritten digits')
+    for init, runs in curves.items():
+        label = {'random': "timm's own start"}.get(init, 'predicted')
+        axis.plot(runs.mean(0), marker='.', color=COLOURS[init], label=f'{label}, mean of {len(runs)} seeds')
+        axis.fill_between(range(EPOCHS + 1), runs.amin(0), runs.amax(0), color=COLOURS[init], alpha=0.2, linewidth=0)
+    title = f'{MODEL}, a network without weights, on {10 * SHOTS} handwritten digits'
+    axis.set(xlabel='epochs', ylabel='validation accuracy, %', title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

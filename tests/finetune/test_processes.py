@@ -94,6 +94,7 @@ def test_two_processes_test_what_one_does(folder, tmp_path):
     assert one['test_loss'] == pytest.approx(two['test_loss'], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_on_real_images(image_data, tmp_path):
     more = ('--train-split', 'train[:200]', '--val-split', 'test[:101]')
     check_two_processes(image_data / 'cifar10', tmp_path, *more, tolerance=1e-4)

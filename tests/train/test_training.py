@@ -75,7 +75,7 @@ def losses(options):
 def test_networks_that_were_never_trained_tell_colours_apart(base):
     # Only what many architectures share serves those that were never seen.
     options = dataclasses.replace(
-        base, hid=32, codes=16, pool=100, steps=250, lr=1e-3, log_steps=50, eval_steps=250, ema_decay=0.9
+        base, hid=32, codes=16, pool=50, steps=150, lr=2e-3, log_steps=50, eval_steps=150, ema_decay=0.9
     )
     result = train(options)
     assert result.finished
@@ -205,10 +205,10 @@ def test_muon_changes_templates_in_all_directions(base):
     before = {name: parameter.detach().clone() for name, parameter in ghn.named_parameters()}
     for parameter in ghn.parameters():
         parameter.grad = torch.randn_like(parameter)
-    templates = ghn.decoder.templates
+    templates = ghn.decoder.banks['conv'].templates
     templates.grad = templates.grad * torch.logspace(0, -2, len(templates))[:, None]
     optimizer.step()
-    values = torch.linalg.svdvals(templates.detach() - before['decoder.templates'])
+    values = torch.linalg.svdvals(templates.detach() - before['decoder.banks.conv.templates'])
     assert values.max() < 2 * values.min()
     hidden = ghn.decoder.hidden.weight.detach() - before['decoder.hidden.weight']
     assert torch.allclose(hidden.abs(), hidden.abs().mean().expand_as(hidden), rtol=0.1)
@@ -397,9 +397,8 @@ def environment() -> dict[str, str]:
     return {**kept, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
 
 
-@pytest.mark.parametrize('own_images', [False, True])
-def test_two_processes_equal_one(base, tmp_path, own_images):
-    base = dataclasses.replace(base, lr=1e-4, own_images=own_images)
+def test_two_processes_equal_one(base, tmp_path):
+    base = dataclasses.replace(base, lr=1e-4, own_images=True)
     train(base)
     two = dataclasses.replace(base, output=tmp_path / 'two')
     port = 20_000 + (os.getpid() + 77) % 20_000
