@@ -103,9 +103,9 @@ NETWORKS: dict[str, Network] = {
         _small('vit_tiny_patch16_224', 'vit', True, 'test_vit'),
         _own('poolformer_s12', 'poolformer', True),
         _own('resnetv2_18', 'resnetv2', True),
+        _own('regnetx_002', 'regnet', True),
+        _own('regnety_002', 'regnet', True, 'regnetx_002@64'),
         # Families that it was not.
-        _own('regnetx_002', 'regnet', False),
-        _own('regnety_002', 'regnet', False, 'regnetx_002@64'),
         _own('ghostnet_100', 'ghostnet', False),
         _own('test_byobnet', 'byobnet', False),
         _own('edgenext_xx_small', 'edgenext', False),
