@@ -57,9 +57,17 @@ def train_ghn(args: argparse.Namespace) -> int:
 
 def evaluate_ghn(args: argparse.Namespace) -> int:
     """Print the accuracy of predicted networks."""
-    from timm_ghn.train.evaluate import EvaluateOptions, evaluate
+    from timm_ghn.train.evaluate import EvaluateOptions, evaluate, summaries
 
-    rows = evaluate(options_of(args, EvaluateOptions))
+    options = options_of(args, EvaluateOptions)
+    rows = evaluate(options)
+    if options.deepnets_splits:
+        lines = [
+            (row.split, f'{row.networks:,}', f'{row.mean:.2f}', f'{row.standard_error:.2f}', f'{row.maximum:.2f}')
+            for row in summaries(rows)
+        ]
+        print('\n'.join(aligned(('split', 'networks', 'mean accuracy, %', 'standard error', 'maximum'), lines)))
+        return 0
     cells = [(row.family, row.name, f'{row.parameters:,}', f'{row.top1:.2f}', f'{row.loss:.3f}') for row in rows]
     header = ('family', 'architecture', 'parameters', 'accuracy, %', 'cross-entropy')
     print('\n'.join(aligned(header, cells)))
