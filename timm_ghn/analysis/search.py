@@ -144,7 +144,7 @@ def _trained(
     for step in range(options.steps):
         images, labels = training_batch(data, step, options.batch_size, seed=options.seed, config=config)
         optimizer.zero_grad()
-        F.cross_entropy(blueprint(parameters, images), labels).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(blueprint(parameters, images), labels).backward()
         torch.nn.utils.clip_grad_norm_(leaves.values(), 1.0)
         optimizer.step()
     return {name: tensor.detach() for name, tensor in parameters.items()}
