@@ -111,13 +111,14 @@ def test_the_reader_of_imports_sees_every_form(source, expected):
 
 def test_third_party_imports_are_declared():
     declared = {'huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm'}
-    optional = {'PIL', 'accelerate', 'datasets', 'h5py', 'matplotlib', 'pyarrow', 'torch_scatter', 'triton', 'yaml'}
+    optional = {'PIL', 'accelerate', 'datasets', 'h5py', 'matplotlib', 'pyarrow', 'scipy', 'sklearn', 'torch_scatter'}
+    optional |= {'triton', 'yaml'}
     found = {name.split('.')[0] for path in MODULES for name in imports_of(path)}
     foreign = found - set(sys.stdlib_module_names) - {PACKAGE.name}
     assert foreign <= declared | optional
     project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
-    called = {'PIL': 'pillow', 'yaml': 'pyyaml'}
-    named = {called.get(name, name) for name in declared | optional - {'pyarrow', 'triton'}}  # of datasets, of torch
+    called = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}
+    named = {called.get(name, name) for name in declared | optional - {'pyarrow', 'scipy', 'triton'}}  # of others
     missing = [name for name in named if f"'{name.replace('_', '-')}>=" not in project]
     assert not missing, f'pyproject.toml does not name {missing}'
 
@@ -130,4 +131,4 @@ def test_importing_the_package_loads_no_optional_package():
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(ast.literal_eval(run.stdout))
     assert 'timm_ghn' in loaded
-    assert not loaded & {'torch_scatter', 'triton', 'accelerate', 'datasets', 'h5py', 'joblib', 'matplotlib'}
+    assert not loaded & {'torch_scatter', 'triton', 'accelerate', 'datasets', 'h5py', 'joblib', 'matplotlib', 'sklearn'}

@@ -56,6 +56,11 @@ COMMANDS = {
         'timm-ghn evaluate --ghn train-out/ghn --dataset uoft-cs/cifar10',
         'Accuracy of predicted networks without any training.',
     ),
+    'search': (
+        'runs:search_architectures',
+        'timm-ghn search --ghn train-out/ghn --dataset uoft-cs/cifar10 --num 100 --max-params 500000',
+        'Rank architectures by the accuracy of predicted networks.',
+    ),
     'convert': (
         'hub:convert_ghn',
         'timm-ghn convert ghn3_tm8 -o ghn3-t',
@@ -79,7 +84,7 @@ COMMANDS = {
 }
 
 #: Commands whose options are the fields of a dataclass.
-RUNS = ('finetune', 'train', 'evaluate')
+RUNS = ('finetune', 'train', 'evaluate', 'search')
 
 #: What may be a token of the Hub.
 _TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')

@@ -1,4 +1,4 @@
-"""The commands about data sets: ``timm-ghn finetune``, ``timm-ghn train`` and ``timm-ghn evaluate``."""
+"""The commands about data sets: ``timm-ghn finetune``, ``train``, ``evaluate`` and ``search``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _OPTIONS = {
     'finetune': ('timm_ghn.finetune.options', 'FinetuneOptions'),
     'train': ('timm_ghn.train.options', 'TrainOptions'),
     'evaluate': ('timm_ghn.train.evaluate', 'EvaluateOptions'),
+    'search': ('timm_ghn.analysis.search', 'SearchOptions'),
 }
 
 
@@ -57,11 +58,33 @@ def train_ghn(args: argparse.Namespace) -> int:
 
 def evaluate_ghn(args: argparse.Namespace) -> int:
     """Print the accuracy of predicted networks."""
-    from timm_ghn.train.evaluate import EvaluateOptions, evaluate
+    from timm_ghn.train.evaluate import EvaluateOptions, evaluate, summaries
 
-    rows = evaluate(options_of(args, EvaluateOptions))
+    options = options_of(args, EvaluateOptions)
+    rows = evaluate(options)
+    if options.deepnets_splits:
+        lines = [
+            (row.split, f'{row.networks:,}', f'{row.mean:.2f}', f'{row.standard_error:.2f}', f'{row.maximum:.2f}')
+            for row in summaries(rows)
+        ]
+        print('\n'.join(aligned(('split', 'networks', 'mean accuracy, %', 'standard error', 'maximum'), lines)))
+        return 0
     cells = [(row.family, row.name, f'{row.parameters:,}', f'{row.top1:.2f}', f'{row.loss:.3f}') for row in rows]
     header = ('family', 'architecture', 'parameters', 'accuracy, %', 'cross-entropy')
+    print('\n'.join(aligned(header, cells)))
+    return 0
+
+
+def search_architectures(args: argparse.Namespace) -> int:
+    """Print architectures, ranked by the accuracy of predicted networks."""
+    from timm_ghn.analysis.search import SearchOptions, search
+
+    rows = search(options_of(args, SearchOptions))
+    cells = [
+        (str(rank), row.name, f'{row.parameters:,}', f'{row.macs:,}', f'{row.top1:.2f}', f'{row.loss:.3f}')
+        for rank, row in enumerate(rows, 1)
+    ]
+    header = ('rank', 'architecture', 'parameters', 'multiply-accumulates', 'accuracy, %', 'cross-entropy')
     print('\n'.join(aligned(header, cells)))
     return 0
 

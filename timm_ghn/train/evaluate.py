@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from timm_ghn.architectures.architecture import Architecture
+from timm_ghn.architectures.deepnets.generate import ranges_of
+from timm_ghn.architectures.deepnets.sampler import networks_of
 from timm_ghn.architectures.families import FAMILIES
 from timm_ghn.architectures.samplers import NamesSampler, TimmSampler, evaluation_set, timm_parts
-from timm_ghn.data.memory import evaluation_batches, load_images
+from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images
 from timm_ghn.data.options import DataOptions
-from timm_ghn.data.splits import load_splits
+from timm_ghn.data.splits import Splits, load_splits
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import check_output
 from timm_ghn.hub.load import load_ghn
+from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.checks import device_of
 from timm_ghn.runs.recipes import POSITIVE, option, read_recipe
 from timm_ghn.runs.results import to_json
@@ -26,12 +34,12 @@ from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'image_size': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'seed': 'run',
-          'batch_size': 'run'}  # fmt: skip
+          'batch_size': 'run', 'count': 'architectures', 'plot': 'run'}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions(DataOptions):
-    """Which GHN to evaluate, on which networks and images."""
+class NetworkOptions(DataOptions):
+    """A GHN, networks to predict and images to measure them on."""
 
     train_split: str = option('train', 'split that gives the classes')
     val_split: str = option(
@@ -50,7 +58,13 @@ class EvaluateOptions(DataOptions):
         'families', "'families': drawn test architectures of each family; else names of timm models, comma-separated"
     )
     families: str = option('all', "'all', or some of the families, comma-separated")
-    count: int = option(4, 'architectures of each family', within=POSITIVE)
+    split: str | None = option(
+        None,
+        'networks of splits of DeepNets-1M instead, comma-separated: test, wide, deep, dense, bnfree, val, search',
+    )
+    file: Path | None = option(
+        None, 'read the networks of --split from this Arrow or HDF5 file (default: drawn by the seed)', metavar='FILE'
+    )
     small_stem: bool = option(True, 'named models get a stem for small images')
     recipe: Path | None = option(
         None, 'recipe of a training run: drawn architectures keep to its limits', metavar='FILE'
@@ -60,11 +74,19 @@ class EvaluateOptions(DataOptions):
     device: str = option('cpu', "where to compute, e.g. 'cuda'")
     cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
     json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
-    plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.chosen_families
+        for split in self.deepnets_splits:
+            ranges_of(split)
+        if self.file is not None and not self.deepnets_splits:
+            raise ConfigError('expected a split of the file of networks (name it with --split)')
+
+    @property
+    def deepnets_splits(self) -> tuple[str, ...]:
+        """Splits of DeepNets-1M."""
+        return tuple(name.strip() for name in self.split.split(',')) if self.split else ()
 
     @functools.cached_property
     def chosen_families(self) -> tuple[str, ...]:
@@ -77,7 +99,8 @@ class EvaluateOptions(DataOptions):
             raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
         return chosen
 
-    def _sampler(self, num_classes: int) -> TimmSampler:
+    def sampler(self, num_classes: int) -> TimmSampler:
+        """Draws networks of the families."""
         if self.recipe is None:
             return TimmSampler(self.chosen_families, self.image_size, num_classes)
         sampler = TrainOptions(**{**read_recipe(self.recipe, TrainOptions), 'dataset': '-'}).sampler_for(num_classes)
@@ -86,13 +109,41 @@ class EvaluateOptions(DataOptions):
             raise ConfigError(f'expected {str(self.recipe)!r} to draw from families of timm (its sampler does not)')
         return dataclasses.replace(drawn[0], families=self.chosen_families, image_size=self.image_size)
 
-    def architectures(self, num_classes: int) -> tuple[Architecture, ...]:
-        """What to evaluate."""
-        if self.archs == 'families':
-            return evaluation_set(self._sampler(num_classes), seed=self.seed, count=self.count, split='test')
+    def named(self, num_classes: int) -> tuple[Architecture, ...]:
+        """The models of timm that ``archs`` names."""
         names = tuple(name.strip() for name in self.archs.split(','))
         named = NamesSampler(names, self.image_size, num_classes, small_stem=self.small_stem)
         return tuple(named.architecture(name) for name in named.models)
+
+    def deepnets(self, split: str, num_classes: int) -> Iterable[Architecture]:
+        """Networks of a split of DeepNets-1M: those of the file, or drawn without end."""
+        return networks_of(split, self.image_size, num_classes, seed=self.seed, file=self.file)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(NetworkOptions):
+    """Which GHN to evaluate, on which networks and images."""
+
+    count: int = option(4, 'architectures of each family, or networks of each split', within=POSITIVE)
+    plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
+
+    def architectures(self, num_classes: int) -> list[tuple[str, Architecture]]:
+        """What to evaluate, each with its family or its split of DeepNets-1M."""
+        if self.deepnets_splits:
+            found = [
+                (split, network)
+                for split in self.deepnets_splits
+                for network in itertools.islice(self.deepnets(split, num_classes), self.count)
+            ]
+            if self.file is not None and len(found) < self.count * len(self.deepnets_splits):
+                raise ConfigError(f'expected {self.count:,} networks of each split in {self.file} (got {len(found):,})')
+            return found
+        networks = (
+            evaluation_set(self.sampler(num_classes), seed=self.seed, count=self.count, split='test')
+            if self.archs == 'families'
+            else self.named(num_classes)
+        )
+        return [(network.family, network) for network in networks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +151,7 @@ class Evaluation:
     """A predicted network that was never trained.
 
     Attributes:
-        family: Of the network.
+        family: Of the network; its split if it is one of DeepNets-1M.
         name: Its key, or its name in timm.
         parameters: Their number.
         top1: Accuracy in percent.
@@ -112,6 +163,61 @@ class Evaluation:
     parameters: int
     top1: float
     loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Accuracy over the networks of a split, as the papers report it.
+
+    Attributes:
+        split: Of DeepNets-1M, or a family.
+        networks: Their number.
+        mean: Mean accuracy in percent.
+        standard_error: Standard deviation of the accuracy, divided by the root of the number of networks.
+        maximum: The best accuracy.
+    """
+
+    split: str
+    networks: int
+    mean: float
+    standard_error: float
+    maximum: float
+
+
+def summaries(rows: Iterable[Evaluation]) -> tuple[Summary, ...]:
+    """Mean, standard error and maximum of the accuracy of each family or split, in the order of the rows."""
+    accuracies: dict[str, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.family, []).append(row.top1)
+    return tuple(
+        Summary(name, len(top1), statistics.fmean(top1), statistics.pstdev(top1) / math.sqrt(len(top1)), max(top1))
+        for name, top1 in accuracies.items()
+    )
+
+
+def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
+    """Load a GHN and a data set.
+
+    Raises:
+        ConfigError: if the GHN was trained for another number of classes than the data set has.
+        GHNError: if the GHN or the data cannot be had.
+    """
+    ghn = load_ghn(options.ghn, device=device_of(options.device))
+    splits = load_splits(options)
+    if ghn.config.num_classes != len(splits.classes):
+        raise ConfigError(
+            f'{options.ghn!r} predicts classifiers of {ghn.config.num_classes} classes, but {options.dataset!r} has '
+            f'{len(splits.classes)}: a network that was never trained cannot tell them apart'
+        )
+    return ghn, splits
+
+
+def batches_of(options: NetworkOptions, ghn: GHN, data: ImageTensors) -> list[tuple[Tensor, Tensor]]:
+    """Images to measure on, normalised as the GHN expects them, with their labels."""
+    config = {'mean': ghn.config.mean, 'std': ghn.config.std}
+    return list(
+        evaluation_batches(data, options.images or len(data), options.batch_size, seed=options.seed, config=config)
+    )
 
 
 def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
@@ -127,34 +233,26 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
         from timm_ghn.plots import SUFFIXES
 
         check_output(options.plot, SUFFIXES)
-    device = device_of(options.device)
-    ghn = load_ghn(options.ghn, device=device)
-    splits = load_splits(options)
-    if ghn.config.num_classes != len(splits.classes):
-        raise ConfigError(
-            f'{options.ghn!r} predicts classifiers of {ghn.config.num_classes} classes, but {options.dataset!r} has '
-            f'{len(splits.classes)}: a network that was never trained cannot tell them apart'
-        )
+    ghn, splits = load_ghn_and_splits(options)
     evaluated = splits.val if options.val_split != 'auto' or splits.test is None else splits.test
-    data = load_images(evaluated, (3, options.image_size, options.image_size), progress=True).to(device)
-    images = {'mean': ghn.config.mean, 'std': ghn.config.std}
-    count = options.images or len(data)
-    batches = list(evaluation_batches(data, count, options.batch_size, seed=options.seed, config=images))
+    data = load_images(evaluated, (3, options.image_size, options.image_size), progress=True).to(ghn.device)
+    batches = batches_of(options, ghn, data)
     blueprints = Blueprints(ghn.config, options.cache)
     rows = []
-    for architecture in tqdm(
+    for family, architecture in tqdm(
         options.architectures(len(splits.classes)), desc='predicting', unit='network', disable=None
     ):
         blueprint = blueprints(architecture)
         top1, loss = accuracies_of(ghn, blueprint, batches)
         size = sum(row.numel for row in blueprint.plan)
         name = str(architecture.options.get('name', architecture.key))
-        rows.append(Evaluation(architecture.family, name, size, top1, loss))
+        rows.append(Evaluation(family, name, size, top1, loss))
     if options.json is not None:
         record = {
             'ghn': options.ghn,
-            'images': min(count, len(data)),
+            'images': sum(len(labels) for _, labels in batches),
             'rows': [dataclasses.asdict(row) for row in rows],
+            'summary': [dataclasses.asdict(row) for row in summaries(rows)],
         }
         options.json.write_text(to_json(record, indent=1) + '\n', encoding='utf-8')
     if options.plot is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,6 +173,14 @@ def accuracies_of(ghn: GHN, blueprint: Blueprint, batches: Sequence[tuple[Tensor
         batches: Images and labels; batch normalisation uses the statistics of each, as in arXiv 2110.13100.
     """
     (parameters,) = predict_parameters(ghn, [blueprint])
+    return accuracy_with(blueprint, parameters, batches)
+
+
+@torch.no_grad()
+def accuracy_with(
+    blueprint: Blueprint, parameters: Mapping[str, Tensor], batches: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Accuracy in percent and cross-entropy of a network with given parameters."""
     right = count = 0
     loss = 0.0
     for images, labels in batches:

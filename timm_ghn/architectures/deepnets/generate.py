@@ -211,10 +211,7 @@ def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 
     ):
         if found_count < num:
             with _candidates(split, seed, first, workers) as stream:
-                for number, record in stream:
-                    if record is None or _is_known(record, by_hash, split, seed):
-                        continue
-                    by_hash.setdefault(wl_hash(record), []).append(number)
+                for number, record in _distinct(stream, by_hash, split, seed):
                     file.write(json.dumps([number, record.to_dict()]) + '\n')
                     file.flush()
                     found_count += 1
@@ -226,6 +223,22 @@ def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 
     lines = itertools.islice(_lines(partial), 1, 1 + num)
     write_records(path, split, (NetRecord.from_dict(json.loads(line)[1]) for line in lines))
     partial.unlink()
+
+
+def distinct(split: str, seed: int) -> Iterator[tuple[int, NetRecord]]:
+    """Numbers and networks that :func:`generate` writes, without end."""
+    with _candidates(split, seed, 0, 1) as stream:
+        yield from _distinct(stream, {}, split, seed)
+
+
+def _distinct(
+    stream: Iterator[tuple[int, NetRecord | None]], by_hash: dict[str, list[int]], split: str, seed: int
+) -> Iterator[tuple[int, NetRecord]]:
+    """Candidates that are no rejected ones and whose graphs are new; their numbers are added to ``by_hash``."""
+    for number, record in stream:
+        if record is not None and not _is_known(record, by_hash, split, seed):
+            by_hash.setdefault(wl_hash(record), []).append(number)
+            yield number, record
 
 
 def _is_known(record: NetRecord, by_hash: dict[str, list[int]], split: str, seed: int) -> bool:

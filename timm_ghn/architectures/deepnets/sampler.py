@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from timm_ghn.architectures.architecture import Architecture, register_family
-from timm_ghn.architectures.deepnets.generate import draw_config, ranges_of
+from timm_ghn.architectures.deepnets.generate import distinct, draw_config, ranges_of
 from timm_ghn.architectures.deepnets.network import DeepNet, NetworkConfig
 from timm_ghn.architectures.samplers import register_sampler
 from timm_ghn.errors import ConfigError
@@ -100,6 +100,29 @@ class DeepNetsSampler:
         return Architecture(
             'deepnets', {**options.pop('genotype'), **options}, self.image_size, self.num_classes, self.in_chans
         )
+
+
+def networks_of(
+    split: str, image_size: int, num_classes: int, *, seed: int = 0, file: Path | None = None
+) -> Iterator[Architecture]:
+    """Distinct networks of a split of DeepNets-1M, those of 'wide' with four times the channels.
+
+    Args:
+        split: A name of :data:`~timm_ghn.architectures.deepnets.generate.SPLITS`.
+        image_size: Side of the images in pixels.
+        num_classes: Number of classes.
+        seed: Of the draws, which are those of ``timm-ghn deepnets generate``; they have no end.
+        file: Arrow or official HDF5 file to read instead, in its order.
+
+    Raises:
+        ConfigError: if the split is unknown, or the file does not have it.
+        DataError: if the file is damaged.
+    """
+    sampler = DeepNetsSampler(
+        None if file is None else str(file), split, image_size=image_size, num_classes=num_classes
+    )
+    records = (record for _, record in distinct(split, seed)) if file is None else iter(sampler.nets)
+    return (sampler.architecture(record.config) for record in records)
 
 
 def _reaches_output(config: NetworkConfig) -> bool:
