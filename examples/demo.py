@@ -96,7 +96,6 @@ def fine_tuned(dataset: Path, init: str, seed: int) -> list[float]:
             dataset=str(dataset),
             shots=SHOTS,
             epochs=EPOCHS,
-            seed=seed,
             output=output,
             **options,
         )
