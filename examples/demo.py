@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -82,25 +81,20 @@ def fine_tuned(dataset: Path, init: str, seed: int) -> list[float]:
     """Accuracy in percent before the training and after each epoch."""
     output = FOLDER / f'finetune-{init}'
     shutil.rmtree(output, ignore_errors=True)
-    options: dict[str, Any] = {
-        'image_size': 32,
-        'small_stem': 'off',
-        'hflip': 0.0,
-        'train_crop_mode': 'pad',
-        'seed': seed,
-    }
-    result = finetune(
-        FinetuneOptions(
-            model=MODEL,
-            init=init,
-            dataset=str(dataset),
-            shots=SHOTS,
-            epochs=EPOCHS,
-            output=output,
-            **options,
-        )
+    options = FinetuneOptions(
+        model=MODEL,
+        init=init,
+        dataset=str(dataset),
+        shots=SHOTS,
+        image_size=32,
+        small_stem='off',
+        hflip=0.0,
+        train_crop_mode='pad',
+        epochs=EPOCHS,
+        seed=seed,
+        output=output,
     )
-    return [epoch['val_top1'] for epoch in result.epochs]
+    return [epoch['val_top1'] for epoch in finetune(options).epochs]
 
 
 def draw(curves: dict[str, torch.Tensor], path: Path) -> None:

@@ -334,8 +334,6 @@ def _describe(model: nn.Module, cfg: PretrainedCfg, *, features: bool) -> None:
     for module in (*inner, model):
         described = cfg.to_dict()
         if features and module is model:  # as timm does
-            described = {
-                key: value for key, value in described.items() if key not in ('num_classes', 'classifier')
-            }  # as timm does
+            described = {key: value for key, value in described.items() if key not in ('num_classes', 'classifier')}
         # timm models have both names for one dictionary.
         module.pretrained_cfg = module.default_cfg = described

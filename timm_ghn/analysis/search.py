@@ -77,7 +77,7 @@ class Ranked:
     @property
     def name(self) -> str:
         """Name in timm, or the key of the architecture."""
-        return str(self.architecture.options.get('name', self.architecture.key))
+        return self.architecture.name
 
 
 def search(options: SearchOptions) -> tuple[Ranked, ...]:

@@ -85,6 +85,11 @@ class Architecture:
         return _digest([self.family, self.options])
 
     @property
+    def name(self) -> str:
+        """Its name in timm, if it has one, else its :attr:`key`."""
+        return str(self.options.get('name', self.key))
+
+    @property
     def key(self) -> str:
         """The family and a digest of everything: a file name under which what is known of it can be kept."""
         return f'{self.family}-{_digest(self.to_dict())}'

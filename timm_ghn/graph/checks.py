@@ -10,7 +10,7 @@ from torch import argsort
 
 from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.graph import Graph
-from timm_ghn.graph.paths import reachable
+from timm_ghn.graph.paths import neighbours, reachable
 from timm_ghn.graph.primitives import Primitive
 
 WEIGHTS = frozenset(
@@ -41,7 +41,7 @@ def flaws_of(graph: Graph, flow: Flow) -> list[str]:
 
 def _shape_flaws(graph: Graph, outputs: int) -> list[str]:
     flaws = []
-    successors, predecessors = _neighbours(graph)
+    predecessors, successors = neighbours(len(graph), graph.edges_E2.tolist())
     inputs = [i for i, node in enumerate(graph.nodes) if node.primitive is Primitive.INPUT]
     if len(inputs) != 1:
         flaws.append(f'{len(inputs)} inputs')
@@ -77,7 +77,7 @@ def _order_flaws(graph: Graph, flow: Flow) -> list[str]:
     """Compare the order of the weights in the graph with that in the network. Sets of weights are bit masks."""
     before = _weights_before(flow)
     bit = before.bit
-    _, predecessors = _neighbours(graph)
+    predecessors, _ = neighbours(len(graph), graph.edges_E2.tolist())
     known, reach = 0, [0] * len(graph)
     for node in graph.nodes:
         known |= bit.get(node.parameter or '', 0)
@@ -147,16 +147,6 @@ def _weights_before(flow: Flow) -> _WeightsBefore:
             met[i] |= met[child] | here[child]
     masks, beside = ({name: sets[sites[name][0]] for name in bit} for sets in (met, here))
     return _WeightsBefore(bit, masks, beside, frozenset(aside))
-
-
-def _neighbours(graph: Graph) -> tuple[list[list[int]], list[list[int]]]:
-    """Successors and predecessors of each node."""
-    successors: list[list[int]] = [[] for _ in graph.nodes]
-    predecessors: list[list[int]] = [[] for _ in graph.nodes]
-    for source, target in graph.edges_E2.tolist():
-        successors[source].append(target)
-        predecessors[target].append(source)
-    return successors, predecessors
 
 
 def _labels(graph: Graph, nodes: Iterable[int]) -> str:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def reachable(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
+def reachable(start: Iterable[int], following: Callable[[int], Iterable[int]]) -> set[int]:
     """Nodes that edges lead to from some nodes, these included."""
     found = set(start)
     stack = list(found)
     while stack:
-        new = set(neighbours(stack.pop())) - found
+        new = set(following(stack.pop())) - found
         found |= new
         stack += new
     return found
+
+
+def neighbours(num_nodes: int, edges: Iterable[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Predecessors and successors of each node, by edges (source, target)."""
+    before: list[list[int]] = [[] for _ in range(num_nodes)]
+    behind: list[list[int]] = [[] for _ in range(num_nodes)]
+    for source, target in edges:
+        before[target].append(source)
+        behind[source].append(target)
+    return before, behind
 
 
 def topological_order(predecessors: Mapping[int, Iterable[int]]) -> list[int] | None:
@@ -48,10 +58,8 @@ def topological_levels(num_nodes: int, edges_E2: Tensor) -> Tensor | None:
         int64 (N,): 0 for a node without predecessors, else one more than the largest level among them; None if the
         edges form a cycle.
     """
-    predecessors: dict[int, list[int]] = {node: [] for node in range(num_nodes)}
-    for source, target in edges_E2.tolist():
-        predecessors[target].append(source)
-    order = topological_order(predecessors)
+    predecessors, _ = neighbours(num_nodes, edges_E2.tolist())
+    order = topological_order(dict(enumerate(predecessors)))
     if order is None:
         return None
     level = [0] * num_nodes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import nn
 
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import RULES
@@ -16,7 +18,8 @@ FORMAT_VERSION = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-GNNS = ['graphormer', 'gated', 'mlp']
+#: Graph networks by name, see :func:`timm_ghn.nn.register_gnn`.
+GNNS: dict[str, Callable[[GHNConfig], nn.Module]] = {}
 DECODERS = ('conv', 'mlp', 'templates')
 WINDOWS = ('center', 'corner')
 POSTPROCESSING = ('orth', 'noise', 'none')

@@ -29,7 +29,6 @@ from timm_ghn.nn.requests import Block, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
 from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
 
-_GNNS: dict[str, Callable[[GHNConfig], nn.Module]] = {'graphormer': Graphormer, 'gated': GatedGNN, 'mlp': NodeMLP}
 _TENSOR_KINDS = (DecodeKind.TENSOR, DecodeKind.HEAD_WEIGHT)
 
 ModuleType = TypeVar('ModuleType', bound=type[nn.Module])
@@ -46,13 +45,17 @@ def register_gnn(name: str) -> Callable[[ModuleType], ModuleType]:
     """
 
     def register(cls: ModuleType) -> ModuleType:
-        if name in _GNNS:
+        if name in GNNS:
             raise ConfigError(f'expected a new name for a graph network (got {name!r}, which exists)')
-        _GNNS[name] = cls
-        GNNS.append(name)
+        GNNS[name] = cls
         return cls
 
     return register
+
+
+register_gnn('graphormer')(Graphormer)
+register_gnn('gated')(GatedGNN)
+register_gnn('mlp')(NodeMLP)
 
 
 class GHN(nn.Module):
@@ -80,7 +83,7 @@ class GHN(nn.Module):
         self.embed = nn.Embedding(len(Primitive), config.hid)
         self.shape_enc = ShapeEncoder(config)
         self.smooth_enc = SmoothEncoder(config) if config.smooth else None
-        self.gnn = _GNNS[config.gnn](config)
+        self.gnn = GNNS[config.gnn](config)
         self.decoder: TensorDecoder
         self.decoder_1d: VectorDecoder | TemplateVectorDecoder
         if config.decoder == 'templates':

@@ -245,8 +245,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
         blueprint = blueprints(architecture)
         top1, loss = accuracies_of(ghn, blueprint, batches)
         size = sum(row.numel for row in blueprint.plan)
-        name = str(architecture.options.get('name', architecture.key))
-        rows.append(Evaluation(family, name, size, top1, loss))
+        rows.append(Evaluation(family, architecture.name, size, top1, loss))
     if options.json is not None:
         record = {
             'ghn': options.ghn,

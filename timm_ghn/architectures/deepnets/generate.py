@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from timm_ghn.architectures.cost import count_parameters
 from timm_ghn.architectures.deepnets.isomorphism import is_isomorphic, wl_hash
 from timm_ghn.architectures.deepnets.layers import OPS
 from timm_ghn.architectures.deepnets.network import DeepNet, Genotype, NetworkConfig
@@ -138,14 +139,12 @@ def candidate(split: str, seed: int, number: int) -> NetRecord | None:
     if config is None:
         return None
     with torch.device('meta'):
-        counts = {
-            name: sum(p.numel() for p in DeepNet(config, image_size=size).parameters())
-            for name, size in (('cifar10', 32), ('imagenet', 224))
-        }
+        small, large = DeepNet(config), DeepNet(config, image_size=224)
+    counts = {'cifar10': count_parameters(small), 'imagenet': count_parameters(large)}
     if max(counts.values()) > ranges_of(split).parameters:
         return None
     try:
-        record = record_of(config, counts)
+        record = record_of(small, counts)
     except UnsupportedModelError:
         return None
     if 'none' in config.genotype.ops and not record.is_connected:
@@ -236,15 +235,14 @@ def _distinct(
 ) -> Iterator[tuple[int, NetRecord]]:
     """Candidates that are no rejected ones and whose graphs are new; their numbers are added to ``by_hash``."""
     for number, record in stream:
-        if record is not None and not _is_known(record, by_hash, split, seed):
-            by_hash.setdefault(wl_hash(record), []).append(number)
+        if record is None:
+            continue
+        alike = by_hash.setdefault(wl_hash(record), [])
+        # The graphs of earlier networks are not kept: those with the same hash are made again.
+        earlier = (candidate(split, seed, other) for other in alike)
+        if not any(other is not None and is_isomorphic(record, other) for other in earlier):
+            alike.append(number)
             yield number, record
-
-
-def _is_known(record: NetRecord, by_hash: dict[str, list[int]], split: str, seed: int) -> bool:
-    """Whether an earlier network has the same graph; of one with the same hash the graph is made again."""
-    earlier = (candidate(split, seed, number) for number in by_hash.get(wl_hash(record), ()))
-    return any(other is not None and is_isomorphic(record, other) for other in earlier)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -15,7 +15,7 @@ from timm_ghn.architectures.deepnets.network import DeepNet, NetworkConfig
 from timm_ghn.errors import DataError
 from timm_ghn.graph.build import trace
 from timm_ghn.graph.graph import Graph
-from timm_ghn.graph.paths import shortest_paths, topological_levels
+from timm_ghn.graph.paths import neighbours, shortest_paths, topological_levels
 from timm_ghn.graph.primitives import Primitive
 
 #: Longest path that the official files hold: distances are bytes.
@@ -58,12 +58,7 @@ class NetRecord:
     @functools.cached_property
     def neighbours(self) -> tuple[list[list[int]], list[list[int]]]:
         """Predecessors and successors of each node."""
-        before: list[list[int]] = [[] for _ in self.primitives]
-        behind: list[list[int]] = [[] for _ in self.primitives]
-        for source, target in self.edges:
-            before[target].append(source)
-            behind[source].append(target)
-        return before, behind
+        return neighbours(len(self), self.edges)
 
     @property
     def is_connected(self) -> bool:
@@ -103,14 +98,13 @@ class NetRecord:
             raise DataError(f'expected a network with its graph ({error!r})') from error
 
 
-def record_of(config: NetworkConfig, num_params: Mapping[str, int]) -> NetRecord:
-    """Trace the network for CIFAR-10.
+def record_of(model: DeepNet, num_params: Mapping[str, int]) -> NetRecord:
+    """Trace a network.
 
     Raises:
         UnsupportedModelError: if the network has no graph.
     """
-    with torch.device('meta'):
-        model = DeepNet(config)
+    config = model.config
     graph = trace(model)
     cells, names, cell = [], [], 0
     for node in graph.nodes:

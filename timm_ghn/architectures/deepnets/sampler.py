@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from timm_ghn.architectures.architecture import Architecture, register_family
+from timm_ghn.architectures.cost import count_parameters
 from timm_ghn.architectures.deepnets.generate import distinct, draw_config, ranges_of
 from timm_ghn.architectures.deepnets.network import DeepNet, NetworkConfig
 from timm_ghn.architectures.samplers import register_sampler
@@ -88,8 +89,7 @@ class DeepNetsSampler:
             if config is None:
                 continue
             architecture = self.architecture(config)
-            model = architecture.build()
-            if sum(p.numel() for p in model.parameters()) <= self.parameters and _reaches_output(config):
+            if count_parameters(architecture.build()) <= self.parameters and _reaches_output(config):
                 return architecture
         raise ConfigError(f'found no network of at most {self.parameters:,} parameters in {self.attempts} attempts')
 

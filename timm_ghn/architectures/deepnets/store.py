@@ -18,7 +18,7 @@ try:
     import pyarrow as pa
     from datasets import Dataset
 except ImportError as error:
-    raise ConfigError("files of networks need datasets: pip install 'timm-ghn[finetune]'") from error
+    raise ConfigError("files of networks need datasets: pip install 'timm-ghn[deepnets]'") from error
 
 #: Ends of the names of official files.
 HDF5 = ('.hdf5', '.h5')
