@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import warnings
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -55,10 +59,14 @@ def trained(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope='module')
 def nets() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A network, and the weights of one like it that is trained."""
+    model = first_net()
+    return model, trained(copy.deepcopy(model)).state_dict()
+
+
+def first_net() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Net()
-        return model, trained(copy.deepcopy(model)).state_dict()
+        return Net()
 
 
 def test_the_better_start_wins_and_stays_in_the_model(nets):
@@ -119,15 +127,53 @@ def test_an_interrupted_race_goes_on_and_ends_the_same(nets, tmp_path, monkeypat
         race_(model, starts, batches(), lrs=(1e-4,), folder=tmp_path)
 
 
+def _race_in_process(rank: int, folder: Path, good: dict[str, torch.Tensor]) -> None:
+    """What each of two processes does: a race, interrupted in the second round, and the same race again."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', f'file://{folder / "meet"}', rank=rank, world_size=2)
+    starts = {'good': lambda net: net.load_state_dict(good), 'absent': fail if rank else lambda net: None}
+    rounds, finished = race._Field._round, []
+
+    def stop(field: race._Field, number: int, steps: int) -> None:
+        rounds(field, number, steps)
+        finished.append(number)
+        if field.runners[number].rounds[1:]:
+            raise KeyboardInterrupt
+
+    model = first_net()
+    warnings.simplefilter('ignore')
+    with mock.patch.object(race._Field, '_round', stop), contextlib.suppress(KeyboardInterrupt):
+        race_(model, starts, batches(), lrs=(*LRS, 3e-2), steps=2, folder=folder / 'race')
+    torch.distributed.barrier()  # both were interrupted
+    finished += [-1]
+    found = race_(model, starts, batches(), lrs=(*LRS, 3e-2), steps=2, folder=folder / 'race')
+    torch.save([finished, [one.rounds for one in found.runners], model.state_dict()], folder / f'{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def fail(net: nn.Module) -> None:
+    raise UnsupportedModelError('it cannot be had')
+
+
+def test_processes_share_the_runners_and_find_what_one_finds(nets, tmp_path):
+    torch.multiprocessing.spawn(_race_in_process, (tmp_path, nets[1]), nprocs=2)
+    whole = first_net()
+    expected = race_(whole, {'good': lambda net: net.load_state_dict(nets[1])}, batches(), lrs=(*LRS, 3e-2), steps=2)
+    took_part = []
+    for rank in range(2):
+        finished, rounds, state = torch.load(tmp_path / f'{rank}.pt')
+        took_part.append(finished)
+        assert rounds == [one.rounds for one in expected.runners]
+        assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    assert sorted(took_part[0][:3] + took_part[1][:3]) == list(range(6)), 'each runner in one process'
+
+
 def test_time_bounds_the_steps_and_what_cannot_take_part_is_left_out(nets):
     model = copy.deepcopy(nets[0])
     with pytest.raises(TrainingError, match='allow more'):
         race_(model, {}, batches(), minutes=1e-9)
     found = race_(model, {}, batches(), lrs=(1e-3,), steps=10_000, minutes=0.01)
     assert found.steps < 10_000
-
-    def fail(net: nn.Module) -> None:
-        raise UnsupportedModelError('it cannot be had')
 
     with pytest.warns(UserWarning, match='does not take part'):
         found = race_(model, {'absent': fail}, batches(), lrs=(1e-3,), steps=1)

@@ -152,10 +152,10 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         self.loss, self.mixup = loss_of(options, self.num_classes)
         lr = options.lr
         if options.init == RACE:
-            with accelerator.main_process_first():  # the others find its result
-                found = race(options, start, (train, val), {'run': self.identity}, accelerator.device)
+            found = race(options, start, (train, val), {'run': self.identity}, accelerator.device)
             self.facts['race'], lr = found.to_dict(), found.winner.lr
-            self.say('%s', found)
+            for line in str(found).splitlines():
+                self.say('%s', line)
         optimizer = optimizer_of(dataclasses.replace(options, lr=lr), start.model)
         self.model, self.optimizer, self.batches, self.val = accelerator.prepare(start.model, optimizer, train, val)
         self.test = None if test is None else accelerator.prepare_data_loader(test)

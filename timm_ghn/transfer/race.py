@@ -3,6 +3,8 @@
 All starts train a little at every rate; the better half trains on for twice as long, until one is left. The best rate
 of the network's own initialisation takes part in every round, so that on the images that the runners are compared on,
 the winner is at least as good as that.
+
+Where torch.distributed has several processes, they share the runners of each round, and find what one process would.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,7 +117,8 @@ def race_(
     """Let starts race, and leave the weights of the winner in the model, in place.
 
     Each round has a schedule of its own, a short warm-up and a linear decay to zero, so that weights are all that goes
-    from one to the next. What the race costs is logged before it begins.
+    from one to the next. What the race costs is logged before it begins. Where torch.distributed has several processes,
+    all of them call this with the same arguments, on one machine if there is a folder.
 
     Args:
         model: The network; its own initialisation takes part as 'own'.
@@ -183,13 +187,29 @@ def _rounds(runners: int) -> list[int]:
     return found
 
 
+def _gathered(value: Any) -> list[Any]:
+    """What each process has there."""
+    found = [value]
+    if dist.is_available() and dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return found
+
+
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         write_all_(model.state_dict(), lambda name, tensor: tensor.copy_(state[name]))
 
 
 class _Field:
-    """The network that all runners use in turn, the data, and the weights of each runner."""
+    """The network that the runners use in turn, the data, and the weights of each runner.
+
+    Attributes:
+        runners: All of them; below they go by their numbers.
+        starts: Weights that each start begins with.
+        weights: Of the runners that this process holds.
+        holders: The process that holds the weights of each runner.
+    """
 
     def __init__(
         self,
@@ -203,9 +223,13 @@ class _Field:
     ) -> None:
         self.model, self.train, self.val, self.optimizer = model, train, val, optimizer
         self.folder, self.seed, self.identity = folder, seed, dict(identity)
-        self.state: dict[str, Any] = {}
         self.device = next(model.parameters()).device
-        self.weights: dict[str, dict[str, Tensor]] = {}
+        distributed = dist.is_available() and dist.is_initialized()
+        self.process, self.processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.runners: list[Runner] = []
+        self.starts: dict[str, dict[str, Tensor]] = {}
+        self.weights: dict[int, dict[str, Tensor]] = {}
+        self.holders: dict[int, int] = {}
 
     def race(
         self,
@@ -217,41 +241,39 @@ class _Field:
         """All rounds; the winner's weights are in the model afterwards."""
         began = time.monotonic()
         said = {'starts': list(starts), 'lrs': lrs, 'steps': steps, 'seed': self.seed, **self.identity}
-        self.state = json.loads(json.dumps(said))  # as it is read back
-        saved = self._saved()
-        left_out: dict[str, str] = saved.get('left_out', {})
-        runners = [Runner(start, lr) for start in (OWN, *starts) if start not in left_out for lr in lrs]
-        if not saved:
-            left_out = self._prepare(starts)
-            runners = [one for one in runners if one.start not in left_out]
-            steps = self._affordable(runners, steps, minutes)
-            self.state |= {'left_out': left_out, 'affordable': steps}
+        said = json.loads(json.dumps(said))  # as it is read back
+        saved = _gathered(self._saved(said) if self.process == 0 else None)[0]
+        left_out = saved['left_out'] if saved else self._prepare(starts)
+        self.runners = [Runner(start, lr) for start in (OWN, *starts) if start not in left_out for lr in lrs]
+        if saved:
+            steps = saved['affordable']
+            self._resume(starts, saved['rounds'])
         else:
-            self._resume(starts, saved, runners)
-            steps = int(saved['affordable'])
-        total, standing = 0, list(runners)
-        for number, count in enumerate(_rounds(len(runners))):
-            length = steps * 2**number
+            steps = self._affordable(steps, minutes)
+            if self.process == 0:
+                self._keep('race', {**said, 'left_out': left_out, 'affordable': steps})
+        total, standing = 0, list(range(len(self.runners)))
+        for index, count in enumerate(_rounds(len(self.runners))):
+            length = steps * 2**index
             total += count * length
-            for one in standing:
-                if len(one.rounds) <= number:
-                    self._round(one, length, runners)
-            standing = _best_half(standing)
-            for one in runners:
-                if one not in standing:
-                    self.weights.pop(self._key(one), None)
-                    if self.folder is not None:
-                        self._file(one, runners).unlink(missing_ok=True)
-        (winner,) = standing
+            self._share([number for number in standing if len(self.runners[number].rounds) <= index], length)
+            kept = _best_half([self.runners[number] for number in standing])
+            for number in standing:
+                if self.runners[number] not in kept:
+                    self._drop(number)
+            standing = [number for number in standing if self.runners[number] in kept]
+        winner = self.runners[standing[0]]
         if winner.score[0] < 0:
             raise TrainingError('the loss of every start is not finite; try lower learning rates')
-        _load(self.model, self._weights_of(winner))
-        return Race(winner, tuple(runners), total, time.monotonic() - began, left_out)
+        self._move(standing[0], None)
+        _load(self.model, self._weights_of(standing[0]))
+        return Race(winner, tuple(self.runners), total, time.monotonic() - began, left_out)
 
     def _prepare(self, starts: Mapping[str, Callable[[nn.Module], object]]) -> dict[str, str]:
-        """Make the weights that each start begins with."""
+        """Make the weights that each start begins with; gives the reason of each one that some process cannot make."""
         own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.weights[OWN], left_out = own, {}
+        self.starts[OWN] = own
+        left_out: dict[str, str] = {}
         for name, give in starts.items():
             try:
                 give(self.model)
@@ -259,86 +281,118 @@ class _Field:
                 left_out[name] = str(error)
                 warnings.warn(f'{name} does not take part in the race: {error}', stacklevel=4)
             else:
-                self.weights[name] = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
+                self.starts[name] = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
             _load(self.model, own)
-        return left_out
+        return {name: reason for part in _gathered(left_out) for name, reason in part.items()}
 
-    def _affordable(self, runners: Sequence[Runner], steps: int, minutes: float | None) -> int:
+    def _affordable(self, steps: int, minutes: float | None) -> int:
         """Steps of the first round that the time allows; says what the race costs."""
-        rounds = _rounds(len(runners))
-        units = sum(count * 2**number for number, count in enumerate(rounds))  # steps, if the first round has one
+        rounds = [math.ceil(count / self.processes) for count in _rounds(len(self.runners))]
+        units = sum(count * 2**index for index, count in enumerate(rounds))  # steps, if the first round has one
         began = time.monotonic()
-        self._run(runners[0].lr, range(1))
+        self._run(self.runners[0].lr, range(1))
         step = time.monotonic() - began
         began = time.monotonic()
         self._compare()
         looks = (time.monotonic() - began) * sum(rounds)
-        _load(self.model, self.weights[OWN])
+        _load(self.model, self.starts[OWN])
+        step, looks = _gathered((step, looks))[0]
         if minutes is not None:
             steps = min(steps, int((60 * minutes - looks) / (step * units)))
         if steps < 1:
             raise TrainingError(
-                f'a race of {len(runners)} runners takes {(step * units + looks) / 60:.2g} minutes at least, more than '
-                f'{minutes}: allow more, or give fewer starts, rates or batches to compare on'
+                f'a race of {len(self.runners)} runners takes {(step * units + looks) / 60:.2g} minutes at least, more '
+                f'than {minutes}: allow more, or give fewer starts, rates or batches to compare on'
             )
         cost = (step * units * steps + looks) / 60
-        _log.info('the race: %d runners, %d steps, about %.1f minutes', len(runners), units * steps, cost)
+        _log.info('the race: %d runners, %d steps, about %.1f minutes', len(self.runners), units * steps, cost)
         return steps
 
-    def _round(self, one: Runner, steps: int, runners: Sequence[Runner]) -> None:
+    def _share(self, numbers: Sequence[int], steps: int) -> None:
+        """Train runners, each in one of the processes."""
+        for place, number in enumerate(numbers):
+            self._move(number, place % self.processes)
+        for number in numbers:
+            if self.holders[number] == self.process:
+                self._round(number, steps)
+        for part in _gathered({number: self.runners[number].rounds for number in numbers if number in self.weights}):
+            for number, rounds in part.items():
+                self.runners[number].rounds = rounds
+
+    def _move(self, number: int, target: int | None) -> None:
+        """Bring the weights of a runner to a process, or to all of them; those of a start are there already."""
+        holder = self.holders.get(number)
+        if self.processes > 1 and holder is not None and holder != target:
+            parcel = [self.weights.pop(number, None)]
+            dist.broadcast_object_list(parcel, holder)
+            if parcel[0] is not None and target in (None, self.process):
+                self.weights[number] = parcel[0]
+        if target is not None:
+            self.holders[number] = target
+
+    def _round(self, number: int, steps: int) -> None:
+        one = self.runners[number]
         done = one.rounds[-1][0] if one.rounds else 0
-        _load(self.model, self._weights_of(one))
+        _load(self.model, self._weights_of(number))
         finite = self._run(one.lr, range(done, done + steps))
         top1, loss = self._compare() if finite else (0.0, math.nan)
         one.rounds.append((done + steps, top1, loss))
         state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         _log.info('%s at %.3g: %.1f %% after %d steps', one.start, one.lr, top1, done + steps)
-        self.weights[self._key(one)] = state
+        self.weights[number] = state
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_state_dict(state, self._file(one, runners), {})  # before the list that counts it
+        path = self._file(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_state_dict(state, path, {})  # before the list that counts it
         # JSON has no word for what is not finite.
-        found = [[[s, a, b if math.isfinite(b) else None] for s, a, b in runner.rounds] for runner in runners]
-        write_json({**self.state, 'rounds': found}, self.folder / 'race.json')
-        for old in self.folder.glob(f'runner-{runners.index(one)}-*.safetensors'):
-            if old != self._file(one, runners):
+        rounds = [[s, a, b if math.isfinite(b) else None] for s, a, b in one.rounds]
+        self._keep(f'runner-{number}', {'rounds': rounds})
+        for old in self.folder.glob(f'runner-{number}-*.safetensors'):
+            if old != path:
                 old.unlink()
 
-    def _saved(self) -> dict[str, Any]:
+    def _drop(self, number: int) -> None:
+        self.weights.pop(number, None)
+        if self.folder is not None and self.process == 0:
+            self._file(number).unlink(missing_ok=True)
+
+    def _keep(self, name: str, values: Mapping[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(values, self.folder / f'{name}.json')
+
+    def _saved(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """What an interrupted race of the same starts left in the folder; empty where there is none."""
         path = None if self.folder is None else self.folder / 'race.json'
         if path is None or not path.is_file():
             return {}
         found = read_json(path)
-        if any(found.get(key) != value for key, value in self.state.items()):
+        if any(found.get(key) != value for key, value in said.items()):
             raise ConfigError(f'{str(path)!r} is of another race (starts, rates, steps, seed): choose another folder')
-        self.state = {key: value for key, value in found.items() if key != 'rounds'}
-        return found
+        parts = {int(part.stem.partition('-')[2]): read_json(part) for part in path.parent.glob('runner-*.json')}
+        return {**found, 'rounds': {number: part['rounds'] for number, part in parts.items()}}
 
     def _resume(
-        self, starts: Mapping[str, Callable[[nn.Module], object]], saved: Mapping[str, Any], runners: Sequence[Runner]
+        self, starts: Mapping[str, Callable[[nn.Module], object]], rounds: Mapping[int, Sequence[Sequence[Any]]]
     ) -> None:
         """Go on from what an interrupted race found."""
-        for one, rounds in zip(runners, saved['rounds'], strict=True):
-            one.rounds = [(int(s), float(a), math.nan if b is None else float(b)) for s, a, b in rounds]
-            if one.rounds and self._file(one, runners).is_file():  # else it was dropped
-                self.weights[self._key(one)] = load_file(self._file(one, runners))
-        pending = {one.start for one in runners if not one.rounds}
+        for number, found in rounds.items():
+            self.runners[number].rounds = [(int(s), float(a), math.nan if b is None else float(b)) for s, a, b in found]
+            self.holders[number] = 0
+            if self.process == 0 and self._file(number).is_file():  # else it was dropped
+                self.weights[number] = load_file(self._file(number))
+        pending = {one.start for one in self.runners if not one.rounds}
         failed = self._prepare({name: give for name, give in starts.items() if name in pending})
         if failed:
             raise TrainingError(f'the race cannot go on without {", ".join(failed)}')
 
-    @staticmethod
-    def _key(one: Runner) -> str:
-        return f'{one.start} at {one.lr!r}'
-
-    def _file(self, one: Runner, runners: Sequence[Runner]) -> Path:
+    def _file(self, number: int) -> Path:
         assert self.folder is not None
-        return self.folder / f'runner-{runners.index(one)}-{len(one.rounds)}.safetensors'
+        return self.folder / f'runner-{number}-{len(self.runners[number].rounds)}.safetensors'
 
-    def _weights_of(self, one: Runner) -> Mapping[str, Tensor]:
-        return self.weights.get(self._key(one)) or self.weights[one.start]
+    def _weights_of(self, number: int) -> Mapping[str, Tensor]:
+        return self.weights.get(number) or self.starts[self.runners[number].start]
 
     def _run(self, lr: float, steps: range) -> bool:
         """Train for some steps, with the batches that every runner sees at them; whether the loss stays finite."""
