@@ -153,9 +153,8 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         lr = options.lr
         if options.init == RACE:
             with accelerator.main_process_first():  # the others find its result
-                found = race(options, start, (train, val), {'run': self.identity}, accelerator.device)
-            self.facts['race'], lr = found.to_dict(), found.winner.lr
-            self.say('%s', found)
+                self.facts['race'] = race(options, start, (train, val), self.identity, accelerator.device)
+            lr = self.facts['race']['winner']['lr']
         optimizer = optimizer_of(dataclasses.replace(options, lr=lr), start.model)
         self.model, self.optimizer, self.batches, self.val = accelerator.prepare(start.model, optimizer, train, val)
         self.test = None if test is None else accelerator.prepare_data_loader(test)

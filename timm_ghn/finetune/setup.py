@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -21,11 +24,11 @@ from timm_ghn.architectures.timm_models import build_timm_model, check_model_nam
 from timm_ghn.data.images import SMALL_IMAGE, EpochSampler, ImageDataset, eval_transform, train_transform
 from timm_ghn.data.splits import Split, Splits
 from timm_ghn.errors import ConfigError
+from timm_ghn.files import read_json, write_json, write_state_dict
 from timm_ghn.finetune.options import OTHER_INITS, RACE, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.prediction.postprocess import postprocess_
 from timm_ghn.prediction.predict import initialise
-from timm_ghn.transfer.race import Race
 from timm_ghn.transfer.start import candidate, choose_init
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -139,8 +142,10 @@ def race(
     batches: tuple[Iterable[Batch], Iterable[Batch]],
     identity: Mapping[str, Any],
     device: torch.device,
-) -> Race:
+) -> dict[str, Any]:
     """Let starts race on the data; the model has the winner's weights afterwards.
+
+    The result is kept in the output folder, and read by other processes and by a run that goes on.
 
     Args:
         options: Of the run.
@@ -148,8 +153,17 @@ def race(
         batches: To train on, and to compare on.
         identity: What tells the run from others.
         device: Where the race takes place.
+
+    Returns:
+        What the race found, see :meth:`Race.to_dict`.
     """
-    return choose_init(
+    weights, result = options.output / 'race' / 'winner.safetensors', options.output / 'race' / 'race.json'
+    run = json.loads(json.dumps(identity, default=str))
+    if result.exists() and (kept := read_json(result))['run'] == run:
+        start.model.load_state_dict(load_file(weights))
+        found: dict[str, Any] = kept['race']
+        return found
+    raced = choose_init(
         start.model.to(device),
         batches[0],
         options.race_inits,
@@ -158,11 +172,15 @@ def race(
         steps=options.race_steps,
         minutes=options.race_minutes,
         optimizer=lambda model, lr: optimizer_of(dataclasses.replace(options, lr=lr), model),
-        folder=options.output / 'race',
-        identity=identity,
         input_size=start.data_config['input_size'],
         seed=options.seed,
     )
+    logging.getLogger('timm_ghn.finetune').info('%s', raced)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    write_state_dict(start.model.state_dict(), weights, {})
+    write_json({'run': run, 'race': raced.to_dict()}, result)
+    return raced.to_dict()
 
 
 def loaders(
