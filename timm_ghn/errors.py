@@ -29,6 +29,12 @@ def printable(text: object, limit: int = LIMIT) -> str:
     return shown if len(shown) <= limit else f'{shown[: limit - 3]}...'
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error: messages of torch and of the Hub's client may have pages behind it."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), 'no reason given')
+    return f'{type(error).__name__}: {reason}'
+
+
 class GHNError(Exception):
     """Base of all errors of this package.
 

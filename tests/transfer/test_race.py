@@ -219,7 +219,6 @@ def test_start_takes_the_donor_and_the_data_decide(relatives):
     assert decided.origin == decided.race.winner.start == 'donor:Net'
     both = start_(Net(12), [donor, Net()], batches(), ghn=None, input_size=8, lrs=(1e-3,), steps=1)
     assert {one.start for one in both.race.runners} == {OWN, 'donor:Net', 'donor:Net 2'}
-    json.dumps(decided.to_dict())
     before = snapshot(model)
     with (
         pytest.warns(UserWarning, match='cannot serve as a donor'),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ class Architecture:
         if self.family not in _BUILDERS:
             raise ConfigError(f'expected a family among {", ".join(sorted(_BUILDERS))} (got {self.family!r})')
         device = torch.device(device)
-        with _uninitialised(device):
+        with SkipInitialisation():
             model = _BUILDERS[self.family](self, device)
         return _without_dropout(model).train()
 
@@ -175,8 +174,8 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-class _NoValues(TorchFunctionMode):
-    """Skip what fills tensors: on the meta device there is nothing to fill, and doing so takes most of the time."""
+class SkipInitialisation(TorchFunctionMode):
+    """Skip what fills meta tensors: there is nothing to fill, and doing so takes most of the time of building there."""
 
     _FILLING = frozenset(
         name
@@ -191,12 +190,3 @@ class _NoValues(TorchFunctionMode):
             if isinstance(target, torch.Tensor) and target.is_meta:
                 return target
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _uninitialised(device: torch.device) -> Iterator[None]:
-    if device.type != 'meta':
-        yield
-        return
-    with _NoValues():
-        yield

@@ -17,7 +17,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, first_line
 from timm_ghn.files import sha256_of
 from timm_ghn.hub.storage import digest_in_name
 
@@ -193,14 +193,8 @@ def _not_found(file: HubFile, error: Exception) -> GHNNotFoundError:
         hint = f'If {file.repo_id} is private, log in (`hf auth login`), set HF_TOKEN or give token=...; otherwise '
         hint += 'check the name'
     return GHNNotFoundError(
-        f'{file} is not in the cache and cannot be had from {constants.ENDPOINT} ({in_brief(error)}). {hint}'
+        f'{file} is not in the cache and cannot be had from {constants.ENDPOINT} ({first_line(error)}). {hint}'
     )
-
-
-def in_brief(error: BaseException) -> str:
-    """Kind and first line of an error; those of the Hub's client go on for several."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), 'no reason given')
-    return f'{type(error).__name__}: {reason}'
 
 
 def check_token(token: str | bool | None, *, own: bool = True) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from timm_ghn.errors import GHNFallbackWarning, GHNNotFoundError
+from timm_ghn.errors import GHNFallbackWarning, GHNNotFoundError, first_line
 from timm_ghn.hub.catalogue import (
     DEFAULT,
     EMBEDDED,
@@ -24,7 +24,7 @@ from timm_ghn.hub.catalogue import (
     locate,
 )
 from timm_ghn.hub.converted import cache_folder, read_converted
-from timm_ghn.hub.fetch import Access, HubFile, fetch, in_brief
+from timm_ghn.hub.fetch import Access, HubFile, fetch
 from timm_ghn.hub.official import read_official
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn, resolve_place
 from timm_ghn.nn.ghn import GHN
@@ -197,7 +197,7 @@ def _read(found: Found, access: Access, *, device: torch.device | str | None, dt
 def _warn_of_fallback(name: str, error: GHNNotFoundError) -> None:
     warnings.warn(
         f'the default GHN {name} can be reached neither on the Hub nor in its cache '
-        f'({in_brief(error.__cause__ or error)}), so the GHN inside the package, {EMBEDDED}, serves in its place. It '
+        f'({first_line(error.__cause__ or error)}), so the GHN inside the package, {EMBEDDED}, serves in its place. It '
         "is small and was trained on images of 32 pixels. To use another one, name it (ghn='ghn3_tm8', a path or a "
         f'repository on the Hub), call timm_ghn.set_default_ghn(...) or set {VARIABLE}',
         GHNFallbackWarning,

@@ -10,16 +10,15 @@ import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.models import split_model_name_tag
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 from tqdm import tqdm
 
+from timm_ghn.architectures.architecture import SkipInitialisation
 from timm_ghn.architectures.timm_models import check_model_name
 from timm_ghn.files import atomic_write
 from timm_ghn.graph.vocabulary import is_layer, norm_primitive
@@ -31,11 +30,6 @@ _VERSION = 1
 _OTHER_FAMILY = 0.25
 #: Files under which timm's repositories on the Hub hold weights.
 _WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
-#: Operators that fill a tensor in place; on the meta device there is nothing to fill.
-_FILLS = frozenset(
-    f'aten::{name}_'
-    for name in ('add', 'clamp', 'copy', 'div', 'erfinv', 'fill', 'mul', 'normal', 'sub', 'uniform', 'zero')
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,16 +193,8 @@ def _write(path: Path, known: Mapping[str, Fingerprint | None]) -> None:
 
 def _built(name: str) -> Fingerprint | None:
     try:
-        with warnings.catch_warnings(), torch.device('meta'), _WithoutFilling():  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings(), torch.device('meta'), SkipInitialisation():
             warnings.simplefilter('ignore')
             return Fingerprint.of(timm.create_model(name))
     except Exception:  # a network that reads values of its weights when it is built
         return None
-
-
-class _WithoutFilling(TorchDispatchMode):
-    """Skips the initialisation of meta tensors, most of the time that a network takes to be built there."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_meta = func._schema.name in _FILLS and isinstance(args[0], Tensor) and args[0].is_meta
-        return args[0] if is_meta else func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -48,9 +49,7 @@ def channel_map(target: Axis, donor: Axis, wanted: int, given: int, *, flattened
     mine, theirs = sum(space.width for space in spaces), sum(space.width for space in others)
     if not mine or not theirs or wanted % mine or given % theirs:
         return spread(wanted, given)
-    offsets = [0]
-    for other in others[:-1]:
-        offsets.append(offsets[-1] + other.width)
+    offsets = list(itertools.accumulate((other.width for other in others), initial=0))
     pieces = []
     for nearest, space in zip(spread(len(spaces), len(others)).tolist(), spaces, strict=True):
         other = others[nearest]
@@ -62,12 +61,10 @@ def channel_map(target: Axis, donor: Axis, wanted: int, given: int, *, flattened
     return (parts[:, None] * theirs + channels).flatten()
 
 
-def _is_identity(index: Tensor, given: int) -> bool:
-    return len(index) == given and bool((index == torch.arange(given)).all())
-
-
 def _select(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-    return tensor if _is_identity(index, tensor.shape[axis]) else tensor.index_select(axis, index.to(tensor.device))
+    """The channels of an axis; the tensor itself where these are all of them in order."""
+    is_whole = torch.equal(index, torch.arange(tensor.shape[axis]))
+    return tensor if is_whole else tensor.index_select(axis, index.to(tensor.device))
 
 
 def resize_weight(
@@ -113,10 +110,9 @@ def resize_weight(
         if int(copies.max()) > 1:
             values = values / copies.to(values).view(1, -1, *(1,) * (len(shape) - 2))
     if tuple(values.shape[2:]) != shape[2:]:
-        resized = _with_kernel(values, shape[2:], patches=patches, preserve=preserve)
-        if resized is None:
+        if len(shape) != 4:
             return None
-        values = resized
+        values = _with_kernel(values, shape[2:], patches=patches, preserve=preserve)
     if len(shape) > 1 and not preserve and len(rows.unique()) < len(rows):
         noise = torch.randn(values.shape, generator=generator, dtype=torch.float32)
         values = values + NOISE * values.float().std() * noise.to(values)
@@ -142,11 +138,9 @@ def _with_input_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, repeats, *(1,) * (weight.dim() - 2))[:, :channels] * (given / channels)
 
 
-def _with_kernel(weight: Tensor, size: Sequence[int], *, patches: bool, preserve: bool) -> Tensor | None:
-    """A convolution's weight with kernels of another size; None for other than two axes."""
+def _with_kernel(weight: Tensor, size: Sequence[int], *, patches: bool, preserve: bool) -> Tensor:
+    """The weight of a two-dimensional convolution with kernels of another size."""
     given = weight.shape[2:]
-    if len(size) != 2 or len(given) != 2:
-        return None
     if patches:
         patched: Tensor = resample_patch_embed(weight.float(), list(size)).to(weight)
         return patched
@@ -165,9 +159,11 @@ def resize_positions(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
     have, want = positional_size(tuple(tensor.shape)), positional_size(tuple(shape))
     if have is None or want is None:
         return None
-    tokens, old, new = _as_tokens(tensor), _grid(tuple(tensor.shape)), _grid(tuple(shape))
+    old, new = _grid(tuple(tensor.shape)), _grid(tuple(shape))
     if old is None or new is None:
         return None
+    features_first = has_features_first(tuple(tensor.shape))
+    tokens = tensor.flatten(2).transpose(1, 2) if features_first else tensor.reshape(1, -1, tensor.shape[-1])
     if old != new:
         positions = resample_abs_pos_embed(tokens[:, old[0] :].float(), [*new[1:]], [*old[1:]], 0).to(tensor)
         front = torch.zeros(1, new[0], have[1]).to(tensor)
@@ -186,13 +182,6 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     front = random_tokens(tokens)
     side = math.isqrt(tokens - front)
     return (front, side, side) if side**2 == tokens - front else None
-
-
-def _as_tokens(tensor: Tensor) -> Tensor:
-    """Positions (1, T, C)."""
-    if has_features_first(tuple(tensor.shape)):
-        return tensor.flatten(2).transpose(1, 2)
-    return tensor.reshape(1, -1, tensor.shape[-1])
 
 
 def resize_other(tensor: Tensor, shape: Sequence[int]) -> Tensor | None:

@@ -43,15 +43,6 @@ class Start:
     considered: tuple[RankedDonor, ...] = ()
     race: Race | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
-        return {
-            'origin': self.origin,
-            'transfer': self.transfer and self.transfer.to_dict(),
-            'considered': [dataclasses.asdict(one) for one in self.considered],
-            'race': self.race and self.race.to_dict(),
-        }
-
     def __str__(self) -> str:
         parts = [f'start: {self.origin}']
         parts += [f'nearest: {one}' for one in self.considered]

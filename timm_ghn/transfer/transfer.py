@@ -93,15 +93,10 @@ class Transfer:
             total['elements'] += torch.Size(row.shape).numel()
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
-        rows = [{**dataclasses.asdict(row), 'shape': list(row.shape)} for row in self.rows]
-        return {'provenance': self.provenance, 'summary': self.summary(), 'rows': rows}
-
     def __str__(self) -> str:
-        cells = [(row.name, 'x'.join(map(str, row.shape)) or 'scalar', row.how) for row in self.rows]
+        cells = [(row.name, _words(row.shape), row.how) for row in self.rows]
         widths = [max((len(cell[column]) for cell in cells), default=0) for column in range(2)]
-        lines = ['  '.join((cell[0].ljust(widths[0]), cell[1].ljust(widths[1]), cell[2])) for cell in cells]
+        lines = [f'{name:{widths[0]}}  {shape:{widths[1]}}  {how}' for name, shape, how in cells]
         totals = ', '.join(f'{n["elements"]:,} {action}' for action, n in self.summary().items())
         return '\n'.join((*lines, f'elements from {self.provenance["donor"]}: {totals}'))
 
@@ -110,7 +105,6 @@ def plan_transfer(
     model: nn.Module,
     donor: nn.Module | str | os.PathLike[str],
     *,
-    architecture: str | None = None,
     ghn: GHN | str | os.PathLike[str] | None = None,
     function_preserving: bool = False,
     input_size: int | Sequence[int] | None = None,
@@ -122,7 +116,6 @@ def plan_transfer(
         model: Any network that takes a batch of images.
         donor: A network; a timm name with a tag, 'resnet18.a1_in1k', or 'hf-hub:user/name', for timm's weights; or a
             safetensors file of ``timm-ghn predict`` or ``finetune``.
-        architecture: For a file that does not say it: the timm name of the network whose weights it holds.
         ghn: What predicts the weights that have no partner: a GHN, or the name or path of one; None keeps them.
         function_preserving: Have the network compute what the donor computes (Net2Net, arXiv 1511.05641): no noise on
             copies, larger kernels with zeros around, and additional residual blocks that begin as the identity. It
@@ -140,8 +133,8 @@ def plan_transfer(
         PredictionError: if a value is not finite, or ``function_preserving`` does not hold.
         GHNError: if the GHN or a file cannot be loaded.
     """
-    name = donor if isinstance(donor, str) else type(donor).__name__ if isinstance(donor, nn.Module) else str(donor)
-    giver = load_donor(donor, architecture=architecture)
+    name = type(donor).__name__ if isinstance(donor, nn.Module) else str(donor)
+    giver = load_donor(donor)
     graph = trace(model, input_size=input_size, rules='operators')
     # timm's networks say what they read; others are read as the model is.
     own = giver is not model and hasattr(giver, 'pretrained_cfg')
@@ -168,7 +161,6 @@ def plan_transfer(
     state = {alias: value for key, value in found.tensors.items() for alias in (key, *aliases.get(key, ()))}
     facts = {
         'donor': name,
-        'architecture': architecture,
         'function_preserving': function_preserving,
         'seed': seed,
         'ghn': None if prediction is None else prediction.provenance,
@@ -180,7 +172,6 @@ def transfer_(
     model: nn.Module,
     donor: nn.Module | str | os.PathLike[str],
     *,
-    architecture: str | None = None,
     ghn: GHN | str | os.PathLike[str] | None = None,
     function_preserving: bool = False,
     input_size: int | Sequence[int] | None = None,
@@ -200,13 +191,7 @@ def transfer_(
     for name, tensor in _tensors(model).items():
         check_storage(name, tensor)
     found = plan_transfer(
-        model,
-        donor,
-        architecture=architecture,
-        ghn=ghn,
-        function_preserving=function_preserving,
-        input_size=input_size,
-        seed=seed,
+        model, donor, ghn=ghn, function_preserving=function_preserving, input_size=input_size, seed=seed
     )
     found.apply_(model)
     return found
@@ -250,21 +235,16 @@ class _Matched:
         for name, tensor in self.targets.items():
             shape, source = tuple(tensor.shape), self.sources.get(name)
             value, reason = self._value(name, source)
-            if name in zero and value is not None:
-                self._add(TransferRow(name, shape, 'zero', None, 'its block begins as the identity'), tensor * 0)
-            elif value is None:
-                self._add(TransferRow(name, shape, 'kept', None, reason), None)
+            if value is None or source is None:
+                self.rows.append(TransferRow(name, shape, 'kept', None, reason))
+            elif name in zero:
+                self.rows.append(TransferRow(name, shape, 'zero', None, 'its block begins as the identity'))
+                self.tensors[name] = tensor * 0
             else:
-                assert source is not None
                 same = value is self.given[source] or value.data_ptr() == self.given[source].data_ptr()
                 detail = '' if same else f'{_words(self.given[source].shape)} to {_words(shape)}'
-                row = TransferRow(name, shape, 'copied' if same else 'resized', source, detail)
-                self._add(row, value.detach().to(tensor.device, tensor.dtype, copy=True))
-
-    def _add(self, row: TransferRow, value: Tensor | None) -> None:
-        self.rows.append(row)
-        if value is not None:
-            self.tensors[row.name] = value
+                self.rows.append(TransferRow(name, shape, 'copied' if same else 'resized', source, detail))
+                self.tensors[name] = value.detach().to(tensor.device, tensor.dtype, copy=True)
 
     def _value(self, name: str, source: str | None) -> tuple[Tensor | None, str]:
         """The donor's tensor in the shape of a tensor of the network, or why there is none."""
@@ -283,7 +263,8 @@ class _Matched:
             return (tensor, '') if tuple(tensor.shape) == shape else (None, no_rule)
         if pair is not None:
             value = self._layer(tensor, *pair)
-        elif owner is not None and tensor.dim() == len(shape) == 1 and self._has_rows(owner, shape, tensor):
+        elif owner is not None and shape == owner[0].shape[:1] and tuple(tensor.shape) == owner[1].shape[:1]:
+            # A number for each row of the layers whose modules hold the two vectors.
             value = resize_vector(tensor, owner[0].rows, owner[1].rows, shape[0])
         elif 'relative position' in graph.kept.get(name, '') and tensor.shape[:-1] != shape[:-1]:
             value = resize_positions(tensor, shape)
@@ -301,11 +282,6 @@ class _Matched:
         module = self.model.get_submodule(target.name.rpartition('.')[0])
         patches = target.kind == 'stem' and getattr(module, 'stride', None) == target.shape[2:]
         return resize_weight(tensor, target, donor, patches=patches, preserve=self.preserve, generator=self.generator)
-
-    @staticmethod
-    def _has_rows(owner: tuple[Layer, Layer], shape: tuple[int, ...], tensor: Tensor) -> bool:
-        """Whether two vectors have a number for each row of the layers whose modules hold them."""
-        return owner[0].shape[0] == shape[0] and owner[1].shape[0] == len(tensor)
 
     def _identities(self, mine: Sequence[Layer], pairs: Mapping[str, Layer]) -> frozenset[str]:
         """Tensors that are zero so that the second and further copies of a residual block compute nothing."""
