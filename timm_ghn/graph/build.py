@@ -67,7 +67,7 @@ def trace(
         rules: 'published': the graph that the reference's own code gives, accidents included, as the published GHNs
             were trained on. 'operators': the graph that follows from the operators. 'auto': the published graph if
             there is one that is sound (:mod:`timm_ghn.graph.checks`) and has a node for every parameter for which the
-            other graph has one, else that other graph.
+            other graph has one, else that other graph. A class may choose by an attribute ``graph_rules``.
 
     Returns:
         The graph, its nodes in topological order. Its ``rules`` are 'published' or 'operators'.
@@ -79,6 +79,8 @@ def trace(
     """
     if rules not in RULES:
         raise ConfigError(f'expected rules to be one of {", ".join(RULES)} (got {rules!r})')
+    if rules == 'auto':
+        rules = getattr(model, 'graph_rules', rules)
     reading = _Reading(record(model, input_size=input_size, example_inputs=example_inputs))
     if rules == 'operators':
         return _operator_graph(reading)

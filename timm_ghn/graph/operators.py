@@ -10,7 +10,7 @@ chain of ops without data) brings in, or by itself where it is an op of the voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from timm_ghn.graph.attention import Attention
 from timm_ghn.graph.flow import COMPUTE, Flow
@@ -153,22 +153,24 @@ class _OperatorRules:
     def _gate(self, index: int) -> frozenset[int] | None:
         """Positions that hold the gate of a product, None if it is no squeeze and excite.
 
-        x * sigmoid(x) is an activation: its gate comes from where the data comes from.
+        x * sigmoid(x) is an activation: its gate comes from where the data comes from. DeepNets-1M gates by hard swish,
+        which elsewhere is the activation of the data that a hard sigmoid gates.
         """
         children = self.flow.data_inputs(index)
         if len(children) != 2:
             return None
-        for gate, trunk in (children, children[::-1]):
-            bounded = self._bounded(gate)
-            if bounded is not None and self.out[bounded] - self.out[trunk]:
-                return self.out[bounded]
+        for kinds in (GATES, ('Hardswish',)):
+            for gate, trunk in (children, children[::-1]):
+                function = self._function(gate, kinds)
+                if function is not None and self.out[function] - self.out[trunk]:
+                    return self.out[function]
         return None
 
-    def _bounded(self, index: int) -> int | None:
-        """The bounded function that an op passes on, through reshapes and constants only."""
+    def _function(self, index: int, kinds: Collection[str]) -> int | None:
+        """The op of some kinds whose output an op passes on, through reshapes and constants only."""
         while True:
             op = self.ops[index]
-            if op.kind in GATES:
+            if op.kind in kinds:
                 return index
             below = self.flow.data_inputs(index)
             if len(below) != 1 or op.parameters or op.kind in COMPUTE or op.kind.startswith('Native'):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +18,8 @@ from torch import nn
 
 from timm_ghn import GHN, load_ghn, predict, trace
 from timm_ghn.architectures.deepnets.network import DeepNet, NetworkConfig
+from timm_ghn.graph.graph import Graph
+from timm_ghn.graph.primitives import Primitive
 
 FOLDER = LARGE_GOLDEN / 'deepnets'
 FILES = sorted(FOLDER.glob('networks/*.json'))
@@ -43,9 +46,11 @@ def ops_of(arguments: dict) -> set[str]:
     return {op for kind in ('normal', 'reduce') for op, _ in arguments['genotype'][kind]}
 
 
-def is_plain(arguments: dict) -> bool:
-    """Without attention and gates: of these the first reference's rules keep some nodes by accident of the listing."""
-    return not ops_of(arguments) & {'msa', 'cse'}
+#: The reference finds softmaxes and gates by their places in a list of ops, which depends on the version of torch. With
+#: the one that these files were made with it loses all softmaxes, and the gates of networks that are not listed here.
+GATES_FOUND = ('bnfree-3', 'bnfree-5', 'deep-4', 'deep-5', 'search-2', 'test-4')
+#: Of these it finds some, and loses others.
+SOME_FOUND = {'bnfree-0': {'msa': 2}, 'dense-1': {'cse': 2}, 'dense-3': {'cse': 6}, 'dense-5': {'cse': 1}}
 
 
 @functools.cache
@@ -60,17 +65,26 @@ def test_parameters_are_those_of_the_reference(file):
     assert sum(p.numel() for p in model.parameters()) == record['num_params']
 
 
-@pytest.mark.parametrize('file', cases(lambda arguments: arguments['fc_layers'] == 1))
+@torch.no_grad()
+@pytest.mark.parametrize('file', cases())
 def test_logits_are_those_of_the_reference(file):
-    """Networks with a hidden layer in the classifier were recorded with dropout, so they cannot be compared."""
     record, model = record_of(file)
     fill(model)
+    expected = torch.tensor(record['forward']['output'])
     images = torch.sin(0.013 * torch.arange(4 * 3 * 32 * 32, dtype=torch.float64)).view(4, 3, 32, 32).float()
-    with torch.no_grad():
-        logits = model(images)
-    # Attention over normalised batches magnifies rounding: in float64 the logits of val-0 move by 0.007.
-    tolerance = 1e-2 if 'msa' in ops_of(record['arguments']) else 1e-5
-    assert torch.allclose(logits, torch.tensor(record['forward']['output']), atol=tolerance, rtol=0)
+    if record['arguments']['fc_layers'] == 1:
+        # Attention over normalised batches magnifies rounding: in float64 the logits of val-0 move by 0.007.
+        tolerance = 1e-2 if 'msa' in ops_of(record['arguments']) else 1e-5
+        assert torch.allclose(model(images), expected, atol=tolerance, rtol=0)
+        return
+    # A hidden layer of the classifier was recorded with dropout, drawn we do not know how: compare in units of its
+    # standard deviation, which for a rate of one half is the root of the sum of (weight * feature)^2.
+    features = []
+    dropout, last = model.classifier[-2:]
+    dropout.register_forward_hook(lambda module, inputs, output: features.append(inputs[0].clone()) or inputs[0])
+    deviation = (expected - model(images)) / (features[0].square() @ last.weight.square().t()).sqrt()
+    # The ten logits of an image have nearly the same deviation: four numbers.
+    assert 0.3 < deviation.square().mean().sqrt() < 2
 
 
 def fill(model: nn.Module) -> None:
@@ -83,17 +97,40 @@ def fill(model: nn.Module) -> None:
         parameter.data = value.float()
 
 
-@pytest.mark.parametrize('file', cases(is_plain))
-def test_graphs_and_predictions_are_those_of_the_reference(file):
+@pytest.mark.parametrize('file', cases())
+def test_graphs_and_predictions_are_those_of_the_reference(file, monkeypatch):
     record, model = record_of(file)
     graph, expected = trace(model), record['graph']
+    assert graph.rules == 'operators'
+    found, wanted = (Counter(node.primitive.name.lower() for node in graph.nodes), Counter(expected['primitives']))
+    for kind, leaf in (('msa', '.to_qkv.weight'), ('cse', '.fc1.weight')):
+        assert found[kind] == sum((node.parameter or '').endswith(leaf) for node in graph.nodes)
+    some = SOME_FOUND.get(file.stem, {})
+    kept = some | ({'cse': found['cse']} if file.stem in GATES_FOUND else {})
+    assert wanted == found - Counter({kind: found[kind] - kept.get(kind, 0) for kind in ('msa', 'cse')})
+    if some:
+        pytest.skip('the reference keeps some gates or softmaxes of this network by their places in a list')
+    graph = without(graph, {Primitive[kind.upper()] for kind in ('msa', 'cse') if not kept.get(kind)})
     distances = graph.distances_NN(50)
     assert (len(graph), len(graph.edges_E2)) == (expected['nodes'], expected['edges'])
-    assert Counter(node.primitive.name.lower() for node in graph.nodes) == expected['primitives']
     assert Counter(map(str, distances[distances > 0].tolist())) == expected['distances']
     assert sorted(torch.bincount(graph.edges_E2[:, 1], minlength=len(graph)).tolist()) == expected['in_degrees']
+    monkeypatch.setattr('timm_ghn.prediction.predict.trace', lambda *arguments, **options: graph)
     prediction = predict(model, ghn2(), head='predict')
     assert not disagreements(record['predictions_ghn2_cifar10'], prediction)
+
+
+def without(graph: Graph, kinds: set[Primitive]) -> Graph:
+    """A graph in which the predecessors of some nodes lead to their successors."""
+    edges = {(source, target) for source, target in graph.edges_E2.tolist()}
+    gone = [number for number, node in enumerate(graph.nodes) if node.primitive in kinds]
+    for number in gone:
+        before, behind = {s for s, t in edges if t == number}, {t for s, t in edges if s == number}
+        edges = {edge for edge in edges if number not in edge} | {(s, t) for s in before for t in behind if s != t}
+    rank = {number: place for place, number in enumerate(n for n in range(len(graph)) if n not in gone)}
+    pairs = sorted((rank[source], rank[target]) for source, target in edges)
+    nodes = tuple(graph.nodes[number] for number in rank)
+    return dataclasses.replace(graph, nodes=nodes, edges_E2=torch.tensor(pairs))
 
 
 def test_every_network_has_a_graph_that_ends_in_the_classifier(golden):

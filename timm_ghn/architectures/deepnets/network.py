@@ -181,7 +181,13 @@ class DeepNet(nn.Module):
         image_size: Side of the images in pixels. The stem divides the resolution by four where it is above 64.
         num_classes: Number of classes.
         in_chans: Channels of the images.
+
+    Attributes:
+        graph_rules: How :func:`timm_ghn.trace` reads it. The published rules, which look at the places of ops in a
+            list, lose softmaxes and gates that are in the official files.
     """
+
+    graph_rules = 'operators'
 
     def __init__(
         self, config: NetworkConfig, *, image_size: int = 32, num_classes: int = 10, in_chans: int = 3
