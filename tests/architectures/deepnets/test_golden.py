@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,13 +155,27 @@ def test_official_files_are_read_converted_and_written_back(golden, tmp_path):
         nets, compact, again = HDF5Nets(source, split), open_nets(arrow, split), HDF5Nets(back, split)
         assert len(nets) == len(compact) == len(again) == 6
         for index in (5, 0):
-            said = json.loads((FOLDER / 'networks' / f'{split}-{index}.json').read_text())
-            distances, nodes = nets.arrays(index)
-            assert list(distances.shape) == said['file']['adj_shape']
-            assert distances.sum(dtype=np.int64) == said['file']['adj_sum']
-            assert distances.max() == said['file']['adj_max']
-            assert nodes.sum(axis=0).tolist() == said['file']['nodes_sum']
-            assert np.array_equal(again.arrays(index)[0], distances)
+            expect_what_the_reference_read(nets, split, index)
+            assert np.array_equal(again.arrays(index)[0], nets.arrays(index)[0])
             assert compact[index] == nets[index] == again[index]
-            assert dict(nets[index].num_params) == said['num_params_split']
     assert open_nets(source, 'wide')[0].config == open_nets(source, 'test')[0].config
+
+
+def expect_what_the_reference_read(nets: Any, split: str, index: int) -> None:
+    said = json.loads((FOLDER / 'networks' / f'{split}-{index}.json').read_text())
+    distances, nodes = nets.arrays(index)
+    assert list(distances.shape) == said['file']['adj_shape']
+    assert distances.sum(dtype=np.int64) == said['file']['adj_sum']
+    assert distances.max() == said['file']['adj_max']
+    assert nodes.sum(axis=0).tolist() == said['file']['nodes_sum']
+    assert dict(nets[index].num_params) == said['num_params_split']
+
+
+def test_the_official_file_of_search_is_read(golden):
+    pytest.importorskip('h5py')
+    from timm_ghn.architectures.deepnets.official import HDF5Nets
+
+    nets = HDF5Nets(FOLDER / 'deepnets1m_search.hdf5', 'search')
+    assert len(nets) == 3
+    for index in range(3):
+        expect_what_the_reference_read(nets, 'search', index)
