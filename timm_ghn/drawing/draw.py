@@ -57,4 +57,4 @@ def check_picture(path: Path) -> None:
     """
     check_output(path, SUFFIXES)
     if path.suffix.lower() != _PAGE:
-        importlib.import_module('timm_ghn.drawing.figure')
+        importlib.import_module('timm_ghn.plots')  # without matplotlib it says what to install
