@@ -15,8 +15,8 @@ PACKAGE = ROOT / 'timm_ghn'
 #: A part imports itself and the parts before it.
 ORDER = (
     'version', 'errors', 'contexts', 'files', 'graph', 'ops', 'nn', 'hub',
-    'prediction', 'plots', 'timm_source', 'runs', 'architectures', 'publish', 'transfer', 'data', 'finetune', 'train',
-    'analysis', 'cli',
+    'prediction', 'plots', 'drawing', 'timm_source', 'runs', 'architectures', 'publish', 'transfer', 'data',
+    'finetune', 'train', 'analysis', 'cli',
 )  # fmt: skip
 #: Names the public parts for users; nobody inside imports it.
 FACADE = ('__init__', '__main__')
@@ -111,7 +111,18 @@ def test_the_reader_of_imports_sees_every_form(source, expected):
 
 def test_third_party_imports_are_declared():
     declared = {'huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm'}
-    optional = {'PIL', 'accelerate', 'datasets', 'h5py', 'matplotlib', 'pyarrow', 'scipy', 'sklearn', 'torch_scatter'}
+    optional = {
+        'PIL',
+        'accelerate',
+        'datasets',
+        'h5py',
+        'igraph',
+        'matplotlib',
+        'pyarrow',
+        'scipy',
+        'sklearn',
+        'torch_scatter',
+    }
     optional |= {'triton', 'yaml'}
     found = {name.split('.')[0] for path in MODULES for name in imports_of(path)}
     foreign = found - set(sys.stdlib_module_names) - {PACKAGE.name}
@@ -131,4 +142,14 @@ def test_importing_the_package_loads_no_optional_package():
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(ast.literal_eval(run.stdout))
     assert 'timm_ghn' in loaded
-    assert not loaded & {'torch_scatter', 'triton', 'accelerate', 'datasets', 'h5py', 'joblib', 'matplotlib', 'sklearn'}
+    assert not loaded & {
+        'torch_scatter',
+        'triton',
+        'accelerate',
+        'datasets',
+        'h5py',
+        'igraph',
+        'joblib',
+        'matplotlib',
+        'sklearn',
+    }

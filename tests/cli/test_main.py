@@ -95,8 +95,8 @@ def test_diversity_compares_predicted_post_processed_and_random_weights(run, tmp
     code, out, err = run('inspect test_resnet --diversity --postprocess orth')
     assert (code, err) == (0, '')
     table = out.split('\n\n')[0].splitlines()[2:]
-    code, out, _ = run('inspect test_resnet --postprocess orth --json --plot out.png')
-    assert code == 0, '--plot implies --diversity'
+    code, out, _ = run('inspect test_resnet --postprocess orth --json --diversity --plot out.png')
+    assert code == 0
     answer = json.loads(out)
     assert answer['postprocess'] == NAMED['orth'].to_dict()
     assert len(answer['diversity']) == len(table) > 1
@@ -110,13 +110,31 @@ def test_diversity_compares_predicted_post_processed_and_random_weights(run, tmp
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    monkeypatch.delitem(sys.modules, 'timm_ghn.plots', raising=False)
-    code, out, err = run('inspect test_resnet --plot out.png')
+@pytest.mark.parametrize(
+    ('missing', 'options', 'message'),
+    [
+        ('matplotlib', '--diversity --plot out.png', 'pip install matplotlib'),
+        ('matplotlib', '--plot out.png', 'pip install matplotlib'),
+        ('igraph', '--plot out.html', "pip install 'igraph>=1.0'"),
+    ],
+)
+def test_a_plot_without_its_package_says_what_to_install(run, monkeypatch, missing, options, message):
+    for name in list(sys.modules):
+        if name.startswith(('timm_ghn.plots', 'timm_ghn.drawing', f'{missing}.')):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = run(f'inspect test_resnet {options}')
     assert (code, out) == (2, '')
-    assert 'pip install matplotlib' in err
+    assert message in err
     assert not os.listdir()
+
+
+def test_inspect_draws_the_graph_beside_the_plan(run, tmp_path):
+    _, plan, _ = run('inspect test_resnet')
+    code, out, err = run('inspect test_resnet --plot graph.html --virtual-edges 3')
+    assert (code, out, err) == (0, plan, '')
+    graph = timm_ghn.trace(timm.create_model('test_resnet'), rules=timm_ghn.load_ghn(EMBEDDED).config.rules)
+    assert f'test_resnet: {len(graph)} nodes, {len(graph.edges_E2)} edges' in (tmp_path / 'graph.html').read_text()
 
 
 def test_the_header_and_the_json_say_where_the_weights_come_from(run):
@@ -187,6 +205,8 @@ ERRORS = {
     'folder': 'predict test_resnet -o folder.safetensors',
     'unknown post-processing': 'predict test_resnet -o out.safetensors --postprocess maybe',
     'other kind of picture': 'inspect test_resnet --plot out.jpg',
+    'other kind of picture of the diversity': 'inspect test_resnet --diversity --plot out.html',
+    'virtual edges of no picture': 'inspect test_resnet --virtual-edges 2',
     'GHN without published norms': f'verify {EMBEDDED}',
     'unknown GHN to verify': 'verify ghn4',
     'network without a published norm': 'verify ghn2 --arch resnet51',
@@ -317,7 +337,7 @@ def test_no_text_of_a_file_commands_the_terminal(run, tmp_path):
     (tmp_path / 'bad' / 'model.safetensors').touch()
     lines = {
         'inspect test_resnet --ghn ./ghn --json': 0,
-        'inspect test_resnet --ghn ./ghn --plot out.png': 0,
+        'inspect test_resnet --ghn ./ghn --diversity --plot out.png': 0,
         'predict test_resnet --ghn ./ghn -o out.safetensors': 0,
         'push odd.safetensors user/name': 2,
         'inspect test_resnet --ghn ./bad': 2,

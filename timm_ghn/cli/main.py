@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     'inspect': (
         'models:inspect_model',
-        'timm-ghn inspect convnext_base',
+        'timm-ghn inspect convnext_base --plot graph.html',
         'Print what a GHN would predict of a timm model, or how diverse it is.',
     ),
     'finetune': (
@@ -200,7 +200,10 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     add = of['inspect'].add_argument
     text = 'predict, and print how different the channels of each layer are: predicted, post-processed, random'
     add('--diversity', action='store_true', help=text)
-    add('--plot', type=Path, metavar='FILE', help='also draw that into FILE (.png, .pdf or .svg)')
+    text = 'also draw the graph into FILE (.png, .pdf, .svg or .html), or with --diversity that (no .html)'
+    add('--plot', type=Path, metavar='FILE', help=text)
+    text = 'draw virtual edges up to this length, too (default: 1, none)'
+    add('--virtual-edges', type=_positive, metavar='N', default=1, help=text)
 
     add = of['push'].add_argument
     text = "file of 'predict', output folder of 'finetune', or folder of a GHN ('ghn' in the output of 'train')"

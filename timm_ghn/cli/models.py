@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from timm_ghn.architectures.timm_models import build_timm_model, check_model_name, check_side
 from timm_ghn.cli.tables import diversity_table
-from timm_ghn.errors import printable
+from timm_ghn.errors import ConfigError, printable
 from timm_ghn.files import check_output, write_state_dict
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import load_ghn
@@ -47,13 +47,22 @@ def predict_weights(args: argparse.Namespace) -> int:
 
 
 def inspect_model(args: argparse.Namespace) -> int:
-    """Print the plan of a timm model, or the diversity of the weights that are predicted for it."""
-    if args.diversity or args.plot:
+    """Print the plan of a timm model and draw its graph, or do so with the diversity of what is predicted for it."""
+    if args.diversity:
         return _inspect_diversity(args)
+    if args.plot:
+        from timm_ghn.drawing import check_picture, draw_graph  # needs igraph
+
+        check_picture(args.plot)
+    elif args.virtual_edges > 1:
+        raise ConfigError('--virtual-edges says what --plot draws: give it a file')
     model = _build_model(args)
     ghn = load_ghn(args.ghn)
     graph = trace(model, input_size=_input_size(args, model), rules=ghn.config.rules)
     plan = plan_parameters(graph, ghn.config, head=args.head)
+    if args.plot:
+        title = f'{args.model}: {len(graph):,} nodes, {len(graph.edges_E2):,} edges'
+        draw_graph(graph, args.plot, title=title, virtual_edges=args.virtual_edges)
     facts = {'architecture': args.model, **_model_args(args), 'ghn': ghn.config.name}
     print(json.dumps({**facts, **plan.to_dict()}, indent=2) if args.json else plan)
     return 0

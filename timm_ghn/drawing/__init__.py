@@ -1,0 +1,3 @@
+"""Pictures of graphs: :func:`draw_graph` writes an image, or a page to zoom in."""
+
+from timm_ghn.drawing.draw import check_picture as check_picture, draw_graph as draw_graph

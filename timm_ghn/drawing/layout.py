@@ -1,0 +1,227 @@
+"""Where the nodes and edges of a graph are drawn: in layers from top to bottom, folded into columns as text is.
+
+Networks are long and narrow: hundreds of layers of a few nodes. igraph puts the nodes of a layer in an order in which
+few edges cross, and leads edges around nodes (Sugiyama et al. 1981); the long strip is then cut into columns.
+
+Importing this module without igraph is a :class:`ConfigError` that says how to install it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from timm_ghn.drawing.legend import KINDS
+from timm_ghn.errors import ConfigError, printable
+from timm_ghn.graph.graph import Graph, Node
+
+try:
+    import igraph
+except ImportError as error:
+    raise ConfigError("the picture of a graph needs igraph: pip install 'igraph>=1.0', or leave --plot out") from error
+
+Point = tuple[float, float]
+
+#: Edges over more layers are arcs: leading all of them around nodes makes DenseNets as wide as they are long.
+_LONGEST = 16
+
+#: Graphs of more nodes get a label for each block, not for each layer.
+_ALL_LABELS = 250
+
+#: Width over height that the columns are chosen for.
+_RATIO = 1.5
+
+#: Most columns.
+_COLUMNS = 60
+
+#: Width of a character of a label, and of the space between columns. Layers are 1 apart.
+_CHARACTER, _GAP = 0.42, 2.0
+
+#: Least distance between a node and a line in one layer; nodes are twice as far apart.
+_HALF = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphLayout:
+    """Places in a picture whose y grows downwards; layers of a graph are 1 apart.
+
+    Attributes:
+        points: Place of each node.
+        lines: Edges as polylines, with the number of the edge; one that leaves its column has a line in each.
+        arcs: Long edges, with the number of the edge: see :func:`arc`.
+        labels: Texts to the right of a column, with the places where they begin.
+        size: Width and height of all of it.
+    """
+
+    points: tuple[Point, ...]
+    lines: tuple[tuple[int, tuple[Point, ...]], ...]
+    arcs: tuple[tuple[int, tuple[Point, Point, Point]], ...]
+    labels: tuple[tuple[Point, str], ...]
+    size: tuple[float, float]
+
+
+def layout_graph(graph: Graph) -> GraphLayout:
+    """Find a place for each node and edge of a graph."""
+    layers = graph.forward_levels_N.tolist()
+    edges: list[list[int]] = graph.edges_E2.tolist()
+    routed = [number for number, (a, b) in enumerate(edges) if 0 < layers[b] - layers[a] <= _LONGEST]
+    strip = igraph.Graph(n=len(graph), edges=[edges[number] for number in routed], directed=True)
+    found = strip.layout_sugiyama(layers=layers)
+    places, turns = _spread(found.coords, found.edge_routing, [edges[number] for number in routed])
+    lines = [
+        (number, (places[edges[number][0]], *between, places[edges[number][1]]))
+        for number, between in zip(routed, turns, strict=True)
+    ]
+    columns = _Columns.fitting([*places, *(point for _, line in lines for point in line)], _labels(graph, layers))
+    points = tuple(map(columns.place, places))
+    arcs = ((number, arc(points[a], points[b])) for number, (a, b) in enumerate(edges) if number not in set(routed))
+    return GraphLayout(
+        points,
+        tuple((number, piece) for number, line in lines for piece in columns.pieces(line)),
+        tuple(arcs),
+        columns.labels(),
+        columns.size,
+    )
+
+
+def _spread(
+    nodes: Sequence[Sequence[float]], turns: Sequence[Sequence[Sequence[float]]], edges: Sequence[Sequence[int]]
+) -> tuple[list[Point], list[list[Point]]]:
+    """Move apart what igraph puts in one place: its mean of four layouts may do that.
+
+    Args:
+        nodes: Place of each node.
+        turns: Places between its ends where each edge turns.
+        edges: Source and target of each edge.
+    """
+    moved: dict[tuple[int, ...], Point] = {}  # by number of the node, or numbers of edge and turn
+    before: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+    layers: dict[float, list[tuple[float, tuple[int, ...]]]] = defaultdict(list)
+    for number, (x, y) in enumerate(nodes):
+        layers[y].append((x, (number,)))
+    for edge, (source, target) in enumerate(edges):
+        path = [(source,), *((edge, turn) for turn in range(len(turns[edge]))), (target,)]
+        for a, b in itertools.pairwise(path):
+            before[b].append(a)
+        for key, (x, y) in zip(path[1:-1], turns[edge], strict=True):
+            layers[y].append((x, key))
+    for y in sorted(layers):
+        # Of two in one place, the one whose edges come from the left is the left one.
+        mean = {key: sum(moved[a][0] for a in before[key]) / max(1, len(before[key])) for _, key in layers[y]}
+        last, free = -math.inf, -math.inf
+        for x, key in sorted(layers[y], key=lambda item: (item[0], mean[item[1]], item[1])):
+            is_node = len(key) == 1
+            last = max(x, free if is_node else last + _HALF)
+            free = last + (2 * _HALF if is_node else _HALF)
+            moved[key] = last, y
+    places = [moved[(number,)] for number in range(len(nodes))]
+    return places, [[moved[(edge, turn)] for turn in range(len(found))] for edge, found in enumerate(turns)]
+
+
+def arc(start: Point, end: Point) -> tuple[Point, Point, Point]:
+    """Start, control point and end of a quadratic Bézier curve, which passes by the nodes between the two."""
+    (x0, y0), (x1, y1) = start, end
+    bend = 0.5 + 0.25 * math.dist(start, end) if x0 == x1 else 0.0
+    return start, ((x0 + x1) / 2 - min(bend, _LONGEST / 2), (y0 + y1) / 2), end
+
+
+def name_of(node: Node) -> str:
+    """What a person calls a node: its parameter, or its kind of operator."""
+    return printable(node.parameter) if node.parameter else KINDS[node.primitive][0]
+
+
+def _labels(graph: Graph, layers: Sequence[int]) -> dict[int, str]:
+    """Text for each layer; in large graphs for the first layer of each block."""
+    shapes = {info.name: 'x'.join(map(str, info.shape)) for info in graph.parameters}
+    labels: dict[int, str] = {}
+    named: set[str] = set()
+    for node, layer in zip(graph.nodes, layers, strict=True):
+        if len(graph) <= _ALL_LABELS:
+            text = name_of(node).removesuffix('.weight')
+            if node.parameter and layer not in labels:
+                text += f'  {shapes[node.parameter]}'
+            labels[layer] = f'{labels[layer]},  {text}' if layer in labels else text
+        elif node.parameter and (block := _block(node.parameter)) not in named:
+            named.add(block)
+            labels.setdefault(layer, printable(block))
+    return {layer: text if len(text) <= 60 else f'{text[:57]}...' for layer, text in labels.items()}
+
+
+def _block(name: str) -> str:
+    """The block of a parameter, as in 'layers.2.blocks.3', 'layer3.12' or 'features.denseblock1.denselayer2'.
+
+    It ends with the second number between dots, or the first if there is one; else with the second name with a digit.
+    """
+    parts = name.split('.')[:-1]
+    numbers = [place for place, part in enumerate(parts, 1) if part.isdigit()]
+    numbers = numbers or [place for place, part in enumerate(parts, 1) if re.search(r'\d', part)] or [1]
+    return '.'.join(parts[: numbers[:2][-1]]) or name
+
+
+class _Columns:
+    """The strip of layers cut into columns of equally many layers.
+
+    Args:
+        points: All that is drawn, in the strip.
+        labels: Text of layers.
+        count: How many columns.
+    """
+
+    def __init__(self, points: Sequence[Point], labels: dict[int, str], count: int) -> None:
+        self._texts = labels
+        self.rows = math.ceil((max(y for _, y in points) + 1) / count)
+        xs: list[list[float]] = [[] for _ in range(count)]
+        for x, y in points:
+            xs[int(y) // self.rows].append(x)
+        characters = [0] * count
+        for layer, text in labels.items():
+            column = layer // self.rows
+            characters[column] = max(characters[column], len(text))
+        self._least = [min(own, default=0.0) for own in xs]
+        self._left, self._right = [], []
+        right = 0.0
+        for own, wide in zip(xs, characters, strict=True):
+            self._left.append(right)
+            self._right.append(right + max(own, default=0.0) - min(own, default=0.0))
+            right = self._right[-1] + wide * _CHARACTER + _GAP
+        self.size = (right, float(self.rows))
+
+    @classmethod
+    def fitting(cls, points: Sequence[Point], labels: dict[int, str]) -> _Columns:
+        """As many columns as make the picture neither long nor wide."""
+        most = min(_COLUMNS, int(max(y for _, y in points)) + 1)
+        tried = (cls(points, labels, count) for count in range(1, most + 1))
+        return min(tried, key=lambda columns: abs(math.log(columns.size[0] / columns.size[1] / _RATIO)))
+
+    def place(self, point: Point, column: int | None = None) -> Point:
+        """Place of a point of the strip, in its own column or another."""
+        x, y = point
+        column = int(y) // self.rows if column is None else column
+        return x - self._least[column] + self._left[column], y - column * self.rows
+
+    def pieces(self, line: Sequence[Point]) -> Iterator[tuple[Point, ...]]:
+        """A line of the strip as one line for each column: it ends below the last row, and goes on above the first."""
+        cuts = [column * self.rows - 0.5 for column in range(1, int(line[-1][1]) // self.rows + 1)]
+        points = list(line)
+        for cut in cuts:
+            at = bisect.bisect([y for _, y in points], cut)
+            if not 0 < at < len(points):
+                continue
+            (x0, y0), (x1, y1) = points[at - 1], points[at]
+            x = x0 + (x1 - x0) * (cut - y0) / (y1 - y0)
+            column = round((cut + 0.5) / self.rows)
+            yield tuple(self.place(point, column - 1) for point in (*points[:at], (x, cut)))
+            points = [(x, cut), *points[at:]]
+        yield tuple(self.place(point, int(points[-1][1]) // self.rows) for point in points)
+
+    def labels(self) -> tuple[tuple[Point, str], ...]:
+        """Texts, and where they begin."""
+        return tuple(
+            ((self._right[layer // self.rows] + 0.6, float(layer % self.rows)), text)
+            for layer, text in self._texts.items()
+        )
