@@ -8,7 +8,7 @@ from tiny import TINY, make_ghn
 from torch import nn
 
 from timm_ghn import predict
-from timm_ghn.plots import draw, plot_curves, plot_training
+from timm_ghn.plots import draw, plot_curves, plot_race, plot_search, plot_training
 from timm_ghn.prediction.diversity import compare
 
 #: matplotlib would read it as a formula, and a wrong one.
@@ -48,3 +48,10 @@ def test_dollar_signs_in_the_name_of_a_layer_are_no_formula(tmp_path):
     found = list(compare(prediction.state_dict, dict(model.named_parameters()), prediction.plan, None))
     draw(found, tmp_path / 'figure.svg', title='one')
     assert 'a$\\frac$_b.' in (tmp_path / 'figure.svg').read_text()
+
+
+def test_dollar_signs_in_the_name_of_a_start_or_an_architecture_are_no_formula(tmp_path):
+    plot_race([('own', [(5, 10.0, 2.0)]), (TITLE, [(5, 20.0, 2.0), (15, 30.0, 1.5)])], tmp_path / 'race.svg')
+    plot_search([(TITLE, 1000, 5.0), ('other', 2000, 4.0)], tmp_path / 'search.svg')
+    for name in ('race', 'search'):
+        assert f'<!-- {TITLE} -->' in (tmp_path / f'{name}.svg').read_text()

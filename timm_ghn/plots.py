@@ -21,6 +21,8 @@ except ImportError as error:
 #: Ends of the names of files that can be drawn.
 SUFFIXES = ('.png', '.pdf', '.svg')
 
+#: How many of the best are named in the picture of a search.
+_NAMED = 5
 #: Eigenvalues below are drawn here.
 _LEAST = 1e-3
 
@@ -175,6 +177,48 @@ def plot_families(accuracies: Mapping[str, Sequence[float]], path: Path, *, chan
     axis.set_xticks(range(len(accuracies)), list(accuracies), rotation=40, ha='right', fontsize=8)
     axis.set_ylabel('accuracy, predicted, no training, %')
     axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+def plot_race(runners: Sequence[tuple[str, Sequence[tuple[int, float, float]]]], path: Path) -> None:
+    """Draw the accuracy of the runners of a race over the steps, a colour for each start.
+
+    Args:
+        runners: Start, and (steps, top1, loss) after each round, of each: what a
+            :class:`~timm_ghn.transfer.race.Runner` has.
+        path: The file; one that exists is replaced.
+    """
+    figure = new_figure((6.5, 4))
+    axis = figure.subplots()
+    starts = list(dict.fromkeys(start for start, _ in runners))
+    for start, rounds in sorted(runners, key=lambda runner: len(runner[1])):
+        steps, accuracies = [one[0] for one in rounds], [one[1] for one in rounds]
+        axis.plot(steps, accuracies, marker='.', color=f'C{starts.index(start) % 10}')
+    for place, start in enumerate(starts):
+        axis.plot([], [], color=f'C{place % 10}', label=start)
+    axis.set(xlabel='steps', ylabel='accuracy on the images of comparison, %')
+    axis.grid(alpha=0.3)
+    for text in axis.legend(title='start').get_texts():
+        text.set_parse_math(False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_search(ranked: Sequence[tuple[str, int, float]], path: Path) -> None:
+    """Draw the accuracy of predicted networks over what they cost, with the names of the best.
+
+    Args:
+        ranked: Name, multiply-accumulates and accuracy in percent, the best first.
+        path: The file; one that exists is replaced.
+    """
+    figure = new_figure((7.5, 4.5))
+    axis = figure.subplots()
+    axis.plot([macs for _, macs, _ in ranked], [top1 for *_, top1 in ranked], 'o', color='#00798c', alpha=0.6)
+    for name, macs, top1 in ranked[:_NAMED]:
+        axis.annotate(
+            name, (macs, top1), (4, 2), textcoords='offset points', fontsize=7, parse_math=False, color='#d1495b'
+        )
+    axis.set(xlabel='multiply-accumulates', ylabel='accuracy of the predicted network, %', xscale='log')
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 

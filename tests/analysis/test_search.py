@@ -49,9 +49,10 @@ def test_steps_train_each_network_and_are_repeatable(options):
 def test_the_command_ranks_networks_of_deepnets_and_writes_what_builds_them(folder, tmp_path, call_cli):
     file = tmp_path / 'out.json'
     line = f'search --ghn tiny --dataset {folder} --image-size 16 --split bnfree --num 2 --images 6 --json {file}'
-    code, out, _ = call_cli(line)
+    code, out, _ = call_cli(f'{line} --plot {tmp_path / "out.svg"}')
     assert code == 0
     rows = json.loads(file.read_text())['rows']
+    assert all(row['name'] in (tmp_path / 'out.svg').read_text() for row in rows)
     assert [text.split()[:2] for text in out.splitlines()[2:]] == [['1', rows[0]['name']], ['2', rows[1]['name']]]
     for row in rows:
         assert count_parameters(Architecture.from_dict(row['architecture']).build()) == row['parameters']

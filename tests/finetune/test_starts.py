@@ -49,6 +49,7 @@ def test_the_winner_of_a_race_goes_on_and_is_not_raced_for_again(trained, tmp_pa
     assert {one['start'] for one in found['runners']} == {race.OWN, f'donor:{file}'}
     assert result.epochs[0]['val_top1'] >= found['winner']['rounds'][-1][1] - 20  # it goes on from where the race ended
     assert len(list((options.output / 'race').glob('*.safetensors'))) == 1
+    assert (options.output / 'race.png').stat().st_size > 1000
 
     def refuse(*arguments):
         raise AssertionError('a race that is decided is not run again')

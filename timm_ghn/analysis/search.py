@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class SearchOptions(NetworkOptions):
     max_macs: int | None = option(None, 'most multiply-accumulates for one image', within=POSITIVE)
     steps: int = option(0, 'train each predicted network for so many steps first', within=NOT_NEGATIVE)
     lr: float = option(0.01, 'learning rate of these (SGD with momentum 0.9)', within=NOT_NEGATIVE)
+    plot: Path | None = option(None, 'also draw accuracy over multiply-accumulates into this file', metavar='FILE')
 
     def candidates(self, num_classes: int) -> Iterator[Architecture]:
         """Architectures in a fixed order, without regard to the limits."""
@@ -95,6 +97,10 @@ def search(options: SearchOptions) -> tuple[Ranked, ...]:
     """
     if options.json is not None:
         check_output(options.json, ('.json',))
+    if options.plot is not None:
+        from timm_ghn.plots import SUFFIXES
+
+        check_output(options.plot, SUFFIXES)
     ghn, splits = load_ghn_and_splits(options)
     chosen = _within_limits(options, len(splits.classes))
     size = (3, options.image_size, options.image_size)
@@ -114,6 +120,10 @@ def search(options: SearchOptions) -> tuple[Ranked, ...]:
         ranked: list[dict[str, Any]] = [{'name': row.name, **dataclasses.asdict(row)} for row in rows]
         record = {'ghn': options.ghn, 'steps': options.steps, 'rows': ranked}
         options.json.write_text(to_json(record, indent=1) + '\n', encoding='utf-8')
+    if options.plot is not None:
+        from timm_ghn.plots import plot_search
+
+        plot_search([(row.name, row.macs, row.top1) for row in rows], options.plot)
     return tuple(rows)
 
 

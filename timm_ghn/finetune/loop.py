@@ -6,6 +6,7 @@ has to survive a run that is killed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader
 from timm_ghn.contexts import seed_rng
 from timm_ghn.data.images import NO_LABEL, EpochSampler
 from timm_ghn.data.splits import load_splits
-from timm_ghn.errors import DataError, PredictionError
+from timm_ghn.errors import ConfigError, DataError, PredictionError
 from timm_ghn.files import write_state_dict
 from timm_ghn.finetune.options import RACE, FinetuneOptions
 from timm_ghn.finetune.push import check_start, check_target, push_when_done
@@ -156,6 +157,11 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
             self.facts['race'], lr = found.to_dict(), found.winner.lr
             for line in str(found).splitlines():
                 self.say('%s', line)
+            if accelerator.is_main_process:
+                with contextlib.suppress(ConfigError):  # no matplotlib
+                    from timm_ghn.plots import plot_race
+
+                    plot_race([(one.start, one.rounds) for one in found.runners], options.output / 'race.png')
         optimizer = optimizer_of(dataclasses.replace(options, lr=lr), start.model)
         self.model, self.optimizer, self.batches, self.val = accelerator.prepare(start.model, optimizer, train, val)
         self.test = None if test is None else accelerator.prepare_data_loader(test)
