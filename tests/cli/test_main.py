@@ -367,3 +367,27 @@ def test_a_token_is_not_repeated(run):
 def test_columns_of_numbers_are_aligned_to_the_right():
     lines = list(aligned(('name', 'size'), [('a', '7'), ('bcdef', '1,024')]))
     assert lines == ['name    size', '-----  -----', 'a          7', 'bcdef  1,024']
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'tcsh'])
+def test_completion_knows_every_command_and_its_options(run, shell):
+    code, out, err = run(f'completion {shell}')
+    assert (code, err) == (0, '')
+    for word in (*cli.COMMANDS, 'virtual-edges', 'shots', 'meta-batch', 'max-params'):
+        assert word in out
+
+
+def test_bash_completes_commands_options_and_files(run, tmp_path):
+    (tmp_path / 'script').write_text(run('completion bash')[1])
+    (tmp_path / 'recipe.yaml').touch()
+    asked = {'insp': 'inspect', 'inspect --virt': '--virtual-edges', 'finetune --shots-': '--shots-seed'}
+    asked |= {'train --config rec': 'recipe.yaml', 'inspect --head pre': 'predict'}
+    for line, expected in asked.items():
+        words = ['timm-ghn', *line.split()]
+        code = (
+            f'source ./script; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; '
+            f'$(complete -p timm-ghn | sed "s/.*-F //; s/ .*//") timm-ghn {words[-1]} {words[-2]}; '
+            'echo ${COMPREPLY[@]}'
+        )
+        done = subprocess.run(['bash', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout == f'{expected}\n', line
