@@ -24,7 +24,7 @@ def networks(draw):
     return layers, draw(st.lists(st.sampled_from(pairs), unique=True, max_size=25)) if pairs else []
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(networks())
 def test_nothing_in_a_layer_is_too_close(network):
     layers, edges = network
@@ -35,7 +35,7 @@ def test_nothing_in_a_layer_is_too_close(network):
             assert layering.x[b] - layering.x[a] >= least - 1e-9
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(networks())
 def test_an_edge_has_a_point_in_each_layer_between_its_ends(network):
     layers, edges = network
