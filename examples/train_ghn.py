@@ -1,8 +1,8 @@
 """Train a small GHN on a small data set, and predict a network with it.
 
 Usage: python examples/train_ghn.py [STEPS] [DATASET]. Without a data set (a name on the Hub, a folder, a parquet file)
-the images are scikit-learn's handwritten digits. 1,000 steps take some minutes on a CPU; for a GHN that is worth
-something see the recipes beside this file.
+the images are scikit-learn's handwritten digits. 1,000 steps take two minutes of a CPU; for a GHN that is worth
+something elsewhere see the recipes beside this file.
 """
 
 from __future__ import annotations

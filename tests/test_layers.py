@@ -111,19 +111,8 @@ def test_the_reader_of_imports_sees_every_form(source, expected):
 
 def test_third_party_imports_are_declared():
     declared = {'huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm'}
-    optional = {
-        'PIL',
-        'accelerate',
-        'datasets',
-        'h5py',
-        'igraph',
-        'matplotlib',
-        'pyarrow',
-        'scipy',
-        'sklearn',
-        'torch_scatter',
-    }
-    optional |= {'triton', 'yaml'}
+    optional = {'PIL', 'accelerate', 'datasets', 'h5py', 'matplotlib', 'pyarrow', 'scipy', 'shtab', 'sklearn'}
+    optional |= {'torch_scatter', 'triton', 'yaml'}
     found = {name.split('.')[0] for path in MODULES for name in imports_of(path)}
     foreign = found - set(sys.stdlib_module_names) - {PACKAGE.name}
     assert foreign <= declared | optional
@@ -148,7 +137,6 @@ def test_importing_the_package_loads_no_optional_package():
         'accelerate',
         'datasets',
         'h5py',
-        'igraph',
         'joblib',
         'matplotlib',
         'sklearn',

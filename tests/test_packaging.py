@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import timm_ghn
 from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
@@ -17,6 +18,8 @@ from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = {path.stem: path.read_text(encoding='utf-8') for path in sorted((ROOT / 'docs').glob('*.md'))}
+#: Folder and name of the pages beside them.
+OTHERS = (('', 'CONTRIBUTING.md'), ('', 'CHANGELOG.md'), ('examples', 'README.md'), ('examples/space', 'README.md'))
 BLOCKS = [
     pytest.param(code, id=f'{name}-{number}')
     for name, text in {'README': README, **PAGES}.items()
@@ -59,7 +62,8 @@ def test_the_readme_begins_with_a_short_example():
 
 
 def test_links_of_the_readme_and_the_pages_lead_somewhere():
-    for folder, text in ((ROOT, README), *((ROOT / 'docs', page) for page in PAGES.values())):
+    more = [(ROOT / folder, (ROOT / folder / name).read_text(encoding='utf-8')) for folder, name in OTHERS]
+    for folder, text in ((ROOT, README), *((ROOT / 'docs', page) for page in PAGES.values()), *more):
         for link in re.findall(r'\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)', text):
             assert not link or (folder / link).exists(), link
 
@@ -79,3 +83,32 @@ def test_the_readme_names_what_exists():
     ghns = set(re.findall(r'(?<!recipes/)(?:\bghn\d\w*_\w+|\bghn_tiny\w*)', text)) - {'ghn3_results'}
     assert ghns
     assert ghns <= set(known_ghns())
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+    assert citation['version'] == timm_ghn.__version__
+    assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys(), 'what the format requires'
+    assert all(paper['url'] in README for paper in citation['references'])
+
+
+def test_every_page_is_on_the_site():
+    site = (ROOT / 'mkdocs.yml').read_text(encoding='utf-8')
+    pages = [
+        *(f'docs/{page}.md' for page in PAGES),
+        'README.md',
+        'examples/README.md',
+        'CONTRIBUTING.md',
+        'CHANGELOG.md',
+    ]
+    assert sorted(re.findall(r': (\S+\.md)$', site, flags=re.MULTILINE)) == sorted([*pages, 'api.md'])
+
+
+def test_the_workflow_runs_what_is_run_here():
+    workflow = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text(encoding='utf-8'))
+    commands = [step['run'] for job in workflow['jobs'].values() for step in job['steps'] if 'run' in step]
+    assert commands == ['.ci/run', 'make test']
+    versions = set(workflow['jobs']['test']['strategy']['matrix']['python'])
+    versions |= {workflow['jobs']['all']['steps'][1]['with']['python-version']}
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    assert versions == set(re.findall(r"Python :: (3\.\d+)'", project))

@@ -110,23 +110,26 @@ def test_diversity_compares_predicted_post_processed_and_random_weights(run, tmp
     assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize(
-    ('missing', 'options', 'message'),
-    [
-        ('matplotlib', '--diversity --plot out.png', 'pip install matplotlib'),
-        ('matplotlib', '--plot out.png', 'pip install matplotlib'),
-        ('igraph', '--plot out.html', "pip install 'igraph>=1.0'"),
-    ],
-)
-def test_a_plot_without_its_package_says_what_to_install(run, monkeypatch, missing, options, message):
+@pytest.fixture
+def no_matplotlib(monkeypatch):
     for name in list(sys.modules):
-        if name.startswith(('timm_ghn.plots', 'timm_ghn.drawing', f'{missing}.')):
+        if name.startswith(('timm_ghn.plots', 'timm_ghn.drawing', 'matplotlib.')):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
-    code, out, err = run(f'inspect test_resnet {options}')
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+
+
+@pytest.mark.parametrize('option', ['', '--diversity'])
+def test_a_plot_without_matplotlib_says_what_to_install(run, no_matplotlib, option):
+    code, out, err = run(f'inspect test_resnet {option} --plot out.png')
     assert (code, out) == (2, '')
-    assert message in err
+    assert 'pip install matplotlib' in err
     assert not os.listdir()
+
+
+def test_a_page_of_the_graph_needs_no_matplotlib(run, no_matplotlib):
+    code, _, err = run('inspect test_resnet --plot out.html')
+    assert (code, err) == (0, '')
+    assert os.listdir() == ['out.html']
 
 
 def test_inspect_draws_the_graph_beside_the_plan(run, tmp_path):
@@ -367,3 +370,27 @@ def test_a_token_is_not_repeated(run):
 def test_columns_of_numbers_are_aligned_to_the_right():
     lines = list(aligned(('name', 'size'), [('a', '7'), ('bcdef', '1,024')]))
     assert lines == ['name    size', '-----  -----', 'a          7', 'bcdef  1,024']
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'tcsh'])
+def test_completion_knows_every_command_and_its_options(run, shell):
+    code, out, err = run(f'completion {shell}')
+    assert (code, err) == (0, '')
+    for word in (*cli.COMMANDS, 'virtual-edges', 'shots', 'meta-batch', 'max-params'):
+        assert word in out
+
+
+def test_bash_completes_commands_options_and_files(run, tmp_path):
+    (tmp_path / 'script').write_text(run('completion bash')[1])
+    (tmp_path / 'recipe.yaml').touch()
+    asked = {'insp': 'inspect', 'inspect --virt': '--virtual-edges', 'finetune --shots-': '--shots-seed'}
+    asked |= {'train --config rec': 'recipe.yaml', 'inspect --head pre': 'predict'}
+    for line, expected in asked.items():
+        words = ['timm-ghn', *line.split()]
+        code = (
+            f'source ./script; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; '
+            f'$(complete -p timm-ghn | sed "s/.*-F //; s/ .*//") timm-ghn {words[-1]} {words[-2]}; '
+            'echo ${COMPREPLY[@]}'
+        )
+        done = subprocess.run(['bash', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout == f'{expected}\n', line

@@ -41,7 +41,7 @@ def test_every_example_is_run_and_named():
     found = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob('*.py')}
     assert found == {*CASES, *ELSEWHERE}
     readme = (EXAMPLES / 'README.md').read_text()
-    assert all(f']({path.name})' in readme for path in EXAMPLES.iterdir() if path.name != 'README.md')
+    assert all(f']({path.name}' in readme for path in EXAMPLES.iterdir() if path.name != 'README.md')
 
 
 def test_examples_are_short():

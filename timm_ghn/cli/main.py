@@ -1,7 +1,7 @@
 """Command line: ``timm-ghn COMMAND``; ``timm-ghn --help`` lists the commands.
 
 Results go to the standard output, progress and errors to the standard error. Exit code 0: done; 1: ``verify`` found a
-network whose norm differs, or that failed; 2: an error, in one line.
+network whose norm differs, or that failed; 2: an error, in one line; 130: interrupted.
 
 This module holds the parser and the errors. It imports the modules of the commands, and with them torch, only when a
 command runs.
@@ -80,6 +80,11 @@ COMMANDS = {
         'deepnets:run_deepnets',
         'timm-ghn deepnets generate --split train --num 1000 -o nets.arrow',
         'Generate, convert and describe files of DeepNets-1M architectures.',
+    ),
+    'completion': (
+        'completion:print_completion',
+        'timm-ghn completion bash',
+        'Print a script that completes commands, options and files in a shell.',
     ),
 }
 
@@ -167,8 +172,13 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(f"{message}; see '{self.prog} --help'"))
 
 
-def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of the command line; of the commands in :data:`RUNS` only the one that ``argv`` names has options."""
+def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.ArgumentParser:
+    """The parser of the command line.
+
+    Args:
+        argv: Arguments to parse: of the commands in :data:`RUNS` only the one that they name has its options.
+        every: Whether all of these have theirs.
+    """
     parser = _Parser(
         prog='timm-ghn',
         description='Predict the parameters of timm models with graph hypernetworks.',
@@ -181,12 +191,12 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         name: commands.add_parser(name, help=text, description=text, epilog=f'example: {example}')
         for name, (_, example, text) in COMMANDS.items()
     }
-    if argv and argv[0] in RUNS:
+    for name in RUNS if every else set(argv[:1]).intersection(RUNS):
         try:
-            _module_of('runs').add_options(of[argv[0]], argv[0])
+            _module_of('runs').add_options(of[name], name)
         except ImportError as error:
             message = (
-                f"'{argv[0]}' needs more packages ({error}): install timm_ghn with its extra 'finetune', in a checkout "
+                f"'{name}' needs more packages ({error}): install timm_ghn with its extra 'finetune', in a checkout "
                 "with pip install '.[finetune]'"
             )
             raise SystemExit(_fail(message)) from error
@@ -228,6 +238,11 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     add('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
 
     _add_deepnets_options(of['deepnets'])
+    of['completion'].add_argument(
+        'shell',
+        choices=('bash', 'zsh', 'tcsh'),
+        help='source what is printed, or save it where the shell looks for completions',
+    )
     for name in ('list', 'predict', 'inspect', 'convert', 'cache'):
         of[name].add_argument('--json', action='store_true', help='print JSON')
     return parser

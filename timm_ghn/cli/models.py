@@ -51,7 +51,7 @@ def inspect_model(args: argparse.Namespace) -> int:
     if args.diversity:
         return _inspect_diversity(args)
     if args.plot:
-        from timm_ghn.drawing import check_picture, draw_graph  # needs igraph
+        from timm_ghn.drawing import check_picture, draw_graph
 
         check_picture(args.plot)
     elif args.virtual_edges > 1:

@@ -27,8 +27,8 @@ def draw_graph(graph: Graph, path: str | Path, *, title: str = '', virtual_edges
         virtual_edges: Virtual edges up to this length are drawn too (arXiv 2110.13100, section 4.1); 1: none.
 
     Raises:
-        ConfigError: if the file's name ends otherwise, ``virtual_edges`` is not positive, or igraph or, for an image,
-            matplotlib is not installed.
+        ConfigError: if the file's name ends otherwise, ``virtual_edges`` is not positive, or an image is asked for
+            and matplotlib is not installed.
         OSError: if the file cannot be written.
     """
     path = Path(path)

@@ -1,29 +1,21 @@
 """Where the nodes and edges of a graph are drawn: in layers from top to bottom, folded into columns as text is.
 
-Networks are long and narrow: hundreds of layers of a few nodes. igraph puts the nodes of a layer in an order in which
-few edges cross, and leads edges around nodes (Sugiyama et al. 1981); the long strip is then cut into columns.
-
-Importing this module without igraph is a :class:`ConfigError` that says how to install it.
+Networks are long and narrow: hundreds of layers of a few nodes. They are laid out as a long strip, which is then cut
+into columns.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from timm_ghn.drawing.layering import Layering
 from timm_ghn.drawing.legend import KINDS
-from timm_ghn.errors import ConfigError, printable
+from timm_ghn.errors import printable
 from timm_ghn.graph.graph import Graph, Node
-
-try:
-    import igraph
-except ImportError as error:
-    raise ConfigError("the picture of a graph needs igraph: pip install 'igraph>=1.0', or leave --plot out") from error
 
 Point = tuple[float, float]
 
@@ -41,9 +33,6 @@ _COLUMNS = 60
 
 #: Width of a character of a label, and of the space between columns. Layers are 1 apart.
 _CHARACTER, _GAP = 0.42, 2.0
-
-#: Least distance between a node and a line in one layer; nodes are twice as far apart.
-_HALF = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +59,11 @@ def layout_graph(graph: Graph) -> GraphLayout:
     layers = graph.forward_levels_N.tolist()
     edges: list[list[int]] = graph.edges_E2.tolist()
     routed = [number for number, (a, b) in enumerate(edges) if 0 < layers[b] - layers[a] <= _LONGEST]
-    strip = igraph.Graph(n=len(graph), edges=[edges[number] for number in routed], directed=True)
-    found = strip.layout_sugiyama(layers=layers)
-    places, turns = _spread(found.coords, found.edge_routing, [edges[number] for number in routed])
-    lines = [
-        (number, (places[edges[number][0]], *between, places[edges[number][1]]))
-        for number, between in zip(routed, turns, strict=True)
-    ]
-    columns = _Columns.fitting([*places, *(point for _, line in lines for point in line)], _labels(graph, layers))
-    points = tuple(map(columns.place, places))
+    strip = Layering(layers, [edges[number] for number in routed])
+    places: list[Point] = [(x, float(y)) for x, y in zip(strip.x, strip.layer, strict=True)]
+    lines = [(number, [places[point] for point in chain]) for number, chain in zip(routed, strip.chains, strict=True)]
+    columns = _Columns.fitting(places, _labels(graph, layers))
+    points = tuple(map(columns.place, places[: len(graph)]))
     arcs = ((number, arc(points[a], points[b])) for number, (a, b) in enumerate(edges) if number not in set(routed))
     return GraphLayout(
         points,
@@ -87,40 +72,6 @@ def layout_graph(graph: Graph) -> GraphLayout:
         columns.labels(),
         columns.size,
     )
-
-
-def _spread(
-    nodes: Sequence[Sequence[float]], turns: Sequence[Sequence[Sequence[float]]], edges: Sequence[Sequence[int]]
-) -> tuple[list[Point], list[list[Point]]]:
-    """Move apart what igraph puts in one place: its mean of four layouts may do that.
-
-    Args:
-        nodes: Place of each node.
-        turns: Places between its ends where each edge turns.
-        edges: Source and target of each edge.
-    """
-    moved: dict[tuple[int, ...], Point] = {}  # by number of the node, or numbers of edge and turn
-    before: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
-    layers: dict[float, list[tuple[float, tuple[int, ...]]]] = defaultdict(list)
-    for number, (x, y) in enumerate(nodes):
-        layers[y].append((x, (number,)))
-    for edge, (source, target) in enumerate(edges):
-        path = [(source,), *((edge, turn) for turn in range(len(turns[edge]))), (target,)]
-        for a, b in itertools.pairwise(path):
-            before[b].append(a)
-        for key, (x, y) in zip(path[1:-1], turns[edge], strict=True):
-            layers[y].append((x, key))
-    for y in sorted(layers):
-        # Of two in one place, the one whose edges come from the left is the left one.
-        mean = {key: sum(moved[a][0] for a in before[key]) / max(1, len(before[key])) for _, key in layers[y]}
-        last, free = -math.inf, -math.inf
-        for x, key in sorted(layers[y], key=lambda item: (item[0], mean[item[1]], item[1])):
-            is_node = len(key) == 1
-            last = max(x, free if is_node else last + _HALF)
-            free = last + (2 * _HALF if is_node else _HALF)
-            moved[key] = last, y
-    places = [moved[(number,)] for number in range(len(nodes))]
-    return places, [[moved[(edge, turn)] for turn in range(len(found))] for edge, found in enumerate(turns)]
 
 
 def arc(start: Point, end: Point) -> tuple[Point, Point, Point]:

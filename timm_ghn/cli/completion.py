@@ -1,0 +1,35 @@
+"""The command ``timm-ghn completion``: a script by which a shell completes commands, options and names of files."""
+
+from __future__ import annotations
+
+import argparse
+
+from timm_ghn.cli.main import build_parser
+from timm_ghn.errors import ConfigError
+
+try:
+    import shtab
+except ImportError as error:
+    raise ConfigError('completion needs shtab: pip install shtab') from error
+
+
+def print_completion(args: argparse.Namespace) -> int:
+    """Print the script."""
+    parser = build_parser(every=True)
+    _complete_files(parser)
+    print(shtab.complete(parser, args.shell))
+    return 0
+
+
+def _complete_files(parser: argparse.ArgumentParser) -> None:
+    """Have the shell complete what the help calls a file or a folder."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_files(command)
+            continue
+        words = set(str(action.metavar).split('|'))
+        if words & {'FILE', 'PATH', 'IN', 'OUT'}:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif words & {'DIR', 'FOLDER'}:
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
