@@ -10,6 +10,7 @@ Usage: python -m benchmarks.relatives [--data-root DIR] [--out relatives.jsonl] 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.initperf.arms import ArmData, NotApplicableError, arm
+from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm
 from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set
 from benchmarks.initperf.donors import CLASSES, Donors
 from benchmarks.initperf.protocol import Run, Setting, execute
@@ -41,7 +42,7 @@ WIDTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DEPTHS = ('same', 'third stage', 'all stages', 'twice')
 #: Those that take longest, and the donor itself.
 LEFT_OUT = {(1.0, 'same'), (2.0, 'twice'), (2.0, 'all stages'), (1.5, 'twice')}
-ARMS = ('timm_open', 'position', 'relative', 'ghn_orth')
+ARMS = ('own', 'position', 'relative', 'ghn_orth')
 RATES = (1e-3, 4e-3)
 DATA, STEPS = 'clothing_128', 60
 
@@ -80,6 +81,13 @@ def _donor(data: ArmData) -> nn.Module:
     model = small.start(CLASSES, 0).model
     model.load_state_dict(data.donors.weights(small, data.donors.minutes[0]))
     return model
+
+
+@arm('own', ignorant=True)
+def own(model: nn.Module, data: ArmData) -> None:
+    """timm's initialisation, with open gates where it closes any."""
+    with contextlib.suppress(NotApplicableError):
+        find_arm('timm_open').write(model, data)
 
 
 @arm('relative')
@@ -139,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for one in networks for name in ARMS for rate in RATES]  # fmt: skip
     done = runs_by(read_lines(args.out))
     if not args.report:
+        for label in dict.fromkeys(one.donor for one in networks):
+            donors.prepare(NETWORKS[label])
         # In turns over the donors: what is cut short has variants of all.
         order = np.argsort([index % max(1, len(runs) // len(DONORS)) for index in range(len(runs))], kind='stable')
         for run in tqdm([runs[index] for index in order if runs[index] not in done], unit='run'):
