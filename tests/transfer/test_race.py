@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import time
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -174,6 +175,16 @@ def test_time_bounds_the_steps_and_what_cannot_take_part_is_left_out(nets):
         race_(model, {}, batches(), minutes=1e-9)
     found = race_(model, {}, batches(), lrs=(1e-3,), steps=10_000, minutes=0.01)
     assert found.steps < 10_000
+    made = []
+
+    def slow(net: nn.Module, lr: float) -> torch.optim.Optimizer:  # but for the first step, by which the time is told
+        time.sleep(0.3 if made else 0)
+        made.append(lr)
+        return torch.optim.SGD(net.parameters(), lr)
+
+    found = race_(model, {}, batches(), lrs=(1e-3, 2e-3, 3e-3, 4e-3), steps=1, minutes=0.02, optimizer=slow)
+    assert [len(one.rounds) for one in found.runners] == [1] * 4, 'there is no time for a second round'
+    assert found.winner.score == max(one.score for one in found.runners)
 
     with pytest.warns(UserWarning, match='does not take part'):
         found = race_(model, {'absent': fail}, batches(), lrs=(1e-3,), steps=1)

@@ -127,7 +127,8 @@ def race_(
         val: Batches to compare on; if None, a quarter of those of the data.
         lrs: Learning rates that each start is tried at.
         steps: Optimiser steps of each runner in the first round, where the time does not allow less.
-        minutes: Bound on the time, from which fewer steps follow where they would take longer.
+        minutes: Bound on the time, from which fewer steps follow where they would take longer, and fewer rounds where
+            steps take longer than the first one told.
         optimizer: Makes the optimiser of a network and a rate; AdamW with a weight decay of 0.05 if None.
         folder: Where the state of the race is kept; the same call goes on from there after an interruption.
         identity: Plain values that tell this race from another one in the same folder, such as the data set.
@@ -253,7 +254,14 @@ class _Field:
             if self.process == 0:
                 self._keep('race', {**said, 'left_out': left_out, 'affordable': steps})
         total, standing = 0, list(range(len(self.runners)))
+        round_began = time.monotonic()
         for index, count in enumerate(_rounds(len(self.runners))):
+            now = time.monotonic()
+            late = bool(index and minutes is not None and now + (now - round_began) > began + 60 * minutes)
+            if _gathered(late)[0]:  # rounds take about the same time
+                _log.info('the time does not suffice for another round')
+                break
+            round_began = now
             length = steps * 2**index
             total += count * length
             self._share([number for number in standing if len(self.runners[number].rounds) <= index], length)
@@ -262,6 +270,7 @@ class _Field:
                 if self.runners[number] not in kept:
                     self._drop(number)
             standing = [number for number in standing if self.runners[number] in kept]
+        standing.sort(key=lambda number: self.runners[number].score, reverse=True)
         winner = self.runners[standing[0]]
         if winner.score[0] < 0:
             raise TrainingError('the loss of every start is not finite; try lower learning rates')
