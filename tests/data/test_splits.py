@@ -174,6 +174,7 @@ LABELS = (ClassLabel(names=['a', 'b']), [0, 1, 0, 1])
         (rows(image=IMAGES, label=LABELS), {'train_split': 'training'}, "train_split 'training' is no split"),
         (rows(image=IMAGES, label=LABELS), {'val_split': 'train['}, "val_split 'train\\[' is no split"),
         (rows(image=IMAGES, label=LABELS), {'train_split': 'train[:0]'}, 'has no images'),
+        (rows(image=IMAGES, label=LABELS), {'train_split': 'train[:45]', 'val_split': 'train[45:]'}, 'has no images'),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, train, options, message):

@@ -244,12 +244,9 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
             f'{option} {spec!r} is no split of this data set (it has {", ".join(parts)}), nor a slice like '
             f"'{next(iter(parts))}[:90%]'"
         ) from error
-    chosen = [parts[cut.splitname].select(range(cut.from_ or 0, _end(cut.to, sizes[cut.splitname]))) for cut in slices]
-    return concatenate_datasets(chosen)
-
-
-def _end(to: int | None, size: int) -> int:
-    return size if to is None else to
+    # What reaches beyond the end is cut, as Python does.
+    rows = [(cut.splitname, range(sizes[cut.splitname])[slice(cut.from_, cut.to)]) for cut in slices]
+    return concatenate_datasets([parts[name].select(chosen) for name, chosen in rows])
 
 
 def _image_column(part: Dataset, named: str | None) -> str:
