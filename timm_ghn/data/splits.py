@@ -246,7 +246,7 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
         ) from error
     # What reaches beyond the end is cut, as Python does.
     rows = [(cut.splitname, range(sizes[cut.splitname])[slice(cut.from_, cut.to)]) for cut in slices]
-    return concatenate_datasets([parts[name].select(chosen) for name, chosen in rows])
+    return concatenate_datasets([parts[name].select(chosen or []) for name, chosen in rows])
 
 
 def _image_column(part: Dataset, named: str | None) -> str:
