@@ -110,7 +110,6 @@ def finetune(options: FinetuneOptions) -> Result:
     """
     with session(
         options,
-        'timm_ghn.finetune',
         gradient_accumulation_steps=options.grad_accum_steps,
         dynamo_backend='inductor' if options.torchcompile else None,
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +28,7 @@ from timm_ghn.finetune.options import OTHER_INITS, RACE, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.prediction.postprocess import postprocess_
 from timm_ghn.prediction.predict import initialise
+from timm_ghn.runs.checkpoints import to_plain
 from timm_ghn.transfer.start import candidate, choose_init
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -158,7 +158,7 @@ def race(
         What the race found, see :meth:`Race.to_dict`.
     """
     weights, result = options.output / 'race' / 'winner.safetensors', options.output / 'race' / 'race.json'
-    run = json.loads(json.dumps(identity, default=str))
+    run = to_plain(identity)
     if result.exists() and (kept := read_json(result))['run'] == run:
         start.model.load_state_dict(load_file(weights))
         found: dict[str, Any] = kept['race']

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +62,6 @@ class TrainProgress(Progress):
     steps_without_finite_loss: int = 0
     window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> TrainProgress:
-        """What a checkpoint holds; the first version named an entry otherwise."""
-        return cls(**{{'barren': 'steps_without_finite_loss'}.get(name, name): value for name, value in values.items()})
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -92,7 +86,7 @@ def train(options: TrainOptions) -> Result:
     Raises:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
-    with session(options, 'timm_ghn.train') as accelerator:
+    with session(options) as accelerator:
         run = TrainRun(options, accelerator)
         log = run.run()
     evaluations = tuple(line for line in log if line['kind'] == 'eval')
