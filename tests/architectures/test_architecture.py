@@ -111,8 +111,3 @@ def test_nothing_is_drawn_on_the_meta_device_and_something_elsewhere():
         VGG.build()
         assert torch.equal(torch.get_rng_state(), before)
         assert not torch.equal(VGG.build('cpu').head.fc.weight, VGG.build('cpu').head.fc.weight)
-
-
-def test_it_can_be_read():
-    assert str(VGG).startswith("vgg(act='relu', classifier='linear'")
-    assert str(VGG).endswith('for 3x32x32 images of 10 classes')

@@ -17,7 +17,6 @@ def test_convolutions_and_linear_layers_are_counted_by_hand():
     assert cost.parameters == (8 * 2 * 9 + 8) + 16 + (32 * 5 + 5)
     assert cost.macs == 64 * 8 * 2 * 9 + 32 * 5
     assert cost.activations == 64 * 8 + 5
-    assert cost.smallest_map == 64
 
 
 def test_attention_is_counted_as_torch_counts_it():
@@ -30,26 +29,18 @@ def test_attention_is_counted_as_torch_counts_it():
 @pytest.mark.parametrize(
     ('cost', 'admitted'),
     [
-        (Cost(10, 100, 50, 1), True),
-        (Cost(9, 100, 50, 1), False),
-        (Cost(21, 100, 50, 1), False),
-        (Cost(10, 101, 50, 1), False),
-        (Cost(10, 100, 51, None), False),
-        (Cost(10, 100, 50, None), True),
+        (Cost(10, 100, 50), True),
+        (Cost(9, 100, 50), False),
+        (Cost(21, 100, 50), False),
+        (Cost(10, 101, 50), False),
+        (Cost(10, 100, 51), False),
     ],
 )
 def test_every_limit_counts(cost, admitted):
     assert Limits(8, (10, 20), 100, 50).admit(cost) is admitted
 
 
-def test_a_smallest_map_excludes_normalisation_of_one_position():
-    assert not Limits(8, (10, 20), 100, smallest_map=2).admit(Cost(10, 100, 50, 1))
-    assert Limits(8, (10, 20), 100, smallest_map=2).admit(Cost(10, 100, 50, None))
-
-
-@pytest.mark.parametrize(
-    'wrong', [{'parameters': (2, 1)}, {'macs': 0}, {'image_size': 0}, {'activations': 0}, {'smallest_map': 0}]
-)
+@pytest.mark.parametrize('wrong', [{'parameters': (2, 1)}, {'macs': 0}, {'image_size': 0}, {'activations': 0}])
 def test_limits_that_exclude_everything_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Limits(**wrong)

@@ -26,9 +26,9 @@ def test_members_are_kept_on_the_disk(tmp_path, never):
     assert [architecture.key for architecture in drawn] == [again[member].key for member in (3, 0)]
 
 
-def test_a_member_depends_on_its_number_alone():
-    pool = Pool(FAST, 0)
-    assert pool[2] == Pool(FAST, 0)[2]
+def test_a_member_depends_on_its_number_alone(tmp_path):
+    pool = Pool(FAST, 0, tmp_path / 'one')
+    assert pool[2] == Pool(FAST, 0, tmp_path / 'two')[2]
     assert len({pool[member].key for member in range(5)}) > 1
 
 

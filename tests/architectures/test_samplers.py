@@ -1,6 +1,5 @@
 import collections
 import dataclasses
-import itertools
 import pickle
 import random
 import subprocess
@@ -21,10 +20,8 @@ from timm_ghn.architectures.samplers import (
     build_sampler,
     evaluation_set,
     families_of,
-    known_samplers,
     parts_of,
     register_sampler,
-    stream,
 )
 from timm_ghn.errors import ConfigError
 
@@ -34,23 +31,23 @@ FAST = TimmSampler(('vgg', 'resnet_basic'), macs=5_000_000, parameters=(5_000, 2
 MIX = MixSampler(({'share': 3, 'families': ['vgg'], 'macs': 5_000_000}, {'sampler': 'names', 'names': ['resnet18']}))
 
 
-def take(sampler, count, seed=0, worker=0):
-    return list(itertools.islice(stream(sampler, seed, worker=worker), count))
+def take(sampler, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [sampler.sample(rng) for _ in range(count)]
 
 
-def test_one_seed_gives_one_sequence_and_each_worker_has_its_own():
+def test_one_seed_gives_one_sequence():
     assert take(FAST, 4) == take(FAST, 4)
     assert take(FAST, 4) != take(FAST, 4, seed=1)
-    assert take(FAST, 4) != take(FAST, 4, worker=1)
 
 
 def test_a_process_that_only_unpickles_builds_and_draws_the_same():
     code = """
-import itertools, pickle, sys
+import pickle, sys, numpy
 drawn, sampler = pickle.loads(sys.stdin.buffer.read())
 drawn.build()
-from timm_ghn.architectures.samplers import stream
-print(*(architecture.key for architecture in itertools.islice(stream(sampler, 0), 4)))
+rng = numpy.random.default_rng(0)
+print(*(sampler.sample(rng).key for _ in range(4)))
 """
     data = pickle.dumps((take(FAST, 1)[0], FAST))
     made = subprocess.run([sys.executable, '-c', code], input=data, capture_output=True, check=True)
@@ -128,7 +125,6 @@ def test_wrong_options_are_refused_where_the_sampler_is_made(wrong, said):
 
 
 def test_samplers_are_known_by_name():
-    assert {'timm', 'names'} <= set(known_samplers())
     assert build_sampler('names', {'names': ['resnet18']}) == NamesSampler(('resnet18',))
     assert build_sampler('timm', {'macs': 10}) == TimmSampler(macs=10)
 
@@ -192,7 +188,7 @@ def test_the_parts_of_a_mixture_have_its_images_and_classes():
         ([{'share': 0}], 'positive number'),
         ([{'share': 'half'}], 'positive number'),
         ([{'sampler': 'mux'}], 'expected a sampler among'),
-        ([{'famlies': ['vgg']}], "got \\['famlies'\\]"),
+        ([{'famlies': ['vgg']}], "no option 'famlies'"),
     ],
 )
 def test_wrong_parts_of_a_mixture_are_refused(parts, said):

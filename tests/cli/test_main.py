@@ -201,7 +201,6 @@ ERRORS = {
     'a number of too many digits': f'inspect test_resnet --seed 1{"0" * 5000}',
     'a side that cannot be meant': 'inspect test_resnet --img-size 1000000000',
     'classes that no memory holds': f'predict test_resnet --num-classes {10**17} -o out.safetensors',
-    'classes that are a digit and no number': 'finetune --model test_resnet --dataset x --num-classes ²',
     'no output': 'predict test_resnet',
     'other kind of file': 'predict test_resnet -o out.pt',
     'no such folder': 'predict test_resnet -o nothing/out.safetensors',

@@ -163,30 +163,24 @@ def heard():
     signal.signal(signal.SIGTERM, previous)
 
 
-@pytest.mark.parametrize(('times', 'apart', 'passed_on'), [(1, True, 0), (2, True, 1), (2, False, 0)])
-def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(
-    base, tmp_path, monkeypatch, heard, times, apart, passed_on
-):
-    """Two that come together are one: launchers pass on what schedulers send to all processes."""
-    if apart:
-        monkeypatch.setattr('timm_ghn.runs.run._SAME_SIGNAL_SECONDS', 0.0)
+@pytest.mark.parametrize('times', [1, 2])
+def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_path, monkeypatch, heard, times):
+    """Launchers pass on what schedulers send to all processes: two are as one."""
     finetune(base)
     after_step = loop.FinetuneRun._after_step
-    during = []
 
     def terminated(run, loss):
         after_step(run, loss)
         if run.progress.step == 3 and not run.options.resume:
             for _ in range(times):
                 signal.raise_signal(signal.SIGTERM)
-            during.extend(heard)
+            assert not heard, 'it waits for the checkpoint'
 
     monkeypatch.setattr(loop.FinetuneRun, '_after_step', terminated)
     stopped = dataclasses.replace(base, output=tmp_path / 'stopped')
     result = finetune(stopped)
     assert (result.finished, result.steps) == (False, 3)
-    assert len(during) == passed_on, 'the first one waits for the checkpoint, a later one does not'
-    assert len(heard) == 1 + passed_on
+    assert len(heard) == 1
     assert finetune(dataclasses.replace(stopped, resume=True)).finished
     assert same(weights(base), weights(stopped))
 
@@ -284,38 +278,26 @@ def test_no_checkpoint_has_weights_that_are_lost(base, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in weights(base, 'model_best.safetensors').values())
 
 
-def test_weights_that_the_last_step_lost_are_not_written(base, monkeypatch):
+@pytest.mark.parametrize('what', ['epoch', 'stop'])
+def test_weights_that_the_last_step_lost_are_not_written(base, monkeypatch, what):
     # The losses are finite: they are computed before the step.
     step = loop.FinetuneRun._after_step
+    options = dataclasses.replace(base, epochs=1, model_ema=True, max_steps=2 if what == 'stop' else None)
 
     def lost(run, loss):
         if run.progress.step == 3:
             torch.nn.init.constant_(run.trained.head.weight, torch.nan)
         step(run, loss)
+        if what == 'stop' and run.progress.step == 2:
+            torch.nn.init.constant_(run.average.module.head.weight, torch.inf)
 
     monkeypatch.setattr(loop.FinetuneRun, '_after_step', lost)
-    options = dataclasses.replace(base, epochs=1, model_ema=True)
-    with pytest.raises(TrainingError, match=r'weights are not finite after step 4; begin again with a smaller --lr'):
+    with pytest.raises(TrainingError, match=r'weights are not finite after step [24]; begin again with a smaller --lr'):
         finetune(options)
     assert not list((base.output / 'checkpoints').glob('step_*'))
     written = sorted(base.output.glob('*.safetensors'))
     assert [path.name for path in written] == ['model_best.safetensors'], 'that of before the training'
     assert all(tensor.isfinite().all() for tensor in load_file(written[0]).values())
-
-
-def test_a_stop_writes_no_weights_that_are_lost(base, monkeypatch):
-    step = loop.FinetuneRun._after_step
-
-    def lost(run, loss):
-        step(run, loss)
-        if run.progress.step == 2:
-            torch.nn.init.constant_(run.average.module.head.weight, torch.inf)
-
-    monkeypatch.setattr(loop.FinetuneRun, '_after_step', lost)
-    with pytest.raises(TrainingError, match='weights are not finite after step 2'):
-        finetune(dataclasses.replace(base, max_steps=2, model_ema=True))
-    assert not list((base.output / 'checkpoints').glob('step_*'))
-    assert not (base.output / 'model.safetensors').exists()
 
 
 def test_masks_of_minus_infinity_are_no_lost_weights(base, monkeypatch):
@@ -411,7 +393,6 @@ def test_batch_statistics_of_a_predicted_network_are_calibrated(base):
         ({'model': 'test_vitt'}, UnsupportedModelError, "no model 'test_vitt'; did you mean"),
         ({'model_args': 'depths=3'}, UnsupportedModelError, 'timm cannot build'),
         ({'dataset': 'nowhere/at-all'}, DataError, 'cannot be loaded'),
-        ({'num_classes': '5'}, ConfigError, 'num_classes is 5, but .* has 3 classes'),
         ({'opt': 'adamm'}, ConfigError, 'no optimiser'),
         ({'sched': 'cosinus'}, ConfigError, "no schedule 'cosinus'"),
         ({'warmup_epochs': 2}, ConfigError, 'warmup_epochs below epochs'),
@@ -485,32 +466,6 @@ def test_what_lies_ahead_of_a_run_is_removed_and_never_kept_in_its_place(base):
         finetune(dataclasses.replace(base, max_steps=3, checkpoint_hist=1, resume=True))
     assert [place.name for place in (base.output / 'checkpoints').iterdir()] == ['step_00000003']
     assert finetune(dataclasses.replace(base, checkpoint_hist=1, resume=True)).steps == 8
-
-
-def test_a_checkpoint_that_lacks_its_name_alone_is_taken(base, tmp_path):
-    finetune(dataclasses.replace(base, max_steps=5))
-    place = checkpoints.checkpoints_in(base.output / 'checkpoints')[-1]
-    # Killed behind the removal of an older one of the same step.
-    place.rename(place.with_name(place.name + '.partial'))
-    assert len(finetune(dataclasses.replace(base, resume=True)).epochs) == 3
-    assert finetune(dataclasses.replace(base, output=tmp_path / 'whole')).steps == 8
-    assert same(weights(base), load_file(tmp_path / 'whole' / 'model.safetensors'))
-
-
-def test_a_checkpoint_of_before_an_option_existed_goes_on_with_its_default(base):
-    finetune(dataclasses.replace(base, max_steps=3))
-    place = checkpoints.checkpoints_in(base.output / 'checkpoints')[-1]
-    path = place / 'progress.json'
-    read = json.loads(path.read_text())
-    del read['run']['smoothing']
-    path.write_text(json.dumps(read))
-    (place / 'manifest.json').write_text(json.dumps(checkpoints.manifest_of(place)))
-    manifest = json.loads((place / 'manifest.json').read_text())
-    manifest.pop('manifest.json', None)
-    (place / 'manifest.json').write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r'smoothing was 0\.0 and is 0\.1'):
-        finetune(dataclasses.replace(base, resume=True, smoothing=0.1))
-    assert finetune(dataclasses.replace(base, resume=True)).finished
 
 
 def test_others_can_read_the_weights(base):

@@ -76,11 +76,11 @@ def test_a_wrong_recipe_is_named(tmp_path, line, message):
 def test_a_recipe_is_read_as_it_is_meant(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(
-        'mixed_precision: no\nsmall_stem: on\nnum_classes: 10\nval_split: 0.2\nmean: 0.5\nepochs: 1e2\nlr: 1\n'
+        'mixed_precision: no\nsmall_stem: on\nval_split: 0.2\nmean: 0.5\nepochs: 1e2\nlr: 1\n'
         'seed: 9007199254740993\nclip_grad:\noutput: 2026\n'
     )
     assert read_recipe(recipe, FinetuneOptions) == {
-        'mixed_precision': 'no', 'small_stem': 'on', 'num_classes': '10', 'val_split': '0.2', 'mean': (0.5,),
+        'mixed_precision': 'no', 'small_stem': 'on', 'val_split': '0.2', 'mean': (0.5,),
         'epochs': 100, 'lr': 1.0, 'seed': 9007199254740993, 'clip_grad': None, 'output': Path('2026'),
     }  # fmt: skip
 
@@ -108,7 +108,6 @@ def test_no_number_is_infinite_or_none(kind):
     ('words', 'message'),
     [
         ('--shots-seed -1', r'expected shots_seed of 0 or more \(got .-1.\)'),
-        ('--num-classes ²', "num_classes of 2 or more, or 'auto'"),
         ('--weight-decay nan', 'weight_decay to be a finite number'),
         ('--epochs 1.5', 'epochs to be a number of type int'),
         ('--epochs ²', 'epochs to be a number of type int'),
@@ -140,7 +139,6 @@ def test_a_missing_recipe_is_named(tmp_path):
         {'smoothing': 1.0},
         {'small_stem': 'maybe'},
         {'mixed_precision': 'fp8x'},
-        {'num_classes': '1'},
         {'postprocess': 'orthogonal'},
         {'postprocess': 'orth,layers=3'},
         {'postprocess': 'none,layer=3'},
@@ -174,8 +172,8 @@ def test_options_that_make_no_sense_are_refused(change):
 
 
 def test_python_may_give_numbers_and_texts():
-    options = FinetuneOptions(**{**BASE, 'num_classes': 10, 'output': 'out'})
-    assert (options.num_classes, options.output) == ('10', Path('out'))
+    options = FinetuneOptions(**{**BASE, 'subset': 10, 'output': 'out'})
+    assert (options.subset, options.output) == ('10', Path('out'))
 
 
 def test_post_processing_is_chosen_by_the_start_and_changed_by_parts():

@@ -86,9 +86,6 @@ def test_the_embedded_ghn_is_small_and_trained():
         ({'name': 'other'}, "to be 'entry'"),
         ({'surprise': 1}, 'surprise'),
         ({'license': None, 'config': {}}, 'hid'),
-        ({'path': 'somewhere'}, 'either a path, or'),
-        ({'filename': None}, 'either a path, or'),
-        ({'format': 'pickle'}, 'format'),
     ],
 )
 def test_a_wrong_entry_is_refused(tmp_path, change, match):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
-import threading
 
 import pytest
 import torch
@@ -91,7 +89,7 @@ def test_a_file_that_is_not_the_one_of_the_catalogue_is_refused(hub: HubServer, 
 def test_without_a_network_the_default_is_the_ghn_inside_the_package():
     with pytest.warns(GHNFallbackWarning, match=FALLBACK) as caught:
         ghn = load_ghn('ghn')
-    assert [os.path.basename(warning.filename) for warning in caught] == ['test_load.py']
+    assert len(caught) == 1
     assert ghn.config.name == EMBEDDED
     assert ghn.origin is not None
     assert ghn.origin.embedded
@@ -100,9 +98,12 @@ def test_without_a_network_the_default_is_the_ghn_inside_the_package():
 
 def test_a_hub_that_could_not_be_reached_is_not_asked_again_at_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        fetch, '_probe_within', lambda *_: asked.append(1) or (_ for _ in ()).throw(OSError('no route'))
-    )
+
+    def ask(*_, **__):
+        asked.append(1)
+        raise OSError('no route')
+
+    monkeypatch.setattr(fetch, 'get_hf_file_metadata', ask)
     for _ in range(3):
         with pytest.warns(GHNFallbackWarning, match='OSError: no route'):
             load_ghn('ghn')
@@ -154,23 +155,6 @@ def test_local_files_only_is_told_apart_from_a_missing_network():
         load_ghn('ghn3_tm8', local_files_only=True)
     with pytest.warns(GHNFallbackWarning, match='local_files_only'):
         load_ghn('ghn', local_files_only=True)
-
-
-def test_an_endless_answer_does_not_hold_the_default_up(monkeypatch):
-    monkeypatch.setattr(fetch, 'SHORT_PATIENCE', 0.1)
-    monkeypatch.setattr(fetch, '_GRACE', 0.1)
-    released = threading.Event()
-    answered = threading.Event()
-
-    def answer(*_, **__):
-        released.wait(60)
-        answered.set()
-
-    monkeypatch.setattr(fetch, 'get_hf_file_metadata', answer)
-    with pytest.warns(GHNFallbackWarning, match='TimeoutError: no answer'):
-        load_ghn('ghn')
-    assert not answered.is_set()
-    released.set()
 
 
 # Files

@@ -413,9 +413,9 @@ def test_a_dtype_that_nothing_can_be_computed_in_is_named(ghn):
 @pytest.mark.parametrize(
     ('device', 'words'),
     [
-        ('meta', "the device 'meta' holds no values"),
-        ('nowhere', "the device 'nowhere' cannot be used"),
-        ({}, "the device '{}' cannot be used"),
+        ('meta', 'expected a device that holds values'),
+        ('nowhere', "a device that this machine has .*'nowhere'"),
+        ({}, 'a device that this machine has .*{}'),
     ],
 )
 def test_a_device_that_cannot_be_used_leaves_ghn_and_model_alone(device, words, call, ghn):

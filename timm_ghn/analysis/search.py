@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,6 @@ from tqdm import tqdm
 
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.cost import cost_of
-from timm_ghn.architectures.samplers import stream
 from timm_ghn.data.memory import ImageTensors, load_images, training_batch
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import check_output
@@ -55,7 +55,8 @@ class SearchOptions(NetworkOptions):
             return (network for turn in by_turns for network in turn if network is not None)
         if self.archs != 'families':
             return iter(self.named(num_classes))
-        return stream(dataclasses.replace(self.sampler(num_classes), split=None), self.seed)
+        sampler, rng = dataclasses.replace(self.sampler(num_classes), split=None), np.random.default_rng((self.seed, 0))
+        return iter(lambda: sampler.sample(rng), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,11 +138,6 @@ class Architecture:
             raise ConfigError(f'expected an architecture with the fields {sorted(known)} (got {sorted(values)})')
         return cls(**values)
 
-    def __str__(self) -> str:
-        options = ', '.join(f'{name}={value!r}' for name, value in self.options.items())
-        channels, height, width = self.input_size
-        return f'{self.family}({options}) for {channels}x{height}x{width} images of {self.num_classes} classes'
-
 
 def _plain(name: str, value: Any) -> Any:
     """A value of an option as JSON gives it back, but for tuples in the place of lists."""

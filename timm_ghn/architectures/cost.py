@@ -25,14 +25,11 @@ class Cost:
         activations: Elements that these write, for one image (arXiv 2003.13678 finds that time follows them rather
             than the multiply-accumulates, and so it is here: a step of a CPU correlates by 0.9 with them, by 0.6 with
             those).
-        smallest_map: Positions of the smallest map that a batch normalisation reads; None without one. With one
-            position, training mode needs at least two images.
     """
 
     parameters: int
     macs: int
     activations: int
-    smallest_map: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +44,6 @@ class Limits:
             slowest one in twenty of what the other limits admit.
         least_activations: Fewest elements that layers write for one image: networks with many positions, such as
             transformers of 64 and more tokens, write many.
-        smallest_map: Fewest positions of a map that a batch normalisation reads. With 2, it can normalise a batch of
-            a single image; timm's own stems reduce images of 32 pixels to one position, so the default lets them.
 
     Raises:
         ConfigError: if a limit excludes everything.
@@ -58,13 +53,12 @@ class Limits:
     parameters: tuple[int, int] = (20_000, 1_500_000)
     macs: int = 30_000_000
     activations: int | None = 400_000
-    smallest_map: int = 1
     least_activations: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.parameters[0] <= self.parameters[1]:
             raise ConfigError(f'expected parameters as (fewest, most) (got {self.parameters})')
-        for name in ('image_size', 'macs', 'smallest_map'):
+        for name in ('image_size', 'macs'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'expected {name} to be at least 1 (got {getattr(self, name)})')
         if self.activations is not None and self.activations < 1:
@@ -81,7 +75,6 @@ class Limits:
             and cost.macs <= self.macs
             and (self.activations is None or cost.activations <= self.activations)
             and cost.activations >= self.least_activations
-            and (cost.smallest_map is None or cost.smallest_map >= self.smallest_map)
         )
 
 
@@ -101,8 +94,7 @@ def cost_of(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     images = torch.empty((2, *input_size), device='meta')
     with torch.no_grad(), MetaMode(), counter:
         model(images)
-    macs, activations = counter.macs // len(images), counter.activations // len(images)
-    return Cost(count_parameters(model), macs, activations, counter.smallest_map)
+    return Cost(count_parameters(model), counter.macs // len(images), counter.activations // len(images))
 
 
 class _Counter(TorchFunctionMode):
@@ -112,7 +104,6 @@ class _Counter(TorchFunctionMode):
         super().__init__()
         self.macs = 0
         self.activations = 0
-        self.smallest_map: int | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -126,9 +117,6 @@ class _Counter(TorchFunctionMode):
             # Scores have query x key positions, each a product over the channels; weighing the values is as much.
             self.macs += 2 * query.numel() * key.shape[-2]
             self.activations += out.numel()
-        elif func is F.batch_norm and args[0].dim() == 4:
-            positions = args[0].shape[-2] * args[0].shape[-1]
-            self.smallest_map = min(positions, self.smallest_map or positions)
         return out
 
     def _add(self, out: torch.Tensor, products: int) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.samplers import ArchitectureSampler
-from timm_ghn.errors import ConfigError
-from timm_ghn.files import atomic_write
+from timm_ghn.errors import CheckpointError, ConfigError
+from timm_ghn.files import read_json, write_json
 from timm_ghn.version import __version__
 
 
@@ -26,10 +26,10 @@ class Pool:
     Args:
         sampler: Draws the members.
         seed: Of the set.
-        folder: Where they are kept, one file each; None keeps them in memory only.
+        folder: Where they are kept, one file each.
     """
 
-    def __init__(self, sampler: ArchitectureSampler, seed: int, folder: Path | None = None) -> None:
+    def __init__(self, sampler: ArchitectureSampler, seed: int, folder: Path) -> None:
         self.sampler, self.seed, self.folder = sampler, seed, folder
         options = dataclasses.asdict(sampler) if dataclasses.is_dataclass(sampler) else repr(sampler)
         # Other versions may draw otherwise.
@@ -45,26 +45,11 @@ class Pool:
             ConfigError: if the sampler finds none.
         """
         if member not in self._memory:
-            path = None if self.folder is None else self.folder / f'{self._name}-{member}.json'
-            found = None if path is None else _read(path)
-            if found is None:
-                found = self.sampler.sample(np.random.default_rng((self.seed, 5, member)))
-                if path is not None:
-                    _write(path, found)
-            self._memory[member] = found
+            path = self.folder / f'{self._name}-{member}.json'
+            try:
+                self._memory[member] = Architecture.from_dict(read_json(path))
+            except (ConfigError, CheckpointError, TypeError, AttributeError):  # it is missing or damaged
+                self._memory[member] = self.sampler.sample(np.random.default_rng((self.seed, 5, member)))
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self._memory[member].to_dict(), path)
         return self._memory[member]
-
-
-def _read(path: Path) -> Architecture | None:
-    """What a file holds; None where it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding='utf-8'))
-        return Architecture.from_dict(values)
-    except (OSError, ValueError, TypeError, ConfigError):
-        return None
-
-
-def _write(path: Path, architecture: Architecture) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write_text(json.dumps(architecture.to_dict()), encoding='utf-8')

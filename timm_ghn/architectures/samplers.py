@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -54,43 +54,23 @@ def register_sampler(name: str) -> Callable[[SamplerType], SamplerType]:
     return register
 
 
-def known_samplers() -> tuple[str, ...]:
-    """Names of all registered samplers."""
-    return tuple(sorted(_SAMPLERS))
-
-
 def build_sampler(name: str, options: Mapping[str, Any]) -> ArchitectureSampler:
     """Make the sampler that a configuration names.
 
     Args:
-        name: One of :func:`known_samplers`.
+        name: As in :func:`register_sampler`.
         options: Fields of its dataclass, in the types of its annotations; lists may stand for tuples.
 
     Raises:
         ConfigError: if nothing has this name, or an option is unknown, missing or wrong.
     """
     if not isinstance(name, str) or name not in _SAMPLERS:
-        raise ConfigError(f'expected a sampler among {", ".join(known_samplers())} (got {name!r})')
-    cls = _SAMPLERS[name]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    missing = {
-        key
-        for key, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    } - set(options)
-    if unknown := set(options) - set(fields):
-        raise ConfigError(f'sampler {name!r} knows the options {sorted(fields)} (got {sorted(map(str, unknown))})')
-    if missing:
-        raise ConfigError(f'sampler {name!r} needs the options {sorted(missing)}')
-    sampler: ArchitectureSampler = cls(**converted(cls, options))
+        raise ConfigError(f'expected a sampler among {", ".join(sorted(_SAMPLERS))} (got {name!r})')
+    try:
+        sampler: ArchitectureSampler = _SAMPLERS[name](**converted(_SAMPLERS[name], options))
+    except TypeError as error:  # an option is missing
+        raise ConfigError(f'sampler {name!r}: {error}') from error
     return sampler
-
-
-def stream(sampler: ArchitectureSampler, seed: int, *, worker: int = 0) -> Iterator[Architecture]:
-    """Architectures without end: the same ones for the same seed and worker, others for every other worker."""
-    rng = np.random.default_rng([seed, worker])
-    while True:
-        yield sampler.sample(rng)
 
 
 @register_sampler('timm')
@@ -108,8 +88,6 @@ class TimmSampler:
         parameters: Fewest and most parameters.
         macs: Most multiply-accumulates for one image.
         activations: Most elements that layers write for one image; None for any number.
-        smallest_map: Fewest positions of a map that a batch normalisation reads, see
-            :class:`~timm_ghn.architectures.cost.Limits`.
         least_activations: Fewest elements that layers write for one image.
         split: Which designs may be drawn, see :attr:`Architecture.split`; None for all.
         attempts: How often options are drawn before giving up.
@@ -125,7 +103,6 @@ class TimmSampler:
     parameters: tuple[int, int] = Limits.parameters
     macs: int = Limits.macs
     activations: int | None = Limits.activations
-    smallest_map: int = Limits.smallest_map
     least_activations: int = Limits.least_activations
     split: str | None = 'train'
     attempts: int = 200
@@ -143,14 +120,7 @@ class TimmSampler:
     @property
     def limits(self) -> Limits:
         """What a network may cost."""
-        return Limits(
-            self.image_size,
-            self.parameters,
-            self.macs,
-            self.activations,
-            self.smallest_map,
-            self.least_activations,
-        )
+        return Limits(self.image_size, self.parameters, self.macs, self.activations, self.least_activations)
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """Draw an architecture within the limits.

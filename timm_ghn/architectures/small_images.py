@@ -11,7 +11,6 @@ is refused.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 from typing import Any
 
@@ -32,22 +31,6 @@ _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
 _CHANGED = ('stride', 'kernel_size', 'padding', 'weight', 'scale')
 
 Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | BlurPool2d
-
-
-@dataclasses.dataclass(frozen=True)
-class StemEdit:
-    """One change of a model for small images.
-
-    Attributes:
-        module: Name of the layer; '' for an argument of ``timm.create_model``.
-        change: What was done, in words.
-    """
-
-    module: str
-    change: str
-
-    def __str__(self) -> str:
-        return f'{self.module}: {self.change}' if self.module else self.change
 
 
 def size_arguments(model_name: str, image_size: int, *, small: bool) -> dict[str, Any]:
@@ -96,7 +79,7 @@ def _built(model_name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int = 3) -> tuple[StemEdit, ...]:
+def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int = 3) -> tuple[str, ...]:
     """Take the strides of a stem out, in place, before the model is initialised.
 
     Convolutions and poolings that see the image at more than a quarter of its side get stride 1; a convolution of 5x5
@@ -109,7 +92,7 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
         in_chans: Image channels.
 
     Returns:
-        What was changed.
+        What was changed, in words.
 
     Raises:
         UnsupportedModelError: if the stem reduces images in another way, or if the edited model cannot read such
@@ -140,7 +123,7 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
                 model.set_submodule(name, layer)
         raise UnsupportedModelError(
             f'{type(model).__name__} cannot read images of {image_size} pixels with a stem for small images '
-            f'({"; ".join(map(str, edits)) or "nothing to change"}): {error}; choose a larger image_size, or keep its '
+            f'({"; ".join(edits)}): {error}; choose a larger image_size, or keep its '
             'stem with small_stem=off'
         ) from error
     return tuple(edits)
@@ -161,14 +144,14 @@ def check_reads(model: nn.Module, size: tuple[int, int, int]) -> None:
         ) from error
 
 
-def _edit(model: nn.Module, name: str, layer: Strided) -> StemEdit:
+def _edit(model: nn.Module, name: str, layer: Strided) -> str:
     if not isinstance(layer, nn.Conv2d):
         model.set_submodule(name, nn.Identity())
-        return StemEdit(name, f'{type(layer).__name__} removed')
+        return f'{name}: {type(layer).__name__} removed'
     stride, kernel = _side(layer.stride), layer.kernel_size
     smaller = max(1, stride // REDUCTION)
     layer.stride = (smaller, smaller)
-    change = f'stride {stride} -> {smaller}'
+    change = f'{name}: stride {stride} -> {smaller}'
     if min(kernel) > max(3, stride):
         cut = [(side - 3) // 2 for side in kernel]
         middle = layer.weight.detach()[..., cut[0] : cut[0] + 3, cut[1] : cut[1] + 3].clone()
@@ -179,7 +162,7 @@ def _edit(model: nn.Module, name: str, layer: Strided) -> StemEdit:
         layer.kernel_size = (3, 3)
         layer.padding = (1, 1) if not isinstance(layer.padding, str) else layer.padding
         change += f', kernel {kernel[0]}x{kernel[1]} -> 3x3'
-    return StemEdit(name, change)
+    return change
 
 
 def _reductions(model: nn.Module, size: tuple[int, int, int]) -> tuple[list[tuple[str, Strided]], list[str]]:

@@ -16,7 +16,6 @@ from timm_ghn.hub.converted import VARIABLE, cache_folder, convert_official, con
 from timm_ghn.hub.fetch import Access
 from timm_ghn.hub.load import find_files, load_ghn
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn
-from timm_ghn.prediction.checks import device_of
 from timm_ghn.publish.push import Target, push_path
 
 
@@ -84,7 +83,7 @@ def show_cache(args: argparse.Namespace) -> int:
 def verify_ghn(args: argparse.Namespace) -> int:
     """Compare parameter norms with the published ones, a row for each network as it comes; 1 if any does not agree."""
     expected = norms.published_norms(args.name, known_ghns(), args.arch)
-    ghn = load_ghn(args.name, device=args.device and device_of(args.device))
+    ghn = load_ghn(args.name, device=args.device)
     width = max(map(len, (*expected, 'network')))
     print(
         f'{"network":{width}}  {"published":>10}  {"predicted":>10}  {"difference":>10}  below {norms.NORM_TOLERANCE}',

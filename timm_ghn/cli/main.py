@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,9 +94,6 @@ RUNS = ('finetune', 'train', 'evaluate', 'search')
 #: What may be a token of the Hub.
 _TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')
 
-#: Most digits of a number.
-_DIGITS = 18
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -118,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = build_parser(given).parse_args(given)
             module, function = COMMANDS[args.command][0].split(':')
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = lambda message, *_, **__: _say('warning', str(message))
                 code: int = getattr(_module_of(module), function)(args)
                 return code
         finally:
@@ -151,10 +148,6 @@ def _flush() -> None:
 def _fail(message: str, *, code: int = 2) -> int:
     _say('error', message)
     return code
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say('warning', str(message))
 
 
 def _say(kind: str, message: str) -> None:
@@ -213,7 +206,7 @@ def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.A
     text = 'also draw the graph into FILE (.png, .pdf, .svg or .html), or with --diversity that (no .html)'
     add('--plot', type=Path, metavar='FILE', help=text)
     text = 'draw virtual edges up to this length, too (default: 1, none)'
-    add('--virtual-edges', type=_positive, metavar='N', default=1, help=text)
+    add('--virtual-edges', type=_at_least(1), metavar='N', default=1, help=text)
 
     add = of['push'].add_argument
     text = "file of 'predict', output folder of 'finetune', or folder of a GHN ('ghn' in the output of 'train')"
@@ -254,9 +247,9 @@ def _add_deepnets_options(parser: argparse.ArgumentParser) -> None:
         'generate', help='draw networks of a split; a run that was interrupted goes on'
     ).add_argument
     add('--split', required=True, help='train, val, test, wide, deep, dense, bnfree or search')
-    add('--num', type=_positive, required=True, metavar='N', help='how many networks')
-    add('--seed', type=_count, default=0, help='of the draws (default: 0)')
-    add('--workers', type=_positive, default=1, metavar='N', help='processes (default: 1)')
+    add('--num', type=_at_least(1), required=True, metavar='N', help='how many networks')
+    add('--seed', type=_at_least(0), default=0, help='of the draws (default: 0)')
+    add('--workers', type=_at_least(1), default=1, metavar='N', help='processes (default: 1)')
     add('-o', '--output', type=Path, required=True, metavar='FILE', help='file.arrow to write')
     add = actions.add_parser('stats', help='print nodes, parameters, degrees, paths and primitives').add_argument
     add('file', type=Path, metavar='FILE', help='Arrow file, or official HDF5 file')
@@ -271,10 +264,10 @@ def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> 
     add = parser.add_argument
     add('model', metavar='MODEL', help="timm model, e.g. 'resnet50'")
     add('--ghn', default='ghn', metavar='NAME|PATH', help='GHN to use (default: the default GHN)')
-    add('--num-classes', type=_count, metavar='N', help="classes (default: the model's own)")
-    add('--in-chans', type=_positive, metavar='N', help="image channels (default: the model's own)")
-    add('--img-size', type=_positive, metavar='N', help="side of the image (default: the model's own)")
-    add('--seed', type=_count, default=0, help='for everything random (default: 0)')
+    add('--num-classes', type=_at_least(0), metavar='N', help="classes (default: the model's own)")
+    add('--in-chans', type=_at_least(1), metavar='N', help="image channels (default: the model's own)")
+    add('--img-size', type=_at_least(1), metavar='N', help="side of the image (default: the model's own)")
+    add('--seed', type=_at_least(0), default=0, help='for everything random (default: 0)')
     text = 'the classifier: predict it, keep it as timm initialises it, or predict it where it fits the GHN (auto)'
     add('--head', choices=('auto', 'predict', 'keep'), default='auto', help=f'{text}; default: auto')
     text = 'post-processing of predicted weights as a start for training; auto: what the GHN recommends'
@@ -282,14 +275,12 @@ def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> 
     add('--postprocess', choices=choices, default=postprocess, help=f'{text}; default: {postprocess}')
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > _DIGITS:
-        shown = printable(text)
-        raise argparse.ArgumentTypeError(f'expected a whole number of at most {_DIGITS} digits (got {shown!r})')
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse for whole numbers, from ``least`` to 18 digits."""
 
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= 18 and int(text) >= least):
+            raise argparse.ArgumentTypeError(f'expected a whole number of {least} or more (got {printable(text)!r})')
+        return int(text)
 
-def _positive(text: str) -> int:
-    if _count(text) == 0:
-        raise argparse.ArgumentTypeError('expected a whole number, 1 or more (got 0)')
-    return _count(text)
+    return parse

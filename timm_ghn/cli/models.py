@@ -16,7 +16,6 @@ from timm_ghn.errors import ConfigError, printable
 from timm_ghn.files import check_output, write_state_dict
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import load_ghn
-from timm_ghn.prediction.checks import device_of
 from timm_ghn.prediction.diversity import compare
 from timm_ghn.prediction.plan import plan_parameters
 from timm_ghn.prediction.postprocess import PostProcess, layers, postprocess_
@@ -27,7 +26,7 @@ def predict_weights(args: argparse.Namespace) -> int:
     """Predict the weights of a timm model and write them with those that are kept, raw unless asked otherwise."""
     check_output(args.output)
     model = _build_model(args)
-    ghn = load_ghn(args.ghn, device=args.device and device_of(args.device))
+    ghn = load_ghn(args.ghn, device=args.device)
     options = PostProcess.of(args.postprocess, seed=args.seed, auto=ghn.config.postprocess)
     prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
     model.load_state_dict(prediction.state_dict, strict=False)

@@ -14,10 +14,7 @@ import numpy as np
 from datasets import (
     ClassLabel,
     Dataset,
-    DatasetDict,
     Image,
-    IterableDataset,
-    IterableDatasetDict,
     ReadInstruction,
     Value,
     concatenate_datasets,
@@ -205,11 +202,7 @@ def _load(options: DataOptions) -> Mapping[str, Dataset]:
             f'the data set {options.dataset!r} cannot be loaded: {cause}; expected a name on the Hub (and a network), '
             'a folder of parquet files or of one folder per class, or a parquet file'
         ) from error
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict({'train': loaded})
-    if isinstance(loaded, IterableDataset | IterableDatasetDict):
-        raise DataError(f'{options.dataset!r} is streamed; training needs random access to its images')
-    return dict(loaded)
+    return {'train': loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
 
 def _choose(
@@ -253,11 +246,7 @@ def _image_column(part: Dataset, named: str | None) -> str:
     features = part.features
     images = [str(name) for name, feature in features.items() if isinstance(feature, Image)]
     if named is not None:
-        if named not in features:
-            raise DataError(f'there is no column {named!r} (there are {", ".join(features)})')
-        if named not in images:
-            raise DataError(f'column {named!r} holds {_type(features[named])}, expected images')
-        return named
+        return _named_column(features, named, named in images, 'images')
     if len(images) == 1:
         return images[0]
     if images:
@@ -269,17 +258,21 @@ def _image_column(part: Dataset, named: str | None) -> str:
 def _label_column(part: Dataset, named: str | None, image_column: str) -> str:
     features = part.features
     if named is not None:
-        if named not in features:
-            raise DataError(f'there is no column {named!r} (there are {", ".join(features)})')
-        if not _is_label(features[named]):
-            raise DataError(f'column {named!r} holds {_type(features[named])}, expected class labels')
-        return named
+        return _named_column(features, named, named in features and _is_label(features[named]), 'class labels')
     usual = [name for name in LABEL_COLUMNS if name in features and _is_label(features[name])]
     labelled = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if usual or len(labelled) == 1:
         return (usual or labelled)[0]
     others = ', '.join(name for name in features if name != image_column) or 'none'
     raise DataError(f'no column is known to hold the labels: name one of these with label_column: {others}')
+
+
+def _named_column(features: Mapping[str, Any], name: str, fits: bool, expected: str) -> str:
+    if name not in features:
+        raise DataError(f'there is no column {name!r} (there are {", ".join(features)})')
+    if not fits:
+        raise DataError(f'column {name!r} holds {_type(features[name])}, expected {expected}')
+    return name
 
 
 def _is_label(feature: Any) -> bool:
@@ -305,7 +298,7 @@ def _classes(train: Dataset, column: str) -> tuple[str, ...]:
 
 def _labels(part: Dataset, column: str, classes: tuple[str, ...], name: str) -> np.ndarray:
     """Class of each row."""
-    values = _column(part, column)
+    values = list(part.select_columns([column])[:][column])
     feature = part.features[column]
     if isinstance(feature, ClassLabel):
         if tuple(feature.names) != classes:
@@ -323,10 +316,6 @@ def _labels(part: Dataset, column: str, classes: tuple[str, ...], name: str) -> 
             f'{values[int(wrong[0])]!r}; classes: {_some(classes)})'
         )
     return labels
-
-
-def _column(part: Dataset, column: str) -> list[Any]:
-    return list(part.select_columns([column])[:][column])
 
 
 def _check_classes(labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:

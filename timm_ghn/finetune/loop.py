@@ -38,13 +38,11 @@ from timm_ghn.finetune.push import check_start, check_target, push_when_done
 from timm_ghn.finetune.setup import (
     Batch,
     build,
-    class_count,
     loaders,
     loss_of,
     optimizer_of,
     race,
     scheduler_of,
-    updates_per_epoch,
 )
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
@@ -141,7 +139,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
             check_target(options)
         with accelerator.main_process_first():
             splits = load_splits(options, shots=options.shots, shots_seed=options.shots_seed)
-        self.num_classes = class_count(options, splits)
+        self.num_classes = len(splits.classes)
         with accelerator.main_process_first():
             start = build(options, self.num_classes)
         if accelerator.is_main_process:
@@ -165,8 +163,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         optimizer = optimizer_of(dataclasses.replace(options, lr=lr), start.model)
         self.model, self.optimizer, self.batches, self.val = accelerator.prepare(start.model, optimizer, train, val)
         self.test = None if test is None else accelerator.prepare_data_loader(test)
-        updates = updates_per_epoch(len(self.batches), options.grad_accum_steps)
-        self.scheduler: Scheduler | None = scheduler_of(options, optimizer, updates)
+        self.scheduler: Scheduler | None = scheduler_of(options, optimizer, len(self.batches))
         if options.model_ema:
             self.average = ModelEmaV3(self.trained, decay=options.model_ema_decay)
         # Sums over this process since the last checkpoint: loss, images, damaged images.

@@ -63,7 +63,6 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         'auto', "'orth', 'noise' or 'none', or like 'orth,layer=37,beta=3e-5'; auto: what the GHN recommends"
     )
     head: str = option('auto', 'classifier of a GHN: auto, predict or keep', choices=HEAD_OPTIONS)
-    num_classes: str = option('auto', 'classes; auto takes them from the data set', metavar='N')
     model_args: Any = option(None, "more arguments of timm.create_model, as in 'drop_path_rate=0.1,act_layer=gelu'")
 
     image_size: int | None = option(None, "side of the images in pixels (default: the model's own)", within=POSITIVE)
@@ -120,9 +119,6 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         super().__post_init__()
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
-        digits = self.num_classes.isascii() and self.num_classes.isdigit()
-        if self.num_classes != 'auto' and not (digits and int(self.num_classes) > 1):
-            raise ConfigError(f"expected num_classes of 2 or more, or 'auto' (got {self.num_classes!r})")
         # Their own checks.
         _ = self.post('orth'), self.arguments, self.target
 

@@ -25,6 +25,7 @@ from timm_ghn.finetune.options import OTHER_INITS, RACE, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.prediction.postprocess import postprocess_
 from timm_ghn.prediction.predict import initialise
+from timm_ghn.runs.checkpoints import to_plain
 from timm_ghn.transfer.race import Race
 from timm_ghn.transfer.start import candidate, choose_init
 
@@ -48,20 +49,6 @@ class Start:
     arguments: dict[str, Any]
     edits: tuple[str, ...]
     provenance: dict[str, Any] | None
-
-
-def class_count(options: FinetuneOptions, splits: Splits) -> int:
-    """Number of classes to train.
-
-    Raises:
-        ConfigError: if the one that was asked for is not that of the data.
-    """
-    if options.num_classes != 'auto' and int(options.num_classes) != len(splits.classes):
-        raise ConfigError(
-            f'num_classes is {options.num_classes}, but {options.dataset!r} has {len(splits.classes)} classes; '
-            "leave it out, or give 'auto'"
-        )
-    return len(splits.classes)
 
 
 def build(options: FinetuneOptions, num_classes: int) -> Start:
@@ -91,7 +78,7 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
     edits: tuple[str, ...] = ()
     if small and 'patch_size' not in arguments:
         side = config['input_size'][-1]
-        edits = tuple(map(str, adapt_to_small_images_(model, side, in_chans=config['input_size'][0])))
+        edits = adapt_to_small_images_(model, side, in_chans=config['input_size'][0])
     check_reads(model, config['input_size'])
     facts = _initialise(model, options, config)
     if options.channels_last:
@@ -159,7 +146,7 @@ def race(
         minutes=options.race_minutes,
         optimizer=lambda model, lr: optimizer_of(dataclasses.replace(options, lr=lr), model),
         folder=options.output / 'race',
-        identity=identity,
+        identity=to_plain(identity),
         input_size=start.data_config['input_size'],
         seed=options.seed,
     )
@@ -227,13 +214,13 @@ def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Opti
     return optimizer
 
 
-def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler | None:
+def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, batches: int) -> Scheduler | None:
     """timm's schedule; None for a constant rate.
 
     Args:
         options: Of the run.
         optimizer: Whose rate it sets.
-        updates: Optimiser steps in an epoch.
+        batches: Batches in an epoch; the last step may sum fewer of them.
 
     Raises:
         ConfigError: if timm has none of this name.
@@ -256,7 +243,7 @@ def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, upd
             warmup_lr=options.warmup_lr,
             min_lr=options.min_lr,
             step_on_epochs=not options.sched_on_updates,
-            updates_per_epoch=updates,
+            updates_per_epoch=math.ceil(batches / options.grad_accum_steps),
         )
     except (AssertionError, TypeError, ValueError, UnboundLocalError) as error:
         raise ConfigError(f'timm has no schedule {options.sched!r}: {error}') from error
@@ -264,11 +251,6 @@ def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, upd
         raise ConfigError(f'timm has no schedule {options.sched!r}')
     found: Scheduler = scheduler
     return found
-
-
-def updates_per_epoch(batches: int, accumulated: int) -> int:
-    """Optimiser steps in an epoch: the last one may sum fewer batches."""
-    return math.ceil(batches / accumulated)
 
 
 def loss_of(options: FinetuneOptions, num_classes: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Mixup | None]:

@@ -19,9 +19,6 @@ from timm_ghn.hub.official import open_official
 from timm_ghn.hub.storage import CONFIG_FILE, is_native, read_config, read_shapes
 from timm_ghn.nn.config import GHNConfig
 
-#: How the file of a GHN is read: as the authors' joblib dump or torch file, or in the native format.
-FORMATS = ('joblib', 'timm_ghn')
-
 #: The name of the default GHN, whichever that is.
 DEFAULT = 'ghn'
 #: Environment variable that names the default GHN: a name or a path.
@@ -53,7 +50,7 @@ class GHNEntry:
     Attributes:
         name: Under which it is loaded.
         description: One human-readable line.
-        format: One of :data:`FORMATS`.
+        format: 'joblib' for the authors' dump or torch file, or 'timm_ghn' for the native format.
         config: Its hyper-parameters; the file must agree.
         license: SPDX identifier in lower case, as the Hub writes it; None if it is not known.
         num_parameters: Number of its parameters; None if it is not known.
@@ -88,14 +85,6 @@ class GHNEntry:
             )
         if self.name == DEFAULT:
             raise ConfigError(f'the name {DEFAULT!r} is that of the default GHN: timm_ghn.set_default_ghn chooses it')
-        if self.format not in FORMATS:
-            raise ConfigError(f'expected format of {self.name} to be one of {", ".join(FORMATS)} (got {self.format!r})')
-        places = sum(place is not None for place in (self.path, self.file, self.repo_id))
-        if places != 1 or (self.filename is not None) != (self.repo_id is not None and self.format == 'joblib'):
-            raise ConfigError(
-                f'expected {self.name} to have either a path, or a repo_id with a filename, or a repo_id alone for a '
-                "repository in the native format (format 'timm_ghn')"
-            )
 
     @property
     def source(self) -> str:

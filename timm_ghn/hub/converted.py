@@ -26,7 +26,7 @@ from timm_ghn.errors import GHNError, GHNNotFoundError
 from timm_ghn.files import PARTIAL, new_folder
 from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.official import open_official, read_official
-from timm_ghn.hub.storage import digest_in_name, empty_ghn, file_digest, read_ghn, resolve_place, write_native
+from timm_ghn.hub.storage import device_of, digest_in_name, dtype_of, empty_ghn, file_digest, read_ghn, write_native
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
 
@@ -98,7 +98,7 @@ def read_converted(
     The ``origin`` of the GHN names the official file. Errors are those of
     :func:`~timm_ghn.hub.official.read_official`; a file that has them is not kept.
     """
-    device, dtype = resolve_place(device, dtype)
+    device, dtype = device_of(device), dtype_of(dtype)  # what is wrong with them says nothing of the conversion
     origin = Origin(name=entry.name, file=str(path), sha256=file_digest(path))
     digest = digest_in_name(path)
     stat = path.stat()

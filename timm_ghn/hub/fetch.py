@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import math
 import time
 from pathlib import Path
 
@@ -25,9 +25,6 @@ from timm_ghn.hub.storage import digest_in_name
 SHORT_PATIENCE = 2.5
 #: Seconds before a Hub that could not be reached is asked for the default GHN again.
 RETRY_AFTER = 300.0
-#: Seconds for name resolution on top of a time limit: no HTTP client bounds it.
-_GRACE = 1.0
-
 _unreachable: dict[str, tuple[float, Exception]] = {}
 
 
@@ -153,35 +150,14 @@ def _probe(file: HubFile, access: Access) -> None:
         when, error = _unreachable[url]
         if time.monotonic() - when < RETRY_AFTER:
             raise error
-    patience = float(constants.HF_HUB_ETAG_TIMEOUT)
-    if access.brief:
-        patience = min(SHORT_PATIENCE, patience)
+    patience = min(SHORT_PATIENCE if access.brief else math.inf, constants.HF_HUB_ETAG_TIMEOUT)
     try:
-        _probe_within(url, access.token, patience)
+        if get_hf_file_metadata(url, token=access.token, timeout=patience).commit_hash is None:
+            raise ConnectionError("the answer is not the Hub's: a proxy or a sign-in page may have given it")
     except Exception as error:
         _unreachable[url] = time.monotonic(), error.with_traceback(None)
         raise
     _unreachable.pop(url, None)
-
-
-def _probe_within(url: str, token: str | bool | None, patience: float) -> None:
-    outcome: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            if get_hf_file_metadata(url, token=token, timeout=patience).commit_hash is None:
-                raise ConnectionError("the answer is not the Hub's: a proxy or a sign-in page may have given it")
-        except Exception as error:
-            outcome.append(error)
-
-    # In a thread that may be left behind: a request has a time limit for each step, but none for all of them.
-    thread = threading.Thread(target=ask, name='timm_ghn-hub', daemon=True)
-    thread.start()
-    thread.join(patience + _GRACE)
-    if outcome:
-        raise outcome[0]
-    if thread.is_alive():
-        raise TimeoutError(f'no answer within {patience + _GRACE:.1f} seconds')
 
 
 def _not_found(file: HubFile, error: Exception) -> GHNNotFoundError:

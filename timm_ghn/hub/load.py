@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -26,10 +25,16 @@ from timm_ghn.hub.catalogue import (
 from timm_ghn.hub.converted import cache_folder, read_converted
 from timm_ghn.hub.fetch import Access, HubFile, fetch
 from timm_ghn.hub.official import read_official
-from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn, resolve_place
+from timm_ghn.hub.storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    device_of,
+    digest_in_name,
+    dtype_of,
+    is_native,
+    read_ghn,
+)
 from timm_ghn.nn.ghn import GHN
-
-_PACKAGE = 'timm_ghn'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,7 @@ def load_ghn(
         CheckpointError: if its file is damaged, does not fit its configuration, or holds values that are not finite.
         ConfigError: if its configuration is wrong, or of a newer version of this package.
     """
+    device, dtype = device_of(device), dtype_of(dtype)  # before anything is downloaded
     access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
     return _read(find_files(name_or_path, revision, access), access, device=device, dtype=dtype)
 
@@ -107,7 +113,7 @@ def shared_ghn(
     For callers that only predict with it, since they share one object.
     """
     access = Access(None if cache_dir is None else Path(cache_dir))
-    found, device = find_files(name_or_path, None, access), resolve_place(device, None)[0]
+    device, found = device_of(device), find_files(name_or_path, None, access)
     files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
     stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
     key = found, device, found.path.resolve(), stats
@@ -132,7 +138,14 @@ def find_files(name_or_path: str | os.PathLike[str], revision: str | None, acces
         return _fetch_place(Place(entry=known_ghns()[PUBLISHED]), revision, dataclasses.replace(access, brief=True))
     except GHNNotFoundError as error:
         # Only a GHN that cannot be reached is replaced: a damaged file is an error.
-        _warn_of_fallback(PUBLISHED, error)
+        warnings.warn(
+            f'the default GHN {PUBLISHED} can be reached neither on the Hub nor in its cache '
+            f'({first_line(error.__cause__ or error)}), so the GHN inside the package, {EMBEDDED}, serves in its place.'
+            " It is small and was trained on images of 32 pixels. To use another one, name it (ghn='ghn3_tm8', a path "
+            f'or a repository on the Hub), call timm_ghn.set_default_ghn(...) or set {VARIABLE}',
+            GHNFallbackWarning,
+            stacklevel=3,
+        )
         return _fetch_place(Place(entry=known_ghns()[EMBEDDED]), None, access)
 
 
@@ -192,22 +205,3 @@ def _read(found: Found, access: Access, *, device: torch.device | str | None, dt
         embedded=entry is not None and entry.path is not None,
     )
     return ghn
-
-
-def _warn_of_fallback(name: str, error: GHNNotFoundError) -> None:
-    warnings.warn(
-        f'the default GHN {name} can be reached neither on the Hub nor in its cache '
-        f'({first_line(error.__cause__ or error)}), so the GHN inside the package, {EMBEDDED}, serves in its place. It '
-        "is small and was trained on images of 32 pixels. To use another one, name it (ghn='ghn3_tm8', a path or a "
-        f'repository on the Hub), call timm_ghn.set_default_ghn(...) or set {VARIABLE}',
-        GHNFallbackWarning,
-        stacklevel=_stacklevel(),
-    )
-
-
-def _stacklevel() -> int:
-    """The stack level of the nearest caller outside this package, for a warning of the calling function."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and str(frame.f_globals.get('__name__')).split('.')[0] == _PACKAGE:
-        frame, level = frame.f_back, level + 1
-    return level

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, printable
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, first_line, printable
 from timm_ghn.files import atomic_write, read_json, sha256_of, write_json
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
@@ -171,7 +171,7 @@ def build_ghn(
         ConfigError: if weights cannot be put on the device, or have the type.
         CheckpointError: if keys or shapes differ from the configuration's, or if a weight is not finite.
     """
-    device, dtype = resolve_place(device, dtype)
+    device, dtype = device_of(device), dtype_of(dtype)
     ghn = empty_ghn(config, shapes, label)
     weights: dict[str, Tensor] = {}
     for key in ghn.state_dict():
@@ -209,23 +209,30 @@ def expect_floating(key: str, dtype: torch.dtype, label: str) -> None:
         )
 
 
-def resolve_place(device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """Device and floating type of weights: the CPU and float32 if None.
+def device_of(name: torch.device | str | None) -> torch.device:
+    """The device of a name like 'cuda:1'; the CPU if None.
 
     Raises:
-        ConfigError: if this machine has no such device, or weights no such type.
+        ConfigError: if there is no such device here, or if it is the meta device, which holds no values.
     """
-    dtype = dtype or torch.float32
-    if dtype not in FLOATS:
-        raise ConfigError(f'expected dtype to be one of {", ".join(map(str, FLOATS))} (got {dtype!r})')
     try:
-        found = torch.empty(1, device='cpu' if device is None else device).device
+        device = torch.empty(0, device='cpu' if name is None else name).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition('\n')[0]
-        raise ConfigError(f'expected a device that this machine has (got {device!r}): {reason}') from error
-    if found.type == 'meta':
-        raise ConfigError("expected a device that holds weights (got 'meta')")
-    return found, dtype
+        raise ConfigError(f'expected a device that this machine has (got {name!r}): {first_line(error)}') from error
+    if device.type == 'meta':
+        raise ConfigError("expected a device that holds values (got 'meta')")
+    return device
+
+
+def dtype_of(dtype: torch.dtype | None) -> torch.dtype:
+    """Floating type of weights; float32 if None.
+
+    Raises:
+        ConfigError: if weights have no such type.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f'expected dtype to be one of {", ".join(map(str, FLOATS))} (got {dtype!r})')
+    return dtype or torch.float32
 
 
 def _expect_plausible(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:

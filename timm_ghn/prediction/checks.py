@@ -8,29 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
+from timm_ghn.errors import PredictionError, UnsupportedModelError
 
 #: Dtypes in which torch computes. Narrower ones only store values, with scales that lie elsewhere.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def device_of(name: torch.device | str) -> torch.device:
-    """The device of a name like 'cuda:1'.
-
-    Raises:
-        ConfigError: if there is no such device here, or if it is the meta device, which holds no values.
-    """
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        # torch's message may have pages of advice behind its first line.
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"the device '{name}' cannot be used: {cause}; expected one like 'cpu' or 'cuda:0'"
-        ) from error
-    if device.type == 'meta':
-        raise ConfigError(f"the device '{name}' holds no values; expected one like 'cpu' or 'cuda:0'")
-    return device
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:

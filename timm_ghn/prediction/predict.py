@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from timm_ghn.errors import ConfigError, PredictionError, UnsupportedModelError
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
+from timm_ghn.hub.storage import device_of
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, device_of, write_all_
+from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, write_all_
 from timm_ghn.prediction.fit import repeated, scaled, write_repeated
 from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
 import shutil
 import warnings
@@ -44,7 +43,6 @@ class Checkpoints:
         folder: Where they are.
         accelerator: Holds the model, the optimiser and so on.
         identity: What must be the same for a run that goes on, as plain values.
-        defaults: What entries of ``identity`` were that a checkpoint of an earlier version does not have.
         average: Averaged weights.
         keep: How many to keep.
     """
@@ -52,7 +50,6 @@ class Checkpoints:
     folder: Path
     accelerator: Accelerator
     identity: Mapping[str, Any]
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     average: nn.Module | None = None
     keep: int = 2
 
@@ -76,12 +73,12 @@ class Checkpoints:
         def finish() -> None:
             if self.average is not None:
                 write_state_dict(self.average.state_dict(), partial / AVERAGE, {})
-            write_json({'progress': progress, 'run': _plain(self.identity)}, partial / PROGRESS)
+            write_json({'progress': progress, 'run': to_plain(self.identity)}, partial / PROGRESS)
             write_json(manifest_of(partial), partial / MANIFEST)
             flush((*partial.rglob('*'), partial))
             if place.exists():
                 shutil.rmtree(place)
-            os.replace(partial, place)
+            partial.rename(place)
             flush((self.folder,))
             found = checkpoints_in(self.folder)
             # What lies ahead was damaged, or this run would have gone on from there.
@@ -138,11 +135,10 @@ class Checkpoints:
             return found
         return None
 
-    def _check_run(self, place: Path, written: dict[str, Any]) -> None:
-        before = {**_plain(self.defaults), **written}
+    def _check_run(self, place: Path, before: dict[str, Any]) -> None:
         changed = [
             f'{name} was {before.get(name)!r} and is {value!r}'
-            for name, value in sorted(_plain(self.identity).items())
+            for name, value in sorted(to_plain(self.identity).items())
             if before.get(name) != value
         ]
         if changed:
@@ -183,13 +179,9 @@ def damage(place: Path) -> str | None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what killed runs left unfinished; a checkpoint that lacks its name alone gets it."""
+    """Remove what killed runs left unfinished."""
     for partial in folder.glob(f'step_*{PARTIAL}'):
-        place = partial.with_name(partial.name.removesuffix(PARTIAL))
-        if damage(partial) is None and not place.exists():
-            os.replace(partial, place)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def manifest_of(folder: Path) -> dict[str, tuple[int, str]]:
@@ -204,7 +196,7 @@ def any_process(accelerator: Accelerator, value: bool) -> bool:
     return bool(accelerator.reduce(flag, reduction='sum').item() > 0)
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON gives them back."""
     found: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
     return found

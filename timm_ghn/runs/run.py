@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -42,14 +42,11 @@ if sys.platform != 'win32':
 
 #: File in the output folder that the main process of a run locks.
 _LOCK = '.lock'
-#: How long processes on CPUs wait for one another. The half hour of torch would end a run whose processes were stopped
-#: for longer (by SIGSTOP, or with the machine), and SIGTERM could not give it a checkpoint any more. One that dies is
-#: noticed at once, since its connections close.
+#: How long processes on CPUs wait for one another, by a race or while they are suspended; torch's half hour is too
+#: short. One that dies is noticed at once, since its connections close.
 _PATIENCE = datetime.timedelta(days=1)
-#: Most steps, and about the seconds, between two times that several processes ask one another whether to stop.
-_MOST_STEPS, _ASK_SECONDS = 16, 1.0
-#: A second SIGTERM within so many seconds is the same one: launchers pass on what schedulers send to all processes.
-_SAME_SIGNAL_SECONDS = 10.0
+#: Steps between two times that processes on GPUs ask one another whether to stop, for which they wait for the GPU.
+_ASK_STEPS = 16
 
 OptionsType = TypeVar('OptionsType', bound=RunOptions)
 ProgressType = TypeVar('ProgressType', bound='Progress')
@@ -67,22 +64,15 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
 
-    @classmethod
-    def of(cls: type[ProgressType], values: Mapping[str, Any]) -> ProgressType:
-        """What a checkpoint holds."""
-        return cls(**values)
-
 
 @contextlib.contextmanager
 def session(options: RunOptions, module: str, **arguments: Any) -> Iterator[Accelerator]:
     """The accelerator of a run, which has its output folder for itself and leaves the process as it finds it.
 
-    Settings of accelerate that the caller made, by an accelerator of their own, stay, and hold for the run.
-
     Args:
         options: Of the run.
         module: What ``accelerate launch`` starts.
-        **arguments: More of accelerate's.
+        **arguments: More of accelerate's. Settings of an accelerator that the caller made before hold for the run.
 
     Raises:
         ConfigError: if accelerate refuses the options, if the tracker is not installed, if another run is at work in
@@ -201,10 +191,7 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         self._started = time.monotonic()
         self._results: Results | None = None
         self._saved_step: int | None = None
-        self._terminated: float | None = None
-        self._stopping = False
-        self._steps_between = self._unasked_steps = 0
-        self._asked = self._started
+        self._terminated = False
 
     # What a subclass says.
 
@@ -262,7 +249,7 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         options, key = self.options, self.ordered_by
         found = self._checkpoints.load() if options.resume else None
         if found is not None:
-            self.progress = self.progress.of(found)
+            self.progress = type(self.progress)(**found)
             self._saved_step = self.progress.step
         if self.accelerator.is_main_process:
             self._results = Results(options.output, resume=None if found is None else (key, found[key]))
@@ -306,11 +293,8 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
     @property
     def _checkpoints(self) -> Checkpoints:
         options = self.options
-        defaults = {field.name: field.default for field in dataclasses.fields(options)}
         folder = options.output / CHECKPOINTS
-        return Checkpoints(
-            folder, self.accelerator, self.identity, defaults, self.average, keep=options.checkpoint_hist
-        )
+        return Checkpoints(folder, self.accelerator, self.identity, self.average, keep=options.checkpoint_hist)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, unless weights are not finite; all processes call it."""
@@ -319,23 +303,14 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         self._saved_step = self.progress.step
 
     def should_stop(self) -> bool:
-        """Whether the time is up or the process is to end; all processes call it after each step, and agree.
-
-        They ask one another at the first step, and then about once a second: each time they wait for the slowest.
-        """
-        limit, now = self.options.time_limit, time.monotonic()
-        stop = self._terminated is not None or (limit is not None and now - self._started > 60 * limit)
+        """Whether the time is up or the process is to end; all processes call it after each step, and agree."""
+        limit = self.options.time_limit
+        stop = self._terminated or (limit is not None and time.monotonic() - self._started > 60 * limit)
         if self.accelerator.num_processes == 1:
             return stop
-        if not self._stopping and self._unasked_steps == 0:
-            asked = torch.tensor([float(stop), now - self._asked], device=self.accelerator.device)
-            self._asked = now
-            stopping, waited = self.accelerator.reduce(asked, reduction='mean').tolist()
-            self._stopping = stopping > 0
-            fitting = _ASK_SECONDS * max(1, self._steps_between) / max(waited, 1e-9)
-            self._steps_between = self._unasked_steps = int(min(max(fitting, 1), _MOST_STEPS))
-        self._unasked_steps -= 1
-        return self._stopping
+        if self.accelerator.device.type != 'cpu' and self.progress.step % _ASK_STEPS:
+            return False
+        return any_process(self.accelerator, stop)
 
     def expect_finite_weights(self) -> None:
         """Refuse to go on, and above all to write anything, with weights that are lost; all processes call it.
@@ -389,7 +364,7 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
 
     @contextlib.contextmanager
     def _stop_at_sigterm(self) -> Iterator[None]:
-        """Let SIGTERM be noted until the context ends, and end the process then; a second one ends it at once."""
+        """Let SIGTERM be noted until the context ends, and end the process by it then."""
         previous = signal.getsignal(signal.SIGTERM)
         if previous is None or threading.current_thread() is not threading.main_thread():
             # A handler that Python cannot put back, or a thread that may not set one.
@@ -397,17 +372,12 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            now = time.monotonic()
-            if self._terminated is None:
-                self._terminated = now
-            elif now - self._terminated >= _SAME_SIGNAL_SECONDS:
-                signal.signal(signal.SIGTERM, previous)
-                signal.raise_signal(signal.SIGTERM)
+            self._terminated = True
 
         signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
-            if self._terminated is not None:
+            if self._terminated:
                 signal.raise_signal(signal.SIGTERM)

@@ -25,7 +25,6 @@ from timm_ghn.errors import ConfigError
 from timm_ghn.files import check_output
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.prediction.checks import device_of
 from timm_ghn.runs.recipes import POSITIVE, option, read_recipe
 from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprints
@@ -202,7 +201,7 @@ def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
         ConfigError: if the GHN was trained for another number of classes than the data set has.
         GHNError: if the GHN or the data cannot be had.
     """
-    ghn = load_ghn(options.ghn, device=device_of(options.device))
+    ghn = load_ghn(options.ghn, device=options.device)
     splits = load_splits(options)
     if ghn.config.num_classes != len(splits.classes):
         raise ConfigError(

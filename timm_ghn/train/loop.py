@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,6 @@ class TrainProgress(Progress):
     skipped: int = 0
     steps_without_finite_loss: int = 0
     window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> TrainProgress:
-        """What a checkpoint holds; the first version named an entry otherwise."""
-        return cls(**{{'barren': 'steps_without_finite_loss'}.get(name, name): value for name, value in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
