@@ -292,7 +292,10 @@ def test_weights_that_the_last_step_lost_are_not_written(base, monkeypatch, what
             torch.nn.init.constant_(run.average.module.head.weight, torch.inf)
 
     monkeypatch.setattr(loop.FinetuneRun, '_after_step', lost)
-    with pytest.raises(TrainingError, match=r'weights are not finite after step [24]; begin again with a smaller --lr'):
+    with pytest.raises(
+        TrainingError,
+        match=f'weights are not finite after step {"2" if what == "stop" else "4"}; begin again with a smaller --lr',
+    ):
         finetune(options)
     assert not list((base.output / 'checkpoints').glob('step_*'))
     written = sorted(base.output.glob('*.safetensors'))
