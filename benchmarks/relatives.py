@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm
+from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm, small_network
 from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set
-from benchmarks.initperf.donors import CLASSES, Donors
+from benchmarks.initperf.donors import Donors
 from benchmarks.initperf.protocol import Run, Setting, execute
 from benchmarks.initperf.schedule import add_line, read_lines, runs_by
 from timm_ghn.runs.results import versions
-from timm_ghn.transfer.transfer import transfer_
 
 #: Donors, with the names of the arguments for width and depth and what timm builds them with.
 DONORS: dict[str, tuple[str, Any, str, Any]] = {
@@ -74,26 +73,11 @@ def _deeper(depth: Any, more: str) -> Any:
     return round(factors[more] * depth) if isinstance(depth, int) else factors[more] * depth
 
 
-def _donor(data: ArmData) -> nn.Module:
-    if data.donors is None:
-        raise NotApplicableError('there are no images to pretrain on')
-    small = NETWORKS[data.network.donor]
-    model = small.start(CLASSES, 0).model
-    model.load_state_dict(data.donors.weights(small, data.donors.minutes[0]))
-    return model
-
-
 @arm('own', ignorant=True)
 def own(model: nn.Module, data: ArmData) -> None:
     """timm's initialisation, with open gates where it closes any."""
     with contextlib.suppress(NotApplicableError):
         find_arm('timm_open').write(model, data)
-
-
-@arm('relative')
-def relative(model: nn.Module, data: ArmData) -> None:
-    """The donor's weights by :func:`timm_ghn.transfer_`."""
-    transfer_(model, _donor(data), input_size=data.input_size, seed=data.seed)
 
 
 @arm('position')
@@ -105,7 +89,7 @@ def position(model: nn.Module, data: ArmData) -> None:
     """
     given: dict[int, list[Tensor]] = {}
     wanted: dict[int, list[Tensor]] = {}
-    for network, found in ((_donor(data), given), (model, wanted)):
+    for network, found in ((small_network(data), given), (model, wanted)):
         for parameter in network.parameters():
             found.setdefault(parameter.dim(), []).append(parameter)
     for axes, targets in wanted.items():

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.initperf.cells import NETWORKS, Network
-from benchmarks.initperf.donors import Donors, resize_into_
-from timm_ghn import batch_statistics, ghn_init
+from benchmarks.initperf.donors import CLASSES, Donors, resize_into_
+from timm_ghn import batch_statistics, ghn_init, transfer_
 from timm_ghn.contexts import preserve_rng
 from timm_ghn.errors import GHNError
 
@@ -317,6 +317,22 @@ def donor(model: nn.Module, data: ArmData) -> None:
         raise NotApplicableError('its family has no smaller network here')
     small = NETWORKS[data.network.donor]
     resize_into_(model, _donors(data).weights(small, float(data.argument)), small.start(data.num_classes, 0).model)
+
+
+@arm('relative')
+def relative(model: nn.Module, data: ArmData) -> None:
+    """The same donor's weights by :func:`timm_ghn.transfer_`."""
+    transfer_(model, small_network(data), input_size=data.input_size, seed=data.seed)
+
+
+def small_network(data: ArmData) -> nn.Module:
+    """The pretrained network that is to be resized, after ``argument`` CPU-minutes or the fewest that are kept."""
+    if not data.network.donor:
+        raise NotApplicableError('its family has no smaller network here')
+    donors, small = _donors(data), NETWORKS[data.network.donor]
+    model = small.start(CLASSES, 0).model
+    model.load_state_dict(donors.weights(small, float(data.argument or donors.minutes[0])))
+    return model
 
 
 def _donors(data: ArmData) -> Donors:
