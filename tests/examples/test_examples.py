@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from pictures import make_dataset, save_dataset
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
 #: Run elsewhere: by `make demo`, and by test_space.py.
@@ -19,7 +20,7 @@ CASES = {
     'custom_module.py': ('', ['temperature', 'kept: layer scale or gain', 'output: (4, 10)']),
     'channels.py': ('test_convnext', [' 1 channels: stem (24, 1, 4, 4)', '12 channels: stem (24, 12, 4, 4)']),
     'train_ghn.py': ('4', ['my-ghn', 'parameters, predicted']),
-    'plug_in_gnn.py': ('test_vit', ['predicted, of', 'saved and loaded: neighbours']),
+    'plug_in_gnn.py': ('4 colours', ['neighbours', 'resnet10t by a GHN with neighbours', 'predicted, of']),
     'push_and_reload.py': ('user/test_resnet test_resnet', ['user/test_resnet/commit/', 'every tensor is the same']),
 }
 
@@ -51,8 +52,9 @@ def test_examples_are_short():
 
 @pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')  # of huggingface_hub
 @pytest.mark.parametrize('name', CASES)
-def test_an_example_runs(name, run, hub, monkeypatch):
+def test_an_example_runs(name, run, hub, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    save_dataset(tmp_path / 'colours', make_dataset(120), make_dataset(40, seed=1))
     line, expected = CASES[name]
     out = run(name, line)
     for text in expected:

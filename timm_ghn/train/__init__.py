@@ -3,7 +3,6 @@
 In Python: ``from timm_ghn.train import TrainOptions, train``.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,11 +10,14 @@ if TYPE_CHECKING:
     from timm_ghn.train.options import TrainOptions as TrainOptions
 
 
-_MODULES = {'train': 'loop', 'TrainOptions': 'options'}
-
-
 def __getattr__(name: str) -> Any:
     """Import what is asked for: the loop needs accelerate and datasets, which are optional."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
+    if name == 'train':
+        from timm_ghn.train.loop import train
+
+        return train
+    if name == 'TrainOptions':
+        from timm_ghn.train.options import TrainOptions
+
+        return TrainOptions
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
