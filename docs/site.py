@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: Pages, and what they show or link to.
 PATTERNS = (
-    '*.md', 'CITATION.cff', 'LICENSE', 'docs/*.md', 'docs/*.png', 'docs/*.svg', 'benchmarks/results/**/*', 'examples/**/*',
-    'tests/golden/*.md', 'timm_ghn/embedded/*/README.md',
+    '*.md', 'CITATION.cff', 'LICENSE', 'docs/*.md', 'docs/*.png', 'docs/*.svg', 'benchmarks/results/**/*',
+    'examples/**/*', 'tests/golden/*.md', 'timm_ghn/embedded/*/README.md',
 )  # fmt: skip
 
 #: Public names beside those of the package itself, by heading.
