@@ -169,7 +169,7 @@ def test_processes_share_the_runners_and_find_what_one_finds(nets, tmp_path):
     assert sorted(took_part[0][:3] + took_part[1][:3]) == list(range(6)), 'each runner in one process'
 
 
-def test_time_bounds_the_steps_and_what_cannot_take_part_is_left_out(nets):
+def test_time_bounds_the_steps_and_what_cannot_take_part_is_left_out(nets, tmp_path):
     model = copy.deepcopy(nets[0])
     with pytest.raises(TrainingError, match='allow more'):
         race_(model, {}, batches(), minutes=1e-9)
@@ -182,9 +182,13 @@ def test_time_bounds_the_steps_and_what_cannot_take_part_is_left_out(nets):
         made.append(lr)
         return torch.optim.SGD(net.parameters(), lr)
 
-    found = race_(model, {}, batches(), lrs=(1e-3, 2e-3, 3e-3, 4e-3), steps=1, minutes=0.02, optimizer=slow)
+    limits = {'lrs': (1e-3, 2e-3, 3e-3, 4e-3), 'steps': 1, 'minutes': 0.02, 'folder': tmp_path}
+    found = race_(model, {}, batches(), optimizer=slow, **limits)
     assert [len(one.rounds) for one in found.runners] == [1] * 4, 'there is no time for a second round'
     assert found.winner.score == max(one.score for one in found.runners)
+    count = len(made)
+    again = race_(model, {}, batches(), optimizer=slow, **limits)
+    assert (again.winner.lr, len(made)) == (found.winner.lr, count), 'a race that has ended stays so'
 
     with pytest.warns(UserWarning, match='does not take part'):
         found = race_(model, {'absent': fail}, batches(), lrs=(1e-3,), steps=1)
