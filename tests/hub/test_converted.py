@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -289,6 +290,21 @@ def test_two_processes_that_convert_at_once_do_not_harm_each_other(tmp_path, off
     expected = sum(float(p.detach().double().sum()) for p in small_ghn.parameters())
     assert [sums.get() for _ in range(12)] == [expected] * 12
     assert all(not path.name.endswith('.partial') for path in cache.iterdir())
+
+
+def test_a_folder_that_another_process_made_and_removed_again_is_made_anew(mine, small_ghn, monkeypatch):
+    convert, calls = converted.convert_official, []
+
+    def convert_late(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:  # the rename found a folder, which is gone when it is looked for
+            raise OSError(errno.ENOTEMPTY, 'Directory not empty')
+        convert(*args, **kwargs)
+
+    monkeypatch.setattr(converted, 'convert_official', convert_late)
+    expect_same(load_ghn('mine'), small_ghn)  # no warning: warnings are errors
+    assert len(calls) == 2
+    assert len(converted_ghns(cache_folder())) == 1
 
 
 # Listing and removing

@@ -112,8 +112,10 @@ def read_converted(
                 _remove_stale(cache)
                 try:
                     convert_official(path, place, config=entry.config, sha256=digest)
-                except OSError:
-                    if not place.is_dir():  # another process was faster
+                except OSError as error:
+                    # Another process was faster; it may also have found its folder damaged and removed it by now.
+                    existed = cache.is_dir() and error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+                    if not existed and not place.is_dir():
                         raise
             try:
                 return read_ghn(place, config=entry.config, device=device, dtype=dtype, origin=origin)
