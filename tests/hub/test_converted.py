@@ -298,6 +298,7 @@ def test_a_folder_that_another_process_made_and_removed_again_is_made_anew(mine,
     def convert_late(*args, **kwargs):
         calls.append(args)
         if len(calls) == 1:  # the rename found a folder, which is gone when it is looked for
+            cache_folder().mkdir(parents=True)
             raise OSError(errno.ENOTEMPTY, 'Directory not empty')
         convert(*args, **kwargs)
 
