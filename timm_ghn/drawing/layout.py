@@ -1,7 +1,7 @@
 """Where the nodes and edges of a graph are drawn: in layers from top to bottom, folded into columns as text is.
 
-Networks are long and narrow: hundreds of layers of a few nodes. They are laid out as a long strip, which is then cut
-into columns.
+Networks are long and narrow: hundreds of layers of a few nodes. fast-sugiyama lays them out as a long strip, which is
+then cut into columns.
 """
 
 from __future__ import annotations
@@ -11,13 +11,23 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from timm_ghn.drawing.layering import Layering
 from timm_ghn.drawing.legend import KINDS
-from timm_ghn.errors import printable
+from timm_ghn.errors import ConfigError, printable
 from timm_ghn.graph.graph import Graph, Node
 
+try:
+    from fast_sugiyama import from_edges
+except ImportError as error:
+    raise ConfigError(
+        "a picture of a graph needs fast-sugiyama, and Python 3.11: pip install 'timm-ghn[draw]', or leave --plot out"
+    ) from error
+
 Point = tuple[float, float]
+
+#: Space beside a line; nodes take 1.
+_LINE = 0.85
 
 #: Edges over more layers are arcs: leading all of them around nodes makes DenseNets as wide as they are long.
 _LONGEST = 16
@@ -59,19 +69,60 @@ def layout_graph(graph: Graph) -> GraphLayout:
     layers = graph.forward_levels_N.tolist()
     edges: list[list[int]] = graph.edges_E2.tolist()
     routed = [number for number, (a, b) in enumerate(edges) if 0 < layers[b] - layers[a] <= _LONGEST]
-    strip = Layering(layers, [edges[number] for number in routed])
-    places: list[Point] = [(x, float(y)) for x, y in zip(strip.x, strip.layer, strict=True)]
-    lines = [(number, [places[point] for point in chain]) for number, chain in zip(routed, strip.chains, strict=True)]
-    columns = _Columns.fitting(places, _labels(graph, layers))
-    points = tuple(map(columns.place, places[: len(graph)]))
+    places, lines = _strip(layers, [(edges[number][0], edges[number][1]) for number in routed])
+    rows = [int(y) for _, y in places]
+    columns = _Columns.fitting([*places, *(point for line in lines for point in line)], _labels(graph, rows))
+    points = tuple(map(columns.place, places))
     arcs = ((number, arc(points[a], points[b])) for number, (a, b) in enumerate(edges) if number not in set(routed))
     return GraphLayout(
         points,
-        tuple((number, piece) for number, line in lines for piece in columns.pieces(line)),
+        tuple((number, piece) for number, line in zip(routed, lines, strict=True) for piece in columns.pieces(line)),
         tuple(arcs),
         columns.labels(),
         columns.size,
     )
+
+
+def _strip(layers: Sequence[int], edges: Sequence[tuple[int, int]]) -> tuple[list[Point], list[list[Point]]]:
+    """Places of nodes in a strip by Sugiyama's method, and the polyline of each edge.
+
+    Parts without an edge between them stand side by side, nodes without any edge in a column of their own.
+
+    Args:
+        layers: Layer of each node.
+        edges: Source and target of each edge; the target's layer has the larger number.
+    """
+    names = sorted({node for edge in edges for node in edge})  # fast-sugiyama numbers turns from their count on
+    number_of = {node: number for number, node in enumerate(names)}
+    found: Any = from_edges(
+        [(number_of[source], number_of[target]) for source, target in edges],
+        minimum_length=1,
+        vertex_spacing=1,
+        dummy_size=_LINE,
+        dummy_vertices=True,
+        ranking_type='up',
+        check_layout=False,
+    )
+    places: list[Point | None] = [None] * len(layers)
+    lines: dict[tuple[int, int], list[Point]] = {}
+    left = 0.0
+    for positions, width, _, links in found:
+        y_first = max(y for _, (_, y) in positions)  # y grows upwards
+        at = {point: (x + left, float(y_first - y)) for point, (x, y) in positions}
+        next_of = {a: b for a, b in links if a >= len(names)}
+        for source, point in links:
+            if source < len(names):
+                line = [at[source], at[point]]
+                while point >= len(names):
+                    point = next_of[point]
+                    line.append(at[point])
+                lines[names[source], names[point]] = line
+        for point, place in at.items():
+            if point < len(names):
+                places[names[point]] = place
+        left += width + 1
+    alone = [(left, float(layer)) for layer in layers]
+    return [place or alone[node] for node, place in enumerate(places)], [lines[edge] for edge in edges]
 
 
 def arc(start: Point, end: Point) -> tuple[Point, Point, Point]:
