@@ -2,7 +2,8 @@
 
 Each variant (width and depth of one of five networks that timm lists) begins with a donor of the standard width and
 depth, pretrained for some CPU-minutes by the protocol of ``initperf``, and is fine-tuned for 60 steps on data that no
-donor saw. Each start takes the better of two learning rates.
+donor saw. Each start takes the better of two learning rates. A race between them on the training images then says which
+start it would have taken.
 
 Usage: python -m benchmarks.relatives [--data-root DIR] [--out relatives.jsonl] [--report]
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm, small_network
-from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set
+from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm, small_network, write_start
+from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set, load_part
 from benchmarks.initperf.donors import Donors
-from benchmarks.initperf.protocol import Run, Setting, execute
+from benchmarks.initperf.protocol import BATCH, Run, Setting, execute
 from benchmarks.initperf.schedule import add_line, read_lines, runs_by
+from timm_ghn.data.memory import training_batch
 from timm_ghn.runs.results import versions
+from timm_ghn.transfer.race import race_
 
 #: Donors, with the names of the arguments for width and depth and what timm builds them with.
 DONORS: dict[str, tuple[str, Any, str, Any]] = {
@@ -43,6 +47,8 @@ DEPTHS = ('same', 'third stage', 'all stages', 'twice')
 LEFT_OUT = {(1.0, 'same'), (2.0, 'twice'), (2.0, 'all stages'), (1.5, 'twice')}
 ARMS = ('own', 'position', 'relative', 'ghn_orth')
 RATES = (1e-3, 4e-3)
+#: Starts that race against the network's own, and their steps in the first of three rounds.
+RACE, RACE_STEPS = ('relative', 'ghn_orth'), 10
 DATA, STEPS = 'clothing_128', 60
 
 
@@ -108,6 +114,28 @@ def _centred(tensor: Tensor, own: Sequence[int], other: Sequence[int]) -> Tensor
     return tensor
 
 
+def race(network: Network, setting: Setting) -> dict[str, Any]:
+    """Which start wins a race on the training images; it compares on a quarter of them."""
+    data = setting.data[DATA]
+    images = load_part(data, network.image_size, 'report')
+    train, start = images.train(0), network.start(images.num_classes, 0)
+    config = start.data_config
+    batches = [training_batch(train, step, BATCH, seed=0, config=config) for step in range(len(train) // BATCH)]
+    arm_data = ArmData(
+        network=network,
+        images_bchw=torch.cat([batches[0][0], batches[1][0]]),
+        input_size=config['input_size'],
+        num_classes=images.num_classes,
+        seed=0,
+        donors=setting.donors,
+    )
+    write_start('own', start.model, arm_data)
+    starts = {name: functools.partial(write_start, name, data=arm_data) for name in RACE}
+    found = race_(start.model, starts, batches, lrs=RATES, steps=RACE_STEPS)
+    winner = found.winner
+    return {'network': network.label, 'winner': winner.start, 'rate': winner.lr, 'race_steps': found.steps}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = Setting({DATA: data_set(DATA, args.data_root, {})}, {'': 'ghn_tiny'}, {'': ''}, donors, versions())
     runs = [Run(Cell(one.label, DATA, args.steps), name, 'report', rate, 0, args.steps)
             for one in networks for name in ARMS for rate in RATES]  # fmt: skip
-    done = runs_by(read_lines(args.out))
+    lines = read_lines(args.out)
+    done = runs_by(lines)
+    races = {line['network']: line for line in lines if line['kind'] == 'race'}
     if not args.report:
         for label in dict.fromkeys(one.donor for one in networks):
             donors.prepare(NETWORKS[label])
@@ -139,11 +169,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             line = {'kind': 'run', **execute(run, setting)}
             add_line(args.out, line)
             done[run] = line
-    print(report(networks, args.steps, {run: line['accuracy'] for run, line in done.items()}))
+        for network in tqdm([one for one in networks if one.label not in races], unit='race'):
+            line = {'kind': 'race', **race(network, setting)}
+            add_line(args.out, line)
+            races[network.label] = line
+    accuracies = {run: line['accuracy'] for run, line in done.items()}
+    print(report(networks, args.steps, accuracies, {name: line['winner'] for name, line in races.items()}))
 
 
-def report(networks: Sequence[Network], steps: int, accuracies: dict[Run, float]) -> str:
-    """Mean accuracy over variants by kind, and how often each start is the best."""
+def report(networks: Sequence[Network], steps: int, accuracies: Mapping[Run, float], winners: Mapping[str, str]) -> str:
+    """Mean accuracy over variants by kind; 'race' is that of the start that wins the race, begun anew."""
     rows: dict[str, list[np.ndarray]] = {}
     for network in networks:
         cell = Cell(network.label, DATA, steps)
@@ -151,22 +186,30 @@ def report(networks: Sequence[Network], steps: int, accuracies: dict[Run, float]
         if any(value is None for values in found for value in values):
             continue
         best = np.array(found, dtype=float).max(axis=1)
+        winner = winners.get(network.label)
+        best = np.append(best, best[ARMS.index(winner)] if winner else np.nan)
         width = float(network.label.split(' x')[1].partition(',')[0])
         kinds = ['all', network.model, 'the same width' if width == 1 else 'narrower' if width < 1 else 'wider']
         kinds.append('deeper' if 'deeper' in network.label else 'the same depth')
         for kind in kinds:
             rows.setdefault(kind, []).append(best)
-    lines = ['| variants | number | ' + ' | '.join(ARMS) + ' | relative - position (95 %) |']
-    lines.append('| --- | ---: |' + ' ---: |' * len(ARMS) + ' --- |')
+    names = [*ARMS, 'race']
+    lines = [f'| variants | number | {" | ".join(names)} | relative - position (95 %) | race - own (95 %) |']
+    lines.append('| --- | ---: |' + ' ---: |' * len(names) + ' --- | --- |')
     rng = np.random.default_rng(0)
     for kind, values in rows.items():
-        table = np.stack(values)
-        gains = table[:, ARMS.index('relative')] - table[:, ARMS.index('position')]
-        draws = rng.choice(gains, (2000, len(gains))).mean(axis=1)
-        low, high = np.quantile(draws, (0.025, 0.975))
-        means = ' | '.join(f'{value:.1f}' for value in table.mean(axis=0))
-        lines.append(f'| {kind} | {len(table)} | {means} | {gains.mean():+.1f} ({low:+.1f} to {high:+.1f}) |')
+        table = dict(zip(names, np.stack(values).T, strict=True))
+        means = ' | '.join(f'{column.mean():.1f}' for column in table.values())
+        gains = [_gain(table[a] - table[b], rng) for a, b in (('relative', 'position'), ('race', 'own'))]
+        lines.append(f'| {kind} | {len(values)} | {means} | {" | ".join(gains)} |')
     return '\n'.join(lines)
+
+
+def _gain(differences: np.ndarray, rng: np.random.Generator) -> str:
+    """Mean and its interval, by bootstrap over the variants."""
+    draws = rng.choice(differences, (2000, len(differences))).mean(axis=1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f'{differences.mean():+.1f} ({low:+.1f} to {high:+.1f})'
 
 
 if __name__ == '__main__':
