@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
-import torch
 from timm.layers import BatchNormAct2d, GroupNorm, GroupNormAct, StdConv2d, create_conv2d
 from timm.models.nfnet import NfCfg, NormFreeNet
 from timm.models.regnet import RegNet, RegNetCfg, generate_regnet
@@ -84,14 +83,7 @@ def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str
     details = _draw_resnet_details(rng, stem, widths[0])
     if cardinality > 1:
         details['norm'] = 'batch'
-    return {
-        **stem,
-        'depths': depths,
-        'widths': widths,
-        'cardinality': cardinality,
-        'base_width': base_width,
-        **details,
-    }
+    return {**stem, 'depths': depths, 'widths': widths, 'cardinality': cardinality, 'base_width': base_width, **details}
 
 
 def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: int) -> dict[str, Any]:
@@ -110,7 +102,7 @@ def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: 
 
 @register_family('resnet_basic')
 @register_family('resnet_bottleneck')
-def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_resnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's ResNet."""
     options = architecture.options
     block: Any = BasicBlock if architecture.family == 'resnet_basic' else Bottleneck
@@ -118,8 +110,6 @@ def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
         block,
         layers=options['depths'],
         channels=options['widths'],
-        num_classes=architecture.num_classes,
-        in_chans=architecture.in_chans,
         global_pool=options['pooling'],
         cardinality=options.get('cardinality', 1),
         base_width=options.get('base_width', 64),
@@ -131,7 +121,7 @@ def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
         act_layer=options['act'],
         norm_layer=partial(GroupNorm, num_groups=GROUPS) if options['norm'] == 'group' else nn.BatchNorm2d,
         block_args={'attn_layer': 'se'} if options['squeeze_excite'] else {},
-        device=device,
+        **common,
     )
     kernel, stride = options['stem_kernel'], options['stem_stride']
     if options['stem'] == 'plain':
@@ -142,7 +132,7 @@ def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
             stride=stride,
             padding=kernel // 2,
             bias=False,
-            device=device,
+            device=common['device'],
         )
         nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     else:
@@ -179,15 +169,13 @@ def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('resnetv2')
-def build_resnetv2(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_resnetv2(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's ResNetV2."""
     options = architecture.options
     group = options['norm'] == 'group'
     model: Any = ResNetV2(
         layers=list(options['depths']),
         channels=options['widths'],
-        num_classes=architecture.num_classes,
-        in_chans=architecture.in_chans,
         global_pool=options['pooling'],
         stem_chs=options['stem_width'],
         stem_type={'plain': '', 'deep': 'deep', 'tiered': 'tiered'}[options['stem']],
@@ -197,7 +185,7 @@ def build_resnetv2(architecture: Architecture, device: torch.device) -> nn.Modul
         act_layer=options['act'],
         norm_layer=partial(GroupNormAct, num_groups=GROUPS) if group else BatchNormAct2d,
         conv_layer=StdConv2d if group else create_conv2d,
-        device=device,
+        **common,
     )
     first = model.stem.conv if options['stem'] == 'plain' else model.stem.conv1
     set_convolution(first, kernel=options['stem_kernel'], stride=options['stem_stride'])
@@ -245,7 +233,7 @@ def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('regnet')
-def build_regnet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_regnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's RegNet."""
     options = architecture.options
     kind = options['kind']
@@ -263,7 +251,7 @@ def build_regnet(architecture: Architecture, device: torch.device) -> nn.Module:
         preact=kind == 'v',
         act_layer=options['act'],
     )
-    model: Any = RegNet(config, in_chans=architecture.in_chans, num_classes=architecture.num_classes, device=device)
+    model: Any = RegNet(config, **common)
     first = model.stem if kind == 'v' else model.stem.conv
     set_convolution(first, kernel=3, stride=options['stem_stride'])
     return cast(nn.Module, model)
@@ -307,7 +295,7 @@ def draw_nfnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('nfnet')
-def build_nfnet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_nfnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's NormFreeNet."""
     options = architecture.options
     config = NfCfg(
@@ -322,9 +310,7 @@ def build_nfnet(architecture: Architecture, device: torch.device) -> nn.Module:
         extra_conv=options['extra_convolution'],
         act_layer=options['act'],
     )
-    model: Any = NormFreeNet(
-        config, num_classes=architecture.num_classes, in_chans=architecture.in_chans, device=device
-    )
+    model: Any = NormFreeNet(config, **common)
     first = model.stem.conv1 if options['stem'] == 'deep' else model.stem.conv
     first.stride = (options['stem_stride'],) * 2
     return cast(nn.Module, model)

@@ -27,9 +27,6 @@ REDUCTION = 4
 
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
 
-#: Attributes of a convolution that an edit may change.
-_CHANGED = ('stride', 'kernel_size', 'padding', 'weight', 'scale')
-
 Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | BlurPool2d
 
 
@@ -82,6 +79,8 @@ def _built(model_name: str, arguments: dict[str, Any]) -> nn.Module:
 def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int = 3) -> tuple[str, ...]:
     """Take the strides of a stem out, in place, before the model is initialised.
 
+    Whether it can read the images then is for :func:`check_reads` to say.
+
     Convolutions and poolings that see the image at more than a quarter of its side get stride 1; a convolution of 5x5
     and more among them shrinks to the middle 3x3 of its kernel, and a pooling goes altogether. A patch convolution,
     whose kernel is as large as its stride, keeps its kernel, and a stride of eight or more is divided by four.
@@ -95,8 +94,7 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
         What was changed, in words.
 
     Raises:
-        UnsupportedModelError: if the stem reduces images in another way, or if the edited model cannot read such
-            images; it is then as it was.
+        UnsupportedModelError: if the stem reduces images in another way.
     """
     first, others = _reductions(model, (in_chans, image_size, image_size))
     if others or not first:
@@ -105,28 +103,7 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
             f'{type(model).__name__} has no strides that a stem for small images could do without: it reduces images '
             f'{where}; keep its stem with small_stem=off'
         )
-    before = [
-        (layer, {name: getattr(layer, name) for name in _CHANGED if hasattr(layer, name)})
-        for _, layer in first
-        if isinstance(layer, nn.Conv2d)
-    ]
-    edits = [_edit(model, name, layer) for name, layer in first]
-    try:
-        _forward(model, (in_chans, image_size, image_size))
-    except Exception as error:
-        # Whatever the network says against its new stem, it gets its old one back.
-        for convolution, attributes in before:
-            for attribute, value in attributes.items():
-                setattr(convolution, attribute, value)
-        for name, layer in first:
-            if isinstance(layer, _POOLINGS):
-                model.set_submodule(name, layer)
-        raise UnsupportedModelError(
-            f'{type(model).__name__} cannot read images of {image_size} pixels with a stem for small images '
-            f'({"; ".join(edits)}): {error}; choose a larger image_size, or keep its '
-            'stem with small_stem=off'
-        ) from error
-    return tuple(edits)
+    return tuple(_edit(model, name, layer) for name, layer in first)
 
 
 def check_reads(model: nn.Module, size: tuple[int, int, int]) -> None:
@@ -140,7 +117,7 @@ def check_reads(model: nn.Module, size: tuple[int, int, int]) -> None:
     except Exception as error:
         raise UnsupportedModelError(
             f'{type(model).__name__} cannot read images of {size[0]}x{size[1]}x{size[2]}: {error}; choose another '
-            'image_size'
+            'image_size, or another small_stem'
         ) from error
 
 

@@ -35,7 +35,7 @@ class NetRecord:
         edges: (source, target) pairs.
 
     Raises:
-        DataError: if the parts do not fit together, or there is a cycle.
+        DataError: if the parts do not fit together.
     """
 
     config: NetworkConfig
