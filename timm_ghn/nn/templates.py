@@ -367,9 +367,6 @@ class TemplateVectorDecoder(nn.Module):
         """The layer that puts out factors."""
         return linear_of(self.fc, 2)
 
-    def rescale_(self) -> None:
-        """It has an initialisation of its own."""
-
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
         if not requests:
