@@ -106,12 +106,12 @@ def test_the_total_stride_is_divided_by_four(name):
     assert small[last] == large[last] == 4
 
 
-@pytest.mark.parametrize(('name', 'module'), [('tresnet_m', "'body.s2d'"), ('csatv2', "'stem_dct'")])
-def test_a_stem_that_has_no_strides_to_take_out_is_refused(name, module):
+@pytest.mark.parametrize('name', ['tresnet_m', 'csatv2'])
+def test_a_stem_that_has_no_strides_to_take_out_is_refused(name):
     with torch.device('meta'):
         model = timm.create_model(name, num_classes=10)
     before = str(model)
-    with pytest.raises(UnsupportedModelError, match=f'has no strides .* in {module}; .*small_stem=off'):
+    with pytest.raises(UnsupportedModelError, match='has no strides .*small_stem=off'):
         adapt_to_small_images_(model, 32)
     assert str(model) == before
 

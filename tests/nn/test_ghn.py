@@ -118,13 +118,6 @@ def test_gradients_equal_those_of_the_literal_formulas(config, make_ghn, make_gr
         assert a.any(), f'no gradient reaches {name}'
 
 
-def test_without_gradients_nothing_is_recorded(make_ghn, make_graph):
-    ghn = make_ghn(GHN3)
-    with torch.no_grad():
-        assert not any(tensor.requires_grad for tensor in ghn(make_graph(6), REQUESTS))
-    assert all(tensor.requires_grad for tensor in ghn(make_graph(6), REQUESTS))
-
-
 def test_decoding_leaves_no_mode_behind_between_results(make_ghn, make_graph):
     ghn = make_ghn(GHN3)
     with torch.autocast('cpu', dtype=torch.bfloat16):

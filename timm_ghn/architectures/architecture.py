@@ -46,9 +46,6 @@ class Task:
         image_size: Side of the images in pixels.
         num_classes: Number of classes.
         in_chans: Channels of the images.
-
-    Raises:
-        ConfigError: if a number is below one.
     """
 
     image_size: int = 32
@@ -121,9 +118,6 @@ class Architecture(Task):
 
         On the meta device it has no values, nor have its buffers: enough for tracing, not for running. On any other
         device it is initialised as its class does it.
-
-        Raises:
-            ConfigError: if nothing is known of the family.
         """
         if self.family not in _BUILDERS:
             raise ConfigError(f'expected a family among {", ".join(sorted(_BUILDERS))} (got {self.family!r})')
@@ -138,11 +132,7 @@ class Architecture(Task):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
-        """The record that :meth:`to_dict` or its JSON describes.
-
-        Raises:
-            ConfigError: if a field is unknown or missing.
-        """
+        """The record that :meth:`to_dict` or its JSON describes."""
         try:
             return cls(**values)
         except TypeError as error:

@@ -44,9 +44,6 @@ class Limits(Task):
             slowest one in twenty of what the other limits admit.
         least_activations: Fewest elements that layers write for one image: networks with many positions, such as
             transformers of 64 and more tokens, write many.
-
-    Raises:
-        ConfigError: if a limit excludes everything.
     """
 
     parameters: tuple[int, int] = (20_000, 1_500_000)

@@ -55,16 +55,20 @@ def _draw_stem(rng: np.random.Generator, limits: Limits, *, after: int) -> dict[
     return {'stem': stem, 'stem_kernel': kernel, 'stem_stride': stride, 'stem_pool': pool}
 
 
-def _total_stride(stem: dict[str, Any]) -> int:
-    return int(stem['stem_stride']) * (1 if stem['stem_pool'] == 'none' else 2)
+def _draw_widths(
+    rng: np.random.Generator, limits: Limits, stem: dict[str, Any], depths: tuple[int, ...], **costs: Any
+) -> tuple[int, ...]:
+    """Widths of the four stages behind a stem; ``costs`` are those of :func:`stage_widths`."""
+    stride = stem['stem_stride'] * (1 if stem['stem_pool'] == 'none' else 2)
+    sides = stage_sides(limits.image_size, (stride, 2, 2, 2))
+    return stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, **costs)
 
 
 def draw_resnet_basic(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     """Two 3x3 convolutions per block."""
     stem = _draw_stem(rng, limits, after=8)
     depths = draw_depths(rng, 4, 3)
-    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
-    widths = stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=18)
+    widths = _draw_widths(rng, limits, stem, depths, per_block=18)
     return {**stem, 'depths': depths, 'widths': widths, **_draw_resnet_details(rng, stem, widths[0])}
 
 
@@ -73,13 +77,9 @@ def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str
     stem = _draw_stem(rng, limits, after=8)
     depths = draw_depths(rng, 4, 3)
     cardinality, base_width = choose(rng, (*[(1, 64)] * 5, (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
-    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
     ratio = cardinality * base_width / 64
     per_block = 8 * ratio + 9 * ratio * ratio / cardinality
-    multiple = 16 if base_width == 4 else 8
-    widths = stage_widths(
-        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=multiple
-    )
+    widths = _draw_widths(rng, limits, stem, depths, per_block=per_block, multiple=16 if base_width == 4 else 8)
     details = _draw_resnet_details(rng, stem, widths[0])
     if cardinality > 1:
         details['norm'] = 'batch'
@@ -125,15 +125,8 @@ def build_resnet(architecture: Architecture, common: dict[str, Any]) -> nn.Modul
     )
     kernel, stride = options['stem_kernel'], options['stem_stride']
     if options['stem'] == 'plain':
-        model.conv1 = nn.Conv2d(
-            architecture.in_chans,
-            options['stem_width'],
-            kernel,
-            stride=stride,
-            padding=kernel // 2,
-            bias=False,
-            device=common['device'],
-        )
+        width, device = options['stem_width'], common['device']
+        model.conv1 = nn.Conv2d(architecture.in_chans, width, kernel, stride, kernel // 2, bias=False, device=device)
         nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     else:
         model.conv1[0].stride = (stride, stride)
@@ -149,10 +142,7 @@ def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     basic = chance(rng, 0.4)
     ratio = choose(rng, (0.25, 0.25, 0.5))
     per_block = 18.0 if basic else 2 * ratio + 9 * ratio * ratio
-    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
-    widths = stage_widths(
-        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=8 if basic else 32
-    )
+    widths = _draw_widths(rng, limits, stem, depths, per_block=per_block, multiple=8 if basic else 32)
     norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.35) else 'batch'
     return {
         **stem,
@@ -200,18 +190,13 @@ def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     stride = affordable(rng, limits, ((1, 1), (2, 2)), after=16)
     expansion = 4.0 if kind == 'z' else 1.0
     group_size = choose(rng, (4, 8, 8, 16, 24, 32))
+    per_block = 2 * expansion + 9 * expansion * group_size / 64
     sides = stage_sides(limits.image_size, (2 * stride, 2, 2, 2))
     for _ in range(100):
         depth = choose(rng, range(4, 15))
         wm = choose(rng, (1.5, 1.75, 2.0, 2.25, 2.5, 2.75))
-        widths = stage_widths(
-            rng,
-            limits,
-            tuple(wm**stage for stage in range(4)),
-            depths=(max(1, depth // 4),) * 4,
-            sides=sides,
-            per_block=2 * expansion + 9 * expansion * group_size / 64,
-        )
+        ratios, depths = tuple(wm**stage for stage in range(4)), (max(1, depth // 4),) * 4
+        widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=per_block)
         wa = round(widths[0] * (wm**3 - 1) / (depth - 1), 2)
         # The class has four stages, no more and no less.
         if generate_regnet(wa, widths[0], wm, depth, group_size)[1] == 4:
@@ -268,15 +253,9 @@ def draw_nfnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     extra = chance(rng, 0.25)
     sides = stage_sides(limits.image_size, (stem_stride * 2, 2, 2, 2))
     spatial = 9 * ratio * (ratio if group_size is None else group_size / 64) * (2 if extra else 1)
+    multiple = round((group_size or 8) / ratio)  # so that the 3x3 convolutions have whole groups
     widths = stage_widths(
-        rng,
-        limits,
-        draw_ratios(rng, 4),
-        depths=depths,
-        sides=sides,
-        per_block=2 * ratio + spatial,
-        # So that the 3x3 convolutions have whole groups.
-        multiple=round((group_size or 8) / ratio),
+        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=2 * ratio + spatial, multiple=multiple
     )
     return {
         'stem': choose(rng, ('deep', '3x3', '7x7') if stem_stride > 1 else ('deep', '3x3')),

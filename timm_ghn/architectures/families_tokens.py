@@ -168,15 +168,8 @@ def draw_swin(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     mlp_ratio = choose(rng, (2.0, 3.0, 4.0))
     head = choose(rng, (8, 16, 32))
     sides = stage_sides(limits.image_size, (patch, *(2,) * (stages - 1)))
-    widths = stage_widths(
-        rng,
-        limits,
-        tuple(2.0**stage for stage in range(stages)),
-        depths=depths,
-        sides=sides,
-        per_block=4 + 2 * mlp_ratio,
-        multiple=head,
-    )
+    ratios = tuple(2.0**stage for stage in range(stages))
+    widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=4 + 2 * mlp_ratio, multiple=head)
     return {
         'patch': patch,
         'depths': depths,

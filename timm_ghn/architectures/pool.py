@@ -45,11 +45,7 @@ class Pool:
         self._memory: dict[int, Architecture] = {}
 
     def __getitem__(self, member: int) -> Architecture:
-        """A member, by its number.
-
-        Raises:
-            ConfigError: if the sampler finds none.
-        """
+        """A member, by its number."""
         if member not in self._memory:
             path = self.folder / f'{self._name}-{member}.json'
             try:

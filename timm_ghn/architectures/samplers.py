@@ -78,9 +78,6 @@ class TimmSampler(Limits, ArchitectureSampler):
         families: Names of :data:`~timm_ghn.architectures.families.FAMILIES`.
         split: Which designs may be drawn, see :attr:`Architecture.split`; None for all.
         attempts: How often options are drawn before giving up.
-
-    Raises:
-        ConfigError: if a name is unknown or a limit excludes everything.
     """
 
     families: tuple[str, ...] = TRAIN_FAMILIES
@@ -96,11 +93,7 @@ class TimmSampler(Limits, ArchitectureSampler):
             raise ConfigError(f'expected split to be one of {", ".join(SPLITS)}, or None (got {self.split!r})')
 
     def sample(self, rng: np.random.Generator) -> Architecture:
-        """Draw an architecture within the limits.
-
-        Raises:
-            ConfigError: if none is found.
-        """
+        """Draw an architecture within the limits."""
         family = self.families[int(rng.integers(len(self.families)))]
         fewest, most = self.parameters
         for _ in range(self.attempts):
@@ -131,9 +124,6 @@ def evaluation_set(sampler: TimmSampler, *, seed: int, count: int, split: str = 
 
     Returns:
         ``count`` distinct architectures of each family, in the order of the families.
-
-    Raises:
-        ConfigError: if a family has too few members within the limits.
     """
     chosen: list[Architecture] = []
     for family in sampler.families:
@@ -162,9 +152,6 @@ class NamesSampler(ArchitectureSampler):
     Attributes:
         names: Names, or patterns such as ``'resnet*'``, which stand for all models that match.
         small_stem: Whether stems are made for small images, as :mod:`timm_ghn.architectures.small_images` does it.
-
-    Raises:
-        ConfigError: if timm has no model of a name.
     """
 
     names: tuple[str, ...]
@@ -222,9 +209,6 @@ class MixSampler(ArchitectureSampler):
     Attributes:
         parts: A mapping for each: its ``share`` of the draws (any positive number, 1 if left out), the name of its
             ``sampler`` ('timm' if left out), and the options of that.
-
-    Raises:
-        ConfigError: if a part is wrong.
     """
 
     parts: tuple[Mapping[str, Any], ...] = dataclasses.field(hash=False)

@@ -39,11 +39,7 @@ _FEW_CHANNELS = 512
 
 
 class TensorDecoder(nn.Module):
-    """Decodes tensors with two channel axes and two spatial ones, and the weight of the classifier.
-
-    Args:
-        config: Its ``hid``, ``max_shape``, ``num_classes`` and ``window`` are used.
-    """
+    """Decodes tensors with two channel axes and two spatial ones, and the weight of the classifier."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
@@ -74,9 +70,6 @@ class ConvDecoder(TensorDecoder):
 
     Output channel o, input channel i is element o C1 + i of r. A classifier is decoded from one pixel:
     y = W_cls ReLU(r[:, i]) + b_cls for each input channel i, over all C0 rows of r.
-
-    Args:
-        config: Its ``hid``, ``max_shape``, ``num_classes`` and ``window`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -205,9 +198,6 @@ class MLPDecoder(TensorDecoder):
     """Baseline decoder: W_2 ReLU(W_1 z + b_1) + b_2, read as (C0, C1, H, W).
 
     A classifier is W_cls ReLU(W_1 z + b_1) + b_cls, read as (K, C1).
-
-    Args:
-        config: Its ``hid``, ``max_shape``, ``num_classes`` and ``window`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -257,9 +247,6 @@ class VectorDecoder(nn.Module):
 
     Row 0 is a weight (of a normalisation layer), row 1 a bias. The bias of a classifier is row 1 passed through
     b_cls + W_cls ReLU(g[1]).
-
-    Args:
-        config: Its ``hid``, ``max_shape`` and ``num_classes`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:

@@ -197,12 +197,7 @@ class _Part:
 
 
 class TemplateDecoder(TensorDecoder):
-    """Tensors as mixtures of templates; see the module.
-
-    Args:
-        config: Its ``hid``, ``max_shape`` (channels that have codes, and the largest kernel), ``num_classes``,
-            ``templates`` and ``codes`` are used.
-    """
+    """Tensors as mixtures of templates; see the module."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__(config)

@@ -65,11 +65,7 @@ SPLITS = {
 
 
 def ranges_of(split: str) -> SplitRanges:
-    """The ranges of a split.
-
-    Raises:
-        ConfigError: if there is no such split.
-    """
+    """The ranges of a split."""
     if split not in SPLITS:
         raise ConfigError(f'expected a split among {", ".join(SPLITS)} (got {split!r})')
     return SPLITS[split]

@@ -32,9 +32,6 @@ class Genotype:
         normal_concat: Inputs whose concatenation is the output of the cell.
         reduce: The same for a reduction cell.
         reduce_concat: Likewise.
-
-    Raises:
-        ConfigError: if an operation is unknown or an input comes later than its use.
     """
 
     normal: tuple[tuple[str, int], ...]
@@ -95,9 +92,6 @@ class NetworkConfig:
         glob_avg: Whether the last map is averaged; it is flattened otherwise.
         fc_layers: Layers of the classifier.
         fc_dim: Width of its hidden layers.
-
-    Raises:
-        ConfigError: if cells concatenate or widen without the convolutions that this needs.
     """
 
     genotype: Genotype
@@ -122,11 +116,7 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkConfig:
-        """The record that ``dataclasses.asdict`` or the reference's JSON gives; what it does not know is left out.
-
-        Raises:
-            ConfigError: if something is missing or wrong.
-        """
+        """The record that ``dataclasses.asdict`` or the reference's JSON gives; what it does not know is left out."""
         known = {field.name for field in dataclasses.fields(cls)} & set(values)
         try:
             return cls(**{**{name: values[name] for name in known}, 'genotype': Genotype(**values['genotype'])})

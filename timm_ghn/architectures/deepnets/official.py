@@ -54,12 +54,7 @@ def official_splits(path: Path) -> tuple[str, ...]:
 
 
 class HDF5Nets(Sequence[NetRecord]):
-    """Networks of one split of an official file, each of which is read when it is asked for.
-
-    Raises:
-        ConfigError: if the split is missing.
-        DataError: if the file, or a network that is asked for, is damaged.
-    """
+    """Networks of one split of an official file, each of which is read when it is asked for."""
 
     def __init__(self, path: Path, split: str) -> None:
         self.path, self.split = path, split

@@ -38,9 +38,6 @@ class DeepNetsSampler(ArchitectureSampler):
         channels: Channels of the first cells.
         parameters: Most parameters of a network.
         attempts: How often a network is drawn before giving up.
-
-    Raises:
-        ConfigError: if the split is unknown.
     """
 
     file: str | None = None
@@ -64,11 +61,7 @@ class DeepNetsSampler(ArchitectureSampler):
         return open_nets(Path(self.file), self.split)
 
     def sample(self, rng: np.random.Generator) -> Architecture:
-        """Draw a network within the limit of parameters.
-
-        Raises:
-            ConfigError: if none is found.
-        """
+        """Draw a network within the limit of parameters."""
         for _ in range(self.attempts):
             if self.file is None:
                 config = draw_config(rng, self.split)

@@ -48,9 +48,6 @@ class ArrowNets(Sequence[NetRecord]):
     Args:
         path: The file.
         split: Only networks of this split; all if None.
-
-    Raises:
-        DataError: if it is damaged or holds something else.
     """
 
     def __init__(self, path: Path, split: str | None = None) -> None:
