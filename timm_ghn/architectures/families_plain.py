@@ -54,7 +54,7 @@ def build_vgg(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     cfg: list[int | str] = []
     for depth, width in zip(options['depths'], options['widths'], strict=True):
         cfg += [*([width] * depth), 'M']
-    act = nn.ReLU if options['act'] == 'relu' else _QuietGELU
+    act = get_act_layer(options['act'])
     model: Any = VGG(
         cfg if options['last_pooling'] else cfg[:-1],
         # The class's own classifier has 4096 channels; it is made as small as can be, and replaced.
@@ -72,13 +72,6 @@ def build_vgg(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     model.head = ClassifierHead(features, architecture.num_classes, device=common['device'])
     model.num_classes, model.head_hidden_size = architecture.num_classes, features
     return cast(nn.Module, model)
-
-
-class _QuietGELU(nn.GELU):
-    """A GELU that takes VGG's argument ``inplace``."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
 
 
 def draw_densenet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
