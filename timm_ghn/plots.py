@@ -101,12 +101,11 @@ def _draw_layers(
 
 
 def _draw_spectrum(ax: Any, comparison: Comparison) -> None:
-    first: LayerDiversity = comparison.weights[KINDS[0]]
     for kind in reversed(KINDS):
         shown = [max(value, _LEAST) for value in comparison.weights[kind].spectrum]
         ax.plot(range(1, len(shown) + 1), shown, _STYLES[kind], color=_COLOURS[kind], label=_LABELS[kind])
-    shape = 'x'.join(map(str, first.shape))
-    title = f'eigenvalues of the channel correlations, layer {comparison.number}:\n{first.name} ({shape})'
+    shape = 'x'.join(map(str, comparison.shape))
+    title = f'eigenvalues of the channel correlations, layer {comparison.number}:\n{comparison.name} ({shape})'
     ax.set_title(title, fontsize=10, parse_math=False)
     ax.set(xlabel='eigenvalue, the largest first', ylabel=f'{_LEAST:g} stands for less', yscale='log')
     ax.grid(alpha=0.3)

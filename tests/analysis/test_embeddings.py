@@ -36,8 +36,3 @@ def test_embeddings_do_not_depend_on_the_order_of_nodes(ghn, graphs):
     torch.testing.assert_close(
         graph_embeddings(ghn, map(reordered, graphs)), graph_embeddings(ghn, graphs), atol=1e-5, rtol=1e-4
     )
-
-
-def test_no_graph_is_refused(ghn):
-    with pytest.raises(ValueError, match='at least one'):
-        graph_embeddings(ghn, [])

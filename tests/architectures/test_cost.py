@@ -34,10 +34,11 @@ def test_attention_is_counted_as_torch_counts_it():
         (Cost(21, 100, 50), False),
         (Cost(10, 101, 50), False),
         (Cost(10, 100, 51), False),
+        (Cost(10, 100, 39), False),
     ],
 )
 def test_every_limit_counts(cost, admitted):
-    assert Limits(8, (10, 20), 100, 50).admit(cost) is admitted
+    assert Limits(parameters=(10, 20), macs=100, activations=50, least_activations=40).admit(cost) is admitted
 
 
 @pytest.mark.parametrize('wrong', [{'parameters': (2, 1)}, {'macs': 0}, {'image_size': 0}, {'activations': 0}])

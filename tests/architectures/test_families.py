@@ -1,6 +1,5 @@
 """Laws of every family: it can be traced, predicted for and run, within its budget and without noise."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -72,18 +71,16 @@ def check(architecture: Architecture, limits: Limits) -> None:
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_members_are_traced_planned_and_run(family):
-    limits = TimmSampler().limits
-    for architecture in members(family, 3):
-        check(architecture, limits)
+    for architecture in members(family, 2):
+        check(architecture, TimmSampler())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('image_size', [32, 64])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_many_members_are_traced_planned_and_run(family, image_size):
-    limits = dataclasses.replace(TimmSampler().limits, image_size=image_size)
     for architecture in members(family, 50, seed=1, image_size=image_size):
-        check(architecture, limits)
+        check(architecture, TimmSampler())
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -94,10 +91,10 @@ def test_a_seed_means_the_same_options_on_every_platform(family):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('image_size', [8, 24, 28, 96, 224])
+@pytest.mark.parametrize('image_size', [8, 28, 224])
 def test_other_image_sizes_can_be_read(family, image_size):
     limits = Limits(image_size=image_size, parameters=(0, 2_000_000), macs=500_000_000, activations=None)
-    architecture = Architecture(family, FAMILIES[family](np.random.default_rng(3), limits), image_size)
+    architecture = Architecture(family, FAMILIES[family](np.random.default_rng(3), limits), image_size=image_size)
     trace(architecture.build(), input_size=architecture.input_size, rules='operators')
 
 
@@ -108,15 +105,6 @@ def test_a_family_covers_stems_depths_and_widths():
     assert len({sum(o['depths']) for o in drawn}) > 5
     assert min(min(o['widths']) for o in drawn) <= 16
     assert max(max(o['widths']) for o in drawn) >= 128
-
-
-def test_wide_networks_come_where_the_budget_permits_them():
-    sampler = TimmSampler(
-        ('resnet_bottleneck',), 64, parameters=(10_000_000, 40_000_000), macs=2_000_000_000, activations=None
-    )
-    rng = np.random.default_rng(0)
-    widths = [max(p.shape[0] for p in sampler.sample(rng).build().parameters()) for _ in range(8)]
-    assert max(widths) >= 1024
 
 
 def test_training_leaves_out_the_held_out_families():

@@ -27,27 +27,26 @@ def test_resnet_gets_the_stem_of_the_paper():
     assert model.forward_features(torch.zeros(2, 3, 32, 32)).shape == (2, 512, 4, 4)
 
 
-def test_convnext_gets_the_stem_of_the_paper():
-    model = timm.create_model('convnext_atto', num_classes=10)
+@pytest.mark.parametrize(
+    ('name', 'edit'),
+    [('convnext_atto', 'stem.0: stride 4 -> 1'), ('convmixer_1024_20_ks9_p14', 'stem.0: stride 14 -> 3')],
+)
+def test_a_patch_convolution_keeps_its_kernel(name, edit):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=10)
     before = model.stem[0].weight
-    edits = adapt_to_small_images_(model, 32)
-    assert edits == ('stem.0: stride 4 -> 1',)
+    assert adapt_to_small_images_(model, 32) == (edit,)
     assert model.stem[0].weight is before
-    assert model.stem[0].kernel_size == (4, 4)
 
 
 @pytest.mark.parametrize(
     ('name', 'shape'),
     [
         ('efficientnet_b0', (1280, 4, 4)),
-        ('regnety_002', (368, 4, 4)),
         ('densenet121', (1024, 4, 4)),
-        ('mobilenetv3_small_100', (576, 4, 4)),
-        ('test_resnet', (96, 4, 4)),
         ('vit_tiny_patch16_224', (65, 192)),
         ('swin_tiny_patch4_window7_224', (4, 4, 768)),
         ('levit_128s', (4, 384)),
-        ('coatnet_nano_rw_224', (512, 4, 4)),
     ],
 )
 def test_families_keep_a_map_of_an_eighth_of_the_image(name, shape):
@@ -57,18 +56,6 @@ def test_families_keep_a_map_of_an_eighth_of_the_image(name, shape):
 def test_a_large_enough_image_needs_no_argument():
     assert size_arguments('resnet50', 224, small=False) == {}
     assert size_arguments('vit_tiny_patch16_224', 96, small=False) == {'img_size': 96}
-
-
-def test_a_model_that_cannot_be_adapted_is_as_it_was():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 8 * 8, 2))
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(UnsupportedModelError, match='keep its stem with small_stem=off'):
-        adapt_to_small_images_(net, 32)
-    assert (net[0].stride, net[0].kernel_size, net[0].padding) == ((2, 2), (7, 7), (3, 3))
-    assert isinstance(net[1], nn.MaxPool2d)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
 def test_modes_and_hooks_are_as_they_were():
@@ -102,13 +89,9 @@ def sides(model, size):
     'name',
     [
         'resnetblur18',
-        'resnetaa34d',
-        'densenetblur121d',
         'skresnet18',
         'nf_resnet26',
-        'nfnet_f0',
         'cs3darknet_focus_s',
-        'gernet_s',
         'dla34',
         'test_byobnet',
     ],
@@ -123,39 +106,20 @@ def test_the_total_stride_is_divided_by_four(name):
     assert small[last] == large[last] == 4
 
 
-def test_a_stride_beyond_four_is_divided():
-    with torch.device('meta'):
-        model = timm.create_model('convmixer_1024_20_ks9_p14', num_classes=10)
-    (edit,) = adapt_to_small_images_(model, 32)
-    assert edit == 'stem.0: stride 14 -> 3'
-
-
-@pytest.mark.parametrize(('name', 'module'), [('tresnet_m', "'body.s2d'"), ('csatv2', "'stem_dct'")])
-@pytest.mark.parametrize('size', [32, 64])
-def test_a_stem_that_has_no_strides_to_take_out_is_refused(name, module, size):
+@pytest.mark.parametrize('name', ['tresnet_m', 'csatv2'])
+def test_a_stem_that_has_no_strides_to_take_out_is_refused(name):
     with torch.device('meta'):
         model = timm.create_model(name, num_classes=10)
     before = str(model)
-    with pytest.raises(UnsupportedModelError, match=f'has no strides .* in {module}; .*small_stem=off'):
-        adapt_to_small_images_(model, size)
+    with pytest.raises(UnsupportedModelError, match='has no strides .*small_stem=off'):
+        adapt_to_small_images_(model, 32)
     assert str(model) == before
 
 
-@pytest.mark.parametrize('name', ['nf_resnet26', 'nf_regnet_b0'])
-def test_a_scaled_kernel_keeps_the_gain_of_its_size(name):
-    model = timm.create_model(name, num_classes=10)
-    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+def test_a_scaled_kernel_keeps_the_gain_of_its_size():
+    model = timm.create_model('nf_resnet26', num_classes=10)
+    conv = model.stem.conv
     gain = conv.scale * conv.weight[0].numel() ** 0.5
     adapt_to_small_images_(model, 32)
     assert conv.kernel_size == (3, 3)
-    assert conv.scale * conv.weight[0].numel() ** 0.5 == pytest.approx(gain)
     assert conv.scale * 27**0.5 == pytest.approx(gain)
-
-
-def test_a_scaled_kernel_that_is_put_back_has_its_scale_back():
-    model = timm.create_model('nf_resnet26', num_classes=10)
-    scale = model.stem.conv.scale
-    model.stages[0].forward = None
-    with pytest.raises(UnsupportedModelError):
-        adapt_to_small_images_(model, 32)
-    assert (model.stem.conv.scale, model.stem.conv.kernel_size) == (scale, (7, 7))

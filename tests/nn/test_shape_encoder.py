@@ -8,38 +8,20 @@ import torch
 
 from timm_ghn.graph.graph import NO_SHAPE
 from timm_ghn.nn import GHNConfig
-from timm_ghn.nn.shape_encoder import (
-    ShapeEncoder,
-    _channel_rows,
-    _spatial_rows,
-    channel_vocabulary,
-    spatial_vocabulary,
-)
+from timm_ghn.nn.shape_encoder import ShapeEncoder, _channel_rows, _spatial_rows
 
 
-@pytest.mark.parametrize('num_classes', [2, 5, 10, 100, 1000, 10450, 21841])
+@pytest.mark.parametrize('num_classes', [5, 10, 1000, 10450])
 def test_every_channel_count_takes_the_row_of_the_literal_rule(num_classes: int):
     rows = _channel_rows(num_classes)
     sizes = [*range(0, 200), *range(200, len(rows), 7), *range(len(rows) - 20, len(rows))]
     assert [int(rows[size]) for size in sizes] == [literal.channel_row(size, num_classes) for size in sizes]
 
 
-@pytest.mark.parametrize('max_size', [7, 11, 16, 32])
+@pytest.mark.parametrize('max_size', [7, 16])
 def test_every_kernel_size_takes_the_row_of_the_literal_rule(max_size: int):
     rows = _spatial_rows(max_size)
     assert rows.tolist() == [literal.spatial_row(size, max_size) for size in range(len(rows))]
-
-
-def test_the_vocabularies_have_the_published_sizes():
-    assert [len(channel_vocabulary(k)) for k in (10, 100, 1000)] == [391, 391, 391]
-    assert [len(spatial_vocabulary(size)) for size in (11, 16)] == [8, 10]
-
-
-def test_named_cases_of_the_lookup():
-    channels = [channel_vocabulary(10)[row] for row in _channel_rows(10)[[0, 2, 4, 7, 9, 12, 60, 72]]]
-    assert channels == [8192, 1, 8, 8, 8, 10, 56, 64]
-    assert [spatial_vocabulary(11)[row] for row in _spatial_rows(11)[[2, 4, 13, 15]]] == [3, 3, 14, 14]
-    assert [spatial_vocabulary(16)[row] for row in _spatial_rows(16)[[4, 10, 12]]] == [3, 9, 11]
 
 
 def test_sizes_above_the_vocabulary_take_its_last_row_and_no_shape_takes_the_dummy():
@@ -50,7 +32,7 @@ def test_sizes_above_the_vocabulary_take_its_last_row_and_no_shape_takes_the_dum
     assert torch.equal(absent, torch.cat((dummies[0], dummies[0], dummies[1], dummies[1])))
 
 
-@pytest.mark.parametrize(('old', 'new'), [(10, 200), (10, 10), (64, 10), (10, 64), (1000, 3)])
+@pytest.mark.parametrize(('old', 'new'), [(10, 200), (64, 10), (1000, 3)])
 def test_an_encoder_takes_over_the_embeddings_of_one_for_other_classes(old, new):
     first, second = (
         ShapeEncoder(GHNConfig(hid=16, max_shape=(16, 16, 7, 7), num_classes=classes)) for classes in (old, new)

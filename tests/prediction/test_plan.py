@@ -18,11 +18,8 @@ CONFIG = TINY['graphormer']
 HEADS = ('auto', 'predict', 'keep')
 TIMM = [
     *timm.list_models('test_*'),
-    'mobilenetv3_small_050',
     'deit_tiny_distilled_patch16_224',
     'swin_tiny_patch4_window7_224',
-    'levit_128s',
-    'gmixer_12_224',
 ]
 
 
@@ -88,8 +85,6 @@ def check_words(plan: ParameterPlan) -> None:
     ('classes', 'head', 'predicted', 'reason'),
     [
         (1000, 'auto', True, None),
-        (1000, 'predict', True, None),
-        (1000, 'keep', False, 'head kept on request'),
         (10, 'auto', False, 'head for 10 classes, the GHN was trained with 1000'),
         (10, 'predict', True, None),
         (10, 'keep', False, 'head kept on request'),
@@ -126,13 +121,6 @@ def test_roles_are_what_parameters_are_for():
     assert roles['blocks.0.norm1.bias'] == 'norm bias'
     assert roles['head.weight'] == 'head weight'
     assert roles['head.bias'] == 'head bias'
-
-
-def test_the_bias_of_a_norm_comes_from_the_node_of_its_weight():
-    rows = {row.name: row for row in plan_parameters(trace(plain(), input_size=SIZE), CONFIG)}
-    weight, bias = rows['body.1.weight'], rows['body.1.bias']
-    assert weight.node == bias.node
-    assert (weight.request.kind, bias.request.kind) == (DecodeKind.WEIGHT_1D, DecodeKind.BIAS_1D)
 
 
 def test_what_the_published_rules_leave_out_is_kept_for_that_reason():

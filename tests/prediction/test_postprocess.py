@@ -124,13 +124,6 @@ def test_a_result_that_is_not_finite_is_refused_and_the_model_stays():
     torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_low_precision_is_the_rounded_result_of_float32(dtype):
-    weight = torch.randn(6, 5, 3, 3, generator=seeded()).to(dtype)
-    expected = processed(weight.float(), PostProcess(), seeded(1)).to(dtype)
-    assert torch.equal(processed(weight, PostProcess(), seeded(1)), expected)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize('shape', SHAPES)
 def test_the_device_does_not_matter(shape):
@@ -181,15 +174,7 @@ def test_a_share_of_the_depth_stays(layer, first):
     assert PostProcess(layer=0.29).first(100) == 30, 'though 0.29 * 100 is less than 29'
 
 
-def test_the_share_counts_the_same_for_any_architecture():
-    for name in ('test_resnet', 'test_vit', 'test_convnext'):
-        plan = plan_of(timm.create_model(name))
-        counted = layers(plan)
-        expected = [row.name for row in counted[int(0.7 * len(counted)) :] if row.name not in plan.graph.classifier]
-        assert [row.name for row in processed_layers(plan, NAMED['orth'])] == expected
-
-
-@pytest.mark.parametrize('name', ['test_vit', 'test_convnext', 'deit_tiny_distilled_patch16_224'])
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext'])
 def test_layers_do_not_depend_on_the_ghn(name):
     with torch.device('meta'):
         model = timm.create_model(name)
@@ -201,22 +186,10 @@ def test_layers_do_not_depend_on_the_ghn(name):
     assert not [name for name in found[0] if not name.endswith('weight')], 'no tokens, no tables of positions'
 
 
-def test_the_joint_projection_of_an_attention_counts():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.Sequential(nn.Flatten(2), nn.Linear(SIZE * SIZE, 8), layer, nn.Flatten(), nn.Linear(24, 1000))
-    names = [row.name for row in layers(plan_of(model))]
-    assert names[1:3] == ['2.self_attn.in_proj_weight', '2.self_attn.out_proj.weight']
-
-
-def test_a_weight_that_is_computed_is_processed_where_it_is_stored():
-    plan = plan_of(NETWORKS['reparametrised']().model)
-    assert 'body.0.parametrizations.weight.original1' in {row.name for row in layers(plan)}
-
-
 # -- a model
 
 
-@pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext'])
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])
 def test_all_but_the_chosen_layers_stays_bit_for_bit(name):
     model = timm.create_model(name)
     before = snapshot(model)
@@ -233,32 +206,7 @@ def test_all_but_the_chosen_layers_stays_bit_for_bit(name):
     assert modes == [module.training for module in model.modules()]
 
 
-def test_the_same_seed_gives_the_same_weights_and_the_global_generators_are_left_alone():
-    model = plain()
-    before = snapshot(model)
-    state = torch.get_rng_state()
-
-    def run(**options: int) -> Tensor:
-        model.load_state_dict(before)
-        return postprocess_(model, PostProcess(beta=0.1, **options), input_size=SIZE).body[0].weight.detach().clone()
-
-    assert torch.equal(run(), run())
-    assert not torch.equal(run(), run(seed=1))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_noise_is_drawn_layer_by_layer_from_the_generator():
-    model = plain()
-    before = snapshot(model)
-    postprocess_(model, PostProcess(orth=False, beta=0.5, layer=1), input_size=SIZE, generator=seeded(5))
-    generator = seeded(5)
-    for name in ('body.0.weight', 'body.3.weight'):
-        noise = torch.randn(before[name].shape, generator=generator)
-        expected = published(before[name], 0.5, 0, False, noise)
-        torch.testing.assert_close(model.get_parameter(name).detach(), expected)
-
-
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', ['tied', 'reparametrised', 'direct', 'two inputs', 'mixed dtypes'])
 def test_any_network_is_processed_or_left_as_it_is(name):
     case = NETWORKS[name]()
     before = snapshot(case.model)
@@ -270,17 +218,6 @@ def test_any_network_is_processed_or_left_as_it_is(name):
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
 
 
-def test_memory_formats_stay():
-    model = plain().to(memory_format=torch.channels_last)
-    other = plain()
-    other.load_state_dict(model.state_dict())
-    strides = [p.stride() for p in model.parameters()]
-    postprocess_(model, EVERYTHING, input_size=SIZE)
-    postprocess_(other, EVERYTHING, input_size=SIZE)
-    assert [p.stride() for p in model.parameters()] == strides
-    torch.testing.assert_close(model.state_dict(), other.state_dict())
-
-
 @pytest.mark.parametrize('options', [None, PostProcess(orth=False, beta=0), PostProcess(layer=99)])
 def test_nothing_to_do_changes_nothing(options):
     model = plain()
@@ -289,11 +226,10 @@ def test_nothing_to_do_changes_nothing(options):
     torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_is_named_before_any_is_written(value):
+def test_a_weight_that_is_not_finite_is_named_before_any_is_written():
     model = plain()
     with torch.no_grad():
-        model.body[3].weight[0, 0, 0, 0] = value
+        model.body[3].weight[0, 0, 0, 0] = math.inf
     before = snapshot(model)
     with pytest.raises(PredictionError, match=r"'body\.3\.weight' are not finite"):
         postprocess_(model, EVERYTHING, input_size=SIZE)
@@ -320,14 +256,17 @@ def test_the_plan_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize('options', ['orth', 'noise', PostProcess(layer=2, scale='keep', seed=3)])
-def test_initialising_is_predicting_and_post_processing(options):
+def test_initialising_is_predicting_and_post_processing_whatever_the_global_generators(options):
     ghn = make_ghn(TINY['graphormer'])
     model, other = timm.create_model('test_vit'), timm.create_model('test_vit')
     other.load_state_dict(model.state_dict())
     ghn_init(model, ghn, postprocess=options)
     other.load_state_dict(timm_ghn.predict(other, ghn).state_dict, strict=False)
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    torch.rand(1)
+    state = torch.get_rng_state()
     postprocess_(other, options)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -343,19 +282,6 @@ def test_the_ghn_recommends_what_is_done_by_default(recommended):
     assert same is (recommended == 'none')
 
 
-def test_a_named_post_processing_takes_the_seed_of_the_call():
-    assert PostProcess.of('noise', seed=3) == dataclasses.replace(NAMED['noise'], seed=3)
-    assert PostProcess.of(PostProcess(seed=1), seed=3).seed == 1
-
-
-def test_an_unknown_post_processing_changes_nothing():
-    model = plain()
-    before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"'noise', 'none', None or a PostProcess \(got 'orthogonal'\)"):
-        ghn_init(model, make_ghn(TINY['gated']), input_size=SIZE, postprocess='orthogonal')
-    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     'options',
     [
@@ -368,3 +294,10 @@ def test_an_unknown_post_processing_changes_nothing():
 def test_options_are_checked(options):
     with pytest.raises(ConfigError, match=rf'expected {next(iter(options))} .*\(got '):
         PostProcess(**options)
+
+
+def test_options_by_name_take_the_seed_of_the_call():
+    assert PostProcess.of('noise', seed=3) == dataclasses.replace(NAMED['noise'], seed=3)
+    assert PostProcess.of(PostProcess(seed=1), seed=3).seed == 1
+    with pytest.raises(ConfigError, match=r"'noise', 'none', None or a PostProcess \(got 'orthogonal'\)"):
+        PostProcess.of('orthogonal')

@@ -22,15 +22,12 @@ _SLOW_INITIALISATION = ('googlenet', 'inception_v3')
 
 
 def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | None = None) -> dict[str, float]:
-    """Norms that the authors of a GHN published.
+    """Norms that the authors of a GHN published: over all parameters, for each torchvision network.
 
     Args:
         name: A GHN of the catalogue.
         known: The catalogue.
         archs: Only these networks.
-
-    Returns:
-        Norm over all parameters for each torchvision network.
 
     Raises:
         ConfigError: if nothing was published for the GHN, or not for one of ``archs``, or if torchvision has no
@@ -40,15 +37,14 @@ def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | 
     if name not in with_norms:
         raise ConfigError(f'no norms were published for {name!r}; there are some for {", ".join(with_norms)}')
     norms: dict[str, float] = dict(known[name].norms)
-    missing = [arch for arch in archs or () if arch not in norms]
-    if missing:
-        near = difflib.get_close_matches(missing[0], norms, n=3) or sorted(norms)[:3]
-        raise ConfigError(f'no norm was published for {missing[0]!r} (try {", ".join(near)})')
-    chosen = {arch: norms[arch] for arch in archs} if archs else norms
-    unknown = sorted(chosen.keys() - set(torchvision.models.list_models(module=torchvision.models)))
-    if unknown:
-        raise ConfigError(f'torchvision has no network {unknown[0]!r}, of which {name!r} states a norm')
-    return chosen
+    chosen = list(archs or norms)
+    for arch in chosen:
+        if arch not in norms:
+            near = difflib.get_close_matches(arch, norms, n=3) or sorted(norms)[:3]
+            raise ConfigError(f'no norm was published for {arch!r} (try {", ".join(near)})')
+        if arch not in torchvision.models.list_models(module=torchvision.models):
+            raise ConfigError(f'torchvision has no network {arch!r}, of which {name!r} states a norm')
+    return {arch: norms[arch] for arch in chosen}
 
 
 def image_side(arch: str) -> int:

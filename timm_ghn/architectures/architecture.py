@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.layers import DropBlock2d, DropPath, PatchDropout
+from timm.layers import DropPath
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,30 +21,54 @@ SPLITS = ('train', 'val', 'test')
 #: Of 100 designs, how many belong to 'val' and how many to 'test'.
 HELD_OUT_PERCENT = 5
 
-#: Makes the network of an architecture on a device.
-Builder = Callable[['Architecture', torch.device], nn.Module]
+#: Makes the network of an architecture; the second argument is what all classes of timm take: num_classes, in_chans and
+#: device.
+Builder = Callable[['Architecture', dict[str, Any]], nn.Module]
 
 _BUILDERS: dict[str, Builder] = {}
 
 
 def register_family(name: str) -> Callable[[Builder], Builder]:
-    """Function decorator: say how architectures of a family are built.
-
-    Raises:
-        ConfigError: if the name is taken.
-    """
+    """Function decorator: say how architectures of a family are built."""
 
     def register(builder: Builder) -> Builder:
-        if name in _BUILDERS:
-            raise ConfigError(f'expected a new name for a family of architectures (got {name!r}, which is taken)')
         _BUILDERS[name] = builder
         return builder
 
     return register
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a network classifies.
+
+    Attributes:
+        image_size: Side of the images in pixels.
+        num_classes: Number of classes.
+        in_chans: Channels of the images.
+    """
+
+    image_size: int = 32
+    num_classes: int = 10
+    in_chans: int = 3
+
+    def __post_init__(self) -> None:
+        if min(self.image_size, self.num_classes, self.in_chans) < 1:
+            raise ConfigError(f'expected image_size, num_classes and in_chans of at least 1 (got {self})')
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return self.in_chans, self.image_size, self.image_size
+
+    @property
+    def task(self) -> dict[str, int]:
+        """These fields alone."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
+
+
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class Architecture(Task):
     """A network without its weights.
 
     Equal records build equal networks, on any machine; a record can be pickled, hashed and written as JSON.
@@ -52,31 +76,14 @@ class Architecture:
     Attributes:
         family: What builds it, a name of :func:`register_family`.
         options: What the family varies. Values are booleans, numbers, strings, None, and tuples of these.
-        image_size: Side of the images in pixels.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
-
-    Raises:
-        ConfigError: if an option has another type, or a number is below one.
     """
 
     family: str
     options: Mapping[str, Any] = dataclasses.field(hash=False)
-    image_size: int = 32
-    num_classes: int = 10
-    in_chans: int = 3
 
     def __post_init__(self) -> None:
-        plain = {name: _plain(name, self.options[name]) for name in sorted(self.options)}
-        object.__setattr__(self, 'options', plain)
-        for field in ('image_size', 'num_classes', 'in_chans'):
-            if getattr(self, field) < 1:
-                raise ConfigError(f'expected {field} to be at least 1 (got {getattr(self, field)})')
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images."""
-        return self.in_chans, self.image_size, self.image_size
+        super().__post_init__()
+        object.__setattr__(self, 'options', {name: _tuples(self.options[name]) for name in sorted(self.options)})
 
     @property
     def design(self) -> str:
@@ -111,15 +118,12 @@ class Architecture:
 
         On the meta device it has no values, nor have its buffers: enough for tracing, not for running. On any other
         device it is initialised as its class does it.
-
-        Raises:
-            ConfigError: if nothing is known of the family.
         """
         if self.family not in _BUILDERS:
             raise ConfigError(f'expected a family among {", ".join(sorted(_BUILDERS))} (got {self.family!r})')
-        device = torch.device(device)
+        common = {'num_classes': self.num_classes, 'in_chans': self.in_chans, 'device': torch.device(device)}
         with SkipInitialisation():
-            model = _BUILDERS[self.family](self, device)
+            model = _BUILDERS[self.family](self, common)
         return _without_dropout(model).train()
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,26 +132,16 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
-        """The record that :meth:`to_dict` or its JSON describes.
-
-        Raises:
-            ConfigError: if a field is unknown or missing.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not {'family', 'options'} <= set(values) <= known:
-            raise ConfigError(f'expected an architecture with the fields {sorted(known)} (got {sorted(values)})')
-        return cls(**values)
+        """The record that :meth:`to_dict` or its JSON describes."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f'expected the fields of an architecture: {error}') from error
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A value of an option as JSON gives it back, but for tuples in the place of lists."""
-    if isinstance(value, tuple | list):
-        return tuple(_plain(name, part) for part in value)
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise ConfigError(
-        f'expected option {name} to consist of booleans, numbers, strings and None (got {type(value).__name__})'
-    )
+def _tuples(value: Any) -> Any:
+    """A value with tuples in the place of lists, as JSON gives them back."""
+    return tuple(map(_tuples, value)) if isinstance(value, tuple | list) else value
 
 
 def _digest(value: Any) -> str:
@@ -160,12 +154,8 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif isinstance(module, DropPath | DropBlock2d):
+        elif isinstance(module, DropPath):
             module.drop_prob = 0.0
-        elif isinstance(module, PatchDropout):
-            module.prob = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
     return model
 
 

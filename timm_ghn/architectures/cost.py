@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.architectures.architecture import Architecture
+from timm_ghn.architectures.architecture import Task
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.meta import MetaMode
 
@@ -32,49 +33,39 @@ class Cost:
     activations: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a network may cost at one image size.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits(Task):
+    """What a network may cost, and for which images.
 
     Attributes:
-        image_size: Side of the images in pixels.
         parameters: Fewest and most parameters.
         macs: Most multiply-accumulates for one image.
         activations: Most elements that layers write for one image; None for any number. The default keeps out the
             slowest one in twenty of what the other limits admit.
         least_activations: Fewest elements that layers write for one image: networks with many positions, such as
             transformers of 64 and more tokens, write many.
-
-    Raises:
-        ConfigError: if a limit excludes everything.
     """
 
-    image_size: int = Architecture.image_size
     parameters: tuple[int, int] = (20_000, 1_500_000)
     macs: int = 30_000_000
     activations: int | None = 400_000
     least_activations: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.parameters[0] <= self.parameters[1]:
             raise ConfigError(f'expected parameters as (fewest, most) (got {self.parameters})')
-        for name in ('image_size', 'macs'):
-            if getattr(self, name) < 1:
-                raise ConfigError(f'expected {name} to be at least 1 (got {getattr(self, name)})')
-        if self.activations is not None and self.activations < 1:
-            raise ConfigError(f'expected activations to be at least 1, or None (got {self.activations})')
-
-    def admit_parameters(self, count: int) -> bool:
-        """Whether a network may have so many parameters."""
-        return self.parameters[0] <= count <= self.parameters[1]
+        for name, most in (('macs', self.macs), ('activations', self.activations)):
+            if most is not None and most < 1:
+                raise ConfigError(f'expected {name} to be at least 1 (got {most})')
 
     def admit(self, cost: Cost) -> bool:
         """Whether a network may cost so much."""
+        most = math.inf if self.activations is None else self.activations
         return (
-            self.admit_parameters(cost.parameters)
+            self.parameters[0] <= cost.parameters <= self.parameters[1]
             and cost.macs <= self.macs
-            and (self.activations is None or cost.activations <= self.activations)
-            and cost.activations >= self.least_activations
+            and self.least_activations <= cost.activations <= most
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
-import torch
 from timm.layers import ClassifierHead, get_act_layer
 from timm.models.densenet import DenseNet
 from timm.models.efficientnet import EfficientNet, decode_arch_def
@@ -49,39 +48,30 @@ def draw_vgg(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('vgg')
-def build_vgg(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_vgg(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's VGG."""
     options = architecture.options
     cfg: list[int | str] = []
     for depth, width in zip(options['depths'], options['widths'], strict=True):
         cfg += [*([width] * depth), 'M']
-    act = nn.ReLU if options['act'] == 'relu' else _QuietGELU
+    act = get_act_layer(options['act'])
     model: Any = VGG(
         cfg if options['last_pooling'] else cfg[:-1],
         # The class's own classifier has 4096 channels; it is made as small as can be, and replaced.
         mlp_ratio=1 / 4096,
-        num_classes=0,
-        in_chans=architecture.in_chans,
         act_layer=act,
         norm_layer=nn.BatchNorm2d if options['norm'] == 'batch' else None,
-        device=device,
+        **{**common, 'num_classes': 0},
     )
     features = options['widths'][-1]
     model.pre_logits = nn.Identity()
     if options['classifier'] == 'convolutions':
         kernel, width = options['classifier_kernel'], options['classifier_width']
-        model.pre_logits = ConvMlp(features, width, kernel, drop_rate=0.0, act_layer=act, device=device)
+        model.pre_logits = ConvMlp(features, width, kernel, drop_rate=0.0, act_layer=act, device=common['device'])
         features = width
-    model.head = ClassifierHead(features, architecture.num_classes, device=device)
+    model.head = ClassifierHead(features, architecture.num_classes, device=common['device'])
     model.num_classes, model.head_hidden_size = architecture.num_classes, features
     return cast(nn.Module, model)
-
-
-class _QuietGELU(nn.GELU):
-    """A GELU that takes VGG's argument ``inplace``."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
 
 
 def draw_densenet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
@@ -102,18 +92,16 @@ def draw_densenet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('densenet')
-def build_densenet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_densenet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's DenseNet."""
     options = architecture.options
     model: Any = DenseNet(
         growth_rate=options['growth'],
         block_config=options['depths'],
-        num_classes=architecture.num_classes,
-        in_chans=architecture.in_chans,
         bn_size=options['bottleneck'],
         stem_type='deep' if options['stem'] == 'deep' else '',
         act_layer=options['act'],
-        device=device,
+        **common,
     )
     kernel = options['stem_kernel'] if options['stem'] == 'plain' else 3
     set_convolution(model.features.conv0, kernel=kernel, stride=options['stem_stride'])
@@ -182,19 +170,17 @@ def _draw_strides(rng: np.random.Generator, stages: int, side: int) -> tuple[int
 
 @register_family('mobilenet')
 @register_family('efficientnet')
-def build_inverted(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_inverted(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's EfficientNet, or its MobileNetV3 for the head that pools before its last convolution."""
     options = architecture.options
     build = MobileNetV3 if options['head'] == 'v3' else EfficientNet
     model = build(
         block_args=decode_arch_def([[text] for text in options['stages']]),
-        num_classes=architecture.num_classes,
-        in_chans=architecture.in_chans,
         num_features=options['head_width'],
         stem_size=options['stem_width'],
         fix_stem=True,
         act_layer=get_act_layer(options['act']),
-        device=device,
+        **common,
     )
     set_convolution(model.conv_stem, kernel=3, stride=options['stem_stride'])
     return model

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
-import torch
 from timm.layers import BatchNormAct2d, GroupNorm, GroupNormAct, StdConv2d, create_conv2d
 from timm.models.nfnet import NfCfg, NormFreeNet
 from timm.models.regnet import RegNet, RegNetCfg, generate_regnet
@@ -56,16 +55,20 @@ def _draw_stem(rng: np.random.Generator, limits: Limits, *, after: int) -> dict[
     return {'stem': stem, 'stem_kernel': kernel, 'stem_stride': stride, 'stem_pool': pool}
 
 
-def _total_stride(stem: dict[str, Any]) -> int:
-    return int(stem['stem_stride']) * (1 if stem['stem_pool'] == 'none' else 2)
+def _draw_widths(
+    rng: np.random.Generator, limits: Limits, stem: dict[str, Any], depths: tuple[int, ...], **costs: Any
+) -> tuple[int, ...]:
+    """Widths of the four stages behind a stem; ``costs`` are those of :func:`stage_widths`."""
+    stride = stem['stem_stride'] * (1 if stem['stem_pool'] == 'none' else 2)
+    sides = stage_sides(limits.image_size, (stride, 2, 2, 2))
+    return stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, **costs)
 
 
 def draw_resnet_basic(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     """Two 3x3 convolutions per block."""
     stem = _draw_stem(rng, limits, after=8)
     depths = draw_depths(rng, 4, 3)
-    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
-    widths = stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=18)
+    widths = _draw_widths(rng, limits, stem, depths, per_block=18)
     return {**stem, 'depths': depths, 'widths': widths, **_draw_resnet_details(rng, stem, widths[0])}
 
 
@@ -74,24 +77,13 @@ def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str
     stem = _draw_stem(rng, limits, after=8)
     depths = draw_depths(rng, 4, 3)
     cardinality, base_width = choose(rng, (*[(1, 64)] * 5, (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
-    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
     ratio = cardinality * base_width / 64
     per_block = 8 * ratio + 9 * ratio * ratio / cardinality
-    multiple = 16 if base_width == 4 else 8
-    widths = stage_widths(
-        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=multiple
-    )
+    widths = _draw_widths(rng, limits, stem, depths, per_block=per_block, multiple=16 if base_width == 4 else 8)
     details = _draw_resnet_details(rng, stem, widths[0])
     if cardinality > 1:
         details['norm'] = 'batch'
-    return {
-        **stem,
-        'depths': depths,
-        'widths': widths,
-        'cardinality': cardinality,
-        'base_width': base_width,
-        **details,
-    }
+    return {**stem, 'depths': depths, 'widths': widths, 'cardinality': cardinality, 'base_width': base_width, **details}
 
 
 def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: int) -> dict[str, Any]:
@@ -110,7 +102,7 @@ def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: 
 
 @register_family('resnet_basic')
 @register_family('resnet_bottleneck')
-def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_resnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's ResNet."""
     options = architecture.options
     block: Any = BasicBlock if architecture.family == 'resnet_basic' else Bottleneck
@@ -118,8 +110,6 @@ def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
         block,
         layers=options['depths'],
         channels=options['widths'],
-        num_classes=architecture.num_classes,
-        in_chans=architecture.in_chans,
         global_pool=options['pooling'],
         cardinality=options.get('cardinality', 1),
         base_width=options.get('base_width', 64),
@@ -131,19 +121,12 @@ def build_resnet(architecture: Architecture, device: torch.device) -> nn.Module:
         act_layer=options['act'],
         norm_layer=partial(GroupNorm, num_groups=GROUPS) if options['norm'] == 'group' else nn.BatchNorm2d,
         block_args={'attn_layer': 'se'} if options['squeeze_excite'] else {},
-        device=device,
+        **common,
     )
     kernel, stride = options['stem_kernel'], options['stem_stride']
     if options['stem'] == 'plain':
-        model.conv1 = nn.Conv2d(
-            architecture.in_chans,
-            options['stem_width'],
-            kernel,
-            stride=stride,
-            padding=kernel // 2,
-            bias=False,
-            device=device,
-        )
+        width, device = options['stem_width'], common['device']
+        model.conv1 = nn.Conv2d(architecture.in_chans, width, kernel, stride, kernel // 2, bias=False, device=device)
         nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     else:
         model.conv1[0].stride = (stride, stride)
@@ -159,10 +142,7 @@ def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     basic = chance(rng, 0.4)
     ratio = choose(rng, (0.25, 0.25, 0.5))
     per_block = 18.0 if basic else 2 * ratio + 9 * ratio * ratio
-    sides = stage_sides(limits.image_size, (_total_stride(stem), 2, 2, 2))
-    widths = stage_widths(
-        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=8 if basic else 32
-    )
+    widths = _draw_widths(rng, limits, stem, depths, per_block=per_block, multiple=8 if basic else 32)
     norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.35) else 'batch'
     return {
         **stem,
@@ -179,15 +159,13 @@ def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('resnetv2')
-def build_resnetv2(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_resnetv2(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's ResNetV2."""
     options = architecture.options
     group = options['norm'] == 'group'
     model: Any = ResNetV2(
         layers=list(options['depths']),
         channels=options['widths'],
-        num_classes=architecture.num_classes,
-        in_chans=architecture.in_chans,
         global_pool=options['pooling'],
         stem_chs=options['stem_width'],
         stem_type={'plain': '', 'deep': 'deep', 'tiered': 'tiered'}[options['stem']],
@@ -197,7 +175,7 @@ def build_resnetv2(architecture: Architecture, device: torch.device) -> nn.Modul
         act_layer=options['act'],
         norm_layer=partial(GroupNormAct, num_groups=GROUPS) if group else BatchNormAct2d,
         conv_layer=StdConv2d if group else create_conv2d,
-        device=device,
+        **common,
     )
     first = model.stem.conv if options['stem'] == 'plain' else model.stem.conv1
     set_convolution(first, kernel=options['stem_kernel'], stride=options['stem_stride'])
@@ -212,18 +190,13 @@ def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     stride = affordable(rng, limits, ((1, 1), (2, 2)), after=16)
     expansion = 4.0 if kind == 'z' else 1.0
     group_size = choose(rng, (4, 8, 8, 16, 24, 32))
+    per_block = 2 * expansion + 9 * expansion * group_size / 64
     sides = stage_sides(limits.image_size, (2 * stride, 2, 2, 2))
     for _ in range(100):
         depth = choose(rng, range(4, 15))
         wm = choose(rng, (1.5, 1.75, 2.0, 2.25, 2.5, 2.75))
-        widths = stage_widths(
-            rng,
-            limits,
-            tuple(wm**stage for stage in range(4)),
-            depths=(max(1, depth // 4),) * 4,
-            sides=sides,
-            per_block=2 * expansion + 9 * expansion * group_size / 64,
-        )
+        ratios, depths = tuple(wm**stage for stage in range(4)), (max(1, depth // 4),) * 4
+        widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=per_block)
         wa = round(widths[0] * (wm**3 - 1) / (depth - 1), 2)
         # The class has four stages, no more and no less.
         if generate_regnet(wa, widths[0], wm, depth, group_size)[1] == 4:
@@ -245,7 +218,7 @@ def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('regnet')
-def build_regnet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_regnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's RegNet."""
     options = architecture.options
     kind = options['kind']
@@ -263,7 +236,7 @@ def build_regnet(architecture: Architecture, device: torch.device) -> nn.Module:
         preact=kind == 'v',
         act_layer=options['act'],
     )
-    model: Any = RegNet(config, in_chans=architecture.in_chans, num_classes=architecture.num_classes, device=device)
+    model: Any = RegNet(config, **common)
     first = model.stem if kind == 'v' else model.stem.conv
     set_convolution(first, kernel=3, stride=options['stem_stride'])
     return cast(nn.Module, model)
@@ -280,15 +253,9 @@ def draw_nfnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     extra = chance(rng, 0.25)
     sides = stage_sides(limits.image_size, (stem_stride * 2, 2, 2, 2))
     spatial = 9 * ratio * (ratio if group_size is None else group_size / 64) * (2 if extra else 1)
+    multiple = round((group_size or 8) / ratio)  # so that the 3x3 convolutions have whole groups
     widths = stage_widths(
-        rng,
-        limits,
-        draw_ratios(rng, 4),
-        depths=depths,
-        sides=sides,
-        per_block=2 * ratio + spatial,
-        # So that the 3x3 convolutions have whole groups.
-        multiple=round((group_size or 8) / ratio),
+        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=2 * ratio + spatial, multiple=multiple
     )
     return {
         'stem': choose(rng, ('deep', '3x3', '7x7') if stem_stride > 1 else ('deep', '3x3')),
@@ -307,7 +274,7 @@ def draw_nfnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('nfnet')
-def build_nfnet(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_nfnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's NormFreeNet."""
     options = architecture.options
     config = NfCfg(
@@ -322,9 +289,7 @@ def build_nfnet(architecture: Architecture, device: torch.device) -> nn.Module:
         extra_conv=options['extra_convolution'],
         act_layer=options['act'],
     )
-    model: Any = NormFreeNet(
-        config, num_classes=architecture.num_classes, in_chans=architecture.in_chans, device=device
-    )
+    model: Any = NormFreeNet(config, **common)
     first = model.stem.conv1 if options['stem'] == 'deep' else model.stem.conv
     first.stride = (options['stem_stride'],) * 2
     return cast(nn.Module, model)

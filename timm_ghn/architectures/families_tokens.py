@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from timm.layers import GatedMlp, GroupNorm1, Mlp
 from timm.models.convnext import ConvNeXt
 from timm.models.metaformer import (
@@ -65,13 +64,11 @@ def draw_convnext(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('convnext')
-def build_convnext(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_convnext(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's ConvNeXt."""
     options = architecture.options
     stem = options['stem']
     model = ConvNeXt(
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes,
         depths=options['depths'],
         dims=options['widths'],
         kernel_sizes=options['kernels'],
@@ -83,12 +80,12 @@ def build_convnext(architecture: Architecture, device: torch.device) -> nn.Modul
         conv_mlp=options['convolutional_mlp'],
         use_grn=options['response_norm'],
         act_layer=options['act'],
-        device=device,
+        **common,
     )
     if stem in ('convolution', 'patch2'):
         kernel, stride, padding = (3, 1, 1) if stem == 'convolution' else (2, 2, 0)
         width = options['widths'][0]
-        first = nn.Conv2d(architecture.in_chans, width, kernel, stride=stride, padding=padding, device=device)
+        first = nn.Conv2d(architecture.in_chans, width, kernel, stride=stride, padding=padding, device=common['device'])
         nn.init.trunc_normal_(first.weight, std=0.02)
         model.stem[0] = first
     return model
@@ -140,14 +137,12 @@ def draw_vit_pooled(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 @register_family('vit')
 @register_family('vit_pooled')
-def build_vit(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_vit(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's VisionTransformer."""
     options = architecture.options
     return VisionTransformer(
         img_size=architecture.image_size,
         patch_size=options['patch'],
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes,
         global_pool=options['pooling'],
         embed_dim=options['width'],
         depth=options['depth'],
@@ -161,7 +156,7 @@ def build_vit(architecture: Architecture, device: torch.device) -> nn.Module:
         reg_tokens=options['registers'],
         pre_norm=options['norm_first'],
         act_layer=options['act'],
-        device=device,
+        **common,
     )
 
 
@@ -173,15 +168,8 @@ def draw_swin(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     mlp_ratio = choose(rng, (2.0, 3.0, 4.0))
     head = choose(rng, (8, 16, 32))
     sides = stage_sides(limits.image_size, (patch, *(2,) * (stages - 1)))
-    widths = stage_widths(
-        rng,
-        limits,
-        tuple(2.0**stage for stage in range(stages)),
-        depths=depths,
-        sides=sides,
-        per_block=4 + 2 * mlp_ratio,
-        multiple=head,
-    )
+    ratios = tuple(2.0**stage for stage in range(stages))
+    widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=4 + 2 * mlp_ratio, multiple=head)
     return {
         'patch': patch,
         'depths': depths,
@@ -194,14 +182,12 @@ def draw_swin(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 
 
 @register_family('swin')
-def build_swin(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_swin(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's SwinTransformer."""
     options = architecture.options
     return SwinTransformer(
         img_size=architecture.image_size,
         patch_size=options['patch'],
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes,
         embed_dim=options['width'],
         depths=options['depths'],
         num_heads=options['heads'],
@@ -209,7 +195,7 @@ def build_swin(architecture: Architecture, device: torch.device) -> nn.Module:
         mlp_ratio=options['mlp_ratio'],
         qkv_bias=options['qkv_bias'],
         drop_path_rate=0.0,
-        device=device,
+        **common,
     )
 
 
@@ -244,20 +230,18 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {'gelu': nn.GELU, 'relu': nn.ReLU, 's
 
 
 @register_family('mixer')
-def build_mixer(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_mixer(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's MlpMixer."""
     options = architecture.options
     return MlpMixer(
         img_size=architecture.image_size,
         patch_size=options['patch'],
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes,
         num_blocks=options['depth'],
         embed_dim=options['width'],
         mlp_ratio=options['mlp_ratio'],
         act_layer=_ACTIVATIONS[options['act']],
         stem_norm=options['stem_norm'],
-        device=device,
+        **common,
         **_MIXERS[options['block']],
     )
 
@@ -301,7 +285,7 @@ _TOKEN_MIXERS: dict[str, type[nn.Module]] = {'pool': Pooling, 'convolution': Sep
 
 @register_family('poolformer')
 @register_family('caformer')
-def build_metaformer(architecture: Architecture, device: torch.device) -> nn.Module:
+def build_metaformer(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's MetaFormer."""
     options = architecture.options
     bias, mixers = options['bias'], options['mixers']
@@ -312,8 +296,6 @@ def build_metaformer(architecture: Architecture, device: torch.device) -> nn.Mod
     if 'attention' in mixers:
         norms = [LayerNormNoBias if mixer == 'attention' else LayerNorm2dNoBias for mixer in mixers]
     model = MetaFormer(
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes,
         depths=options['depths'],
         dims=options['widths'],
         token_mixers=[_TOKEN_MIXERS[mixer] for mixer in mixers],
@@ -324,7 +306,7 @@ def build_metaformer(architecture: Architecture, device: torch.device) -> nn.Mod
         downsample_norm=None if bias else LayerNorm2dNoBias,
         norm_layers=norms,
         use_mlp_head=False,
-        device=device,
+        **common,
     )
     set_convolution(model.stem.conv, kernel=options['stem_kernel'], stride=options['stem_stride'])
     return model

@@ -31,24 +31,26 @@ class Pool:
 
     def __init__(self, sampler: ArchitectureSampler, seed: int, folder: Path) -> None:
         self.sampler, self.seed, self.folder = sampler, seed, folder
-        options = dataclasses.asdict(sampler) if dataclasses.is_dataclass(sampler) else repr(sampler)
         # Other versions may draw otherwise.
-        drawn_by = [type(sampler).__name__, options, seed, __version__, version('timm'), np.__version__]
+        drawn_by = [
+            type(sampler).__name__,
+            dataclasses.asdict(sampler),
+            seed,
+            __version__,
+            version('timm'),
+            np.__version__,
+        ]
         text = json.dumps(drawn_by, sort_keys=True, default=str)
         self._name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         self._memory: dict[int, Architecture] = {}
 
     def __getitem__(self, member: int) -> Architecture:
-        """A member, by its number.
-
-        Raises:
-            ConfigError: if the sampler finds none.
-        """
+        """A member, by its number."""
         if member not in self._memory:
             path = self.folder / f'{self._name}-{member}.json'
             try:
                 self._memory[member] = Architecture.from_dict(read_json(path))
-            except (ConfigError, CheckpointError, TypeError, AttributeError):  # it is missing or damaged
+            except (ConfigError, CheckpointError):  # it is missing or damaged
                 self._memory[member] = self.sampler.sample(np.random.default_rng((self.seed, 5, member)))
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self._memory[member].to_dict(), path)

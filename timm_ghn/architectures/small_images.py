@@ -11,13 +11,14 @@ is refused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from typing import Any
 
 import timm
 import torch
 from timm.layers import BlurPool2d, PatchEmbed, ScaledStdConv2d, ScaledStdConv2dSame
-from torch import nn
+from torch import Tensor, nn
 
 from timm_ghn.contexts import preserve_modes, preserve_rng
 from timm_ghn.errors import UnsupportedModelError
@@ -26,9 +27,6 @@ from timm_ghn.errors import UnsupportedModelError
 REDUCTION = 4
 
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
-
-#: Attributes of a convolution that an edit may change.
-_CHANGED = ('stride', 'kernel_size', 'padding', 'weight', 'scale')
 
 Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | BlurPool2d
 
@@ -82,6 +80,8 @@ def _built(model_name: str, arguments: dict[str, Any]) -> nn.Module:
 def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int = 3) -> tuple[str, ...]:
     """Take the strides of a stem out, in place, before the model is initialised.
 
+    Whether it can read the images then is for :func:`check_reads` to say.
+
     Convolutions and poolings that see the image at more than a quarter of its side get stride 1; a convolution of 5x5
     and more among them shrinks to the middle 3x3 of its kernel, and a pooling goes altogether. A patch convolution,
     whose kernel is as large as its stride, keeps its kernel, and a stride of eight or more is divided by four.
@@ -95,38 +95,15 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
         What was changed, in words.
 
     Raises:
-        UnsupportedModelError: if the stem reduces images in another way, or if the edited model cannot read such
-            images; it is then as it was.
+        UnsupportedModelError: if the stem reduces images in another way.
     """
-    first, others = _reductions(model, (in_chans, image_size, image_size))
-    if others or not first:
-        where = f'in {others[0]!r}' if others else 'in another way'
+    first = _reductions(model, (in_chans, image_size, image_size))
+    if not first:
         raise UnsupportedModelError(
-            f'{type(model).__name__} has no strides that a stem for small images could do without: it reduces images '
-            f'{where}; keep its stem with small_stem=off'
+            f'{type(model).__name__} has no strides that a stem for small images could do without: it reduces them in '
+            'another way; keep its stem with small_stem=off'
         )
-    before = [
-        (layer, {name: getattr(layer, name) for name in _CHANGED if hasattr(layer, name)})
-        for _, layer in first
-        if isinstance(layer, nn.Conv2d)
-    ]
-    edits = [_edit(model, name, layer) for name, layer in first]
-    try:
-        _forward(model, (in_chans, image_size, image_size))
-    except Exception as error:
-        # Whatever the network says against its new stem, it gets its old one back.
-        for convolution, attributes in before:
-            for attribute, value in attributes.items():
-                setattr(convolution, attribute, value)
-        for name, layer in first:
-            if isinstance(layer, _POOLINGS):
-                model.set_submodule(name, layer)
-        raise UnsupportedModelError(
-            f'{type(model).__name__} cannot read images of {image_size} pixels with a stem for small images '
-            f'({"; ".join(edits)}): {error}; choose a larger image_size, or keep its '
-            'stem with small_stem=off'
-        ) from error
-    return tuple(edits)
+    return tuple(_edit(model, name, layer) for name, layer in first)
 
 
 def check_reads(model: nn.Module, size: tuple[int, int, int]) -> None:
@@ -140,7 +117,7 @@ def check_reads(model: nn.Module, size: tuple[int, int, int]) -> None:
     except Exception as error:
         raise UnsupportedModelError(
             f'{type(model).__name__} cannot read images of {size[0]}x{size[1]}x{size[2]}: {error}; choose another '
-            'image_size'
+            'image_size, or another small_stem'
         ) from error
 
 
@@ -165,47 +142,27 @@ def _edit(model: nn.Module, name: str, layer: Strided) -> str:
     return change
 
 
-def _reductions(model: nn.Module, size: tuple[int, int, int]) -> tuple[list[tuple[str, Strided]], list[str]]:
-    """What divides the resolution within the first factor of :data:`REDUCTION`, in the order in which it runs.
+def _reductions(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, Strided]]:
+    """Convolutions and poolings that divide the resolution within the first factor, in the order in which they run."""
+    found: dict[str, Strided] = {}
 
-    Returns:
-        Convolutions and poolings with a stride; and names of other modules that halve the side of a map at least,
-        without any of these inside.
-    """
-    found: list[tuple[str, Strided]] = []
-    others: list[str] = []
-    calls: list[int] = []
-    handles = []
-    names = {module: name for name, module in model.named_modules()}
+    def enter(name: str, module: Strided, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].shape[-1] * REDUCTION > size[-1] and _side(module.stride) > 1:
+            found.setdefault(name, module)
 
-    def sides_of(value: Any) -> tuple[int, ...]:
-        value = value[0] if isinstance(value, tuple) and value else value
-        return tuple(value.shape[-2:]) if isinstance(value, torch.Tensor) and value.dim() == 4 else (0, 0)
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        calls.append(len(found) + len(others))
-        if sides_of(inputs)[-1] * REDUCTION <= size[-1] or any(module is other for _, other in found):
-            return
-        if isinstance(module, (nn.Conv2d, *_POOLINGS)) and _side(module.stride) > 1:
-            found.append((names[module], module))
-
-    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        seen, sides = calls.pop(), zip(sides_of(inputs), sides_of(output), strict=True)
-        # Both sides: the last axis may be that of the channels. One position is what global pooling leaves.
-        halved = all(before * REDUCTION > size[-1] and 1 < after <= before / 2 for before, after in sides)
-        if halved and seen == len(found) + len(others):
-            others.append(names[module])
-
+    handles = [
+        module.register_forward_pre_hook(functools.partial(enter, name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, *_POOLINGS))
+    ]
     try:
-        for module in names:
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         with contextlib.suppress(Exception):
             # Many networks cannot read so small an image before their stem is edited; the stem itself was seen.
             _forward(model, size)
     finally:
         for handle in handles:
             handle.remove()
-    return found, others
+    return list(found.items())
 
 
 def _side(value: Any) -> int:

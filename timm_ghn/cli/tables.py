@@ -19,8 +19,7 @@ def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
     rows = []
     for comparison in comparisons:
         measured = comparison.weights
-        first = next(iter(measured.values()))
-        row = [f'{comparison.number}{"*" if comparison.processed else ""}', first.name, _shape(first.shape)]
+        row = [f'{comparison.number}{"*" if comparison.processed else ""}', comparison.name, _shape(comparison.shape)]
         row += [f'{100 * layer.duplicates:.0f}%' for layer in measured.values()]
         row += [f'{layer.stable_rank:.1f}' for layer in measured.values()]
         row += [f'{layer.effective_rank:.1f}' for layer in measured.values()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,11 +92,10 @@ class GHNConfig:
             raise ConfigError(f'expected max_shape with height equal to width (got {self.max_shape})')
         if self.hid % 4:
             raise ConfigError(f'expected hid divisible by 4, for the four sizes of a shape (got {self.hid})')
-        _expect_one_of('gnn', self.gnn, tuple(GNNS))
-        _expect_one_of('decoder', self.decoder, DECODERS)
-        _expect_one_of('window', self.window, WINDOWS)
-        _expect_one_of('rules', self.rules, RULES)
-        _expect_one_of('postprocess', self.postprocess, POSTPROCESSING)
+        names = {'gnn': tuple(GNNS), 'decoder': DECODERS, 'window': WINDOWS, 'rules': RULES}
+        for field, known in {**names, 'postprocess': POSTPROCESSING}.items():
+            if getattr(self, field) not in known:
+                raise ConfigError(f'expected {field} to be one of {", ".join(known)} (got {getattr(self, field)!r})')
         if self.gnn == 'graphormer' and self.hid % self.heads:
             raise ConfigError(f'expected hid divisible by heads (got hid {self.hid}, heads {self.heads})')
         if self.layers > MAX_LAYERS:
@@ -109,16 +107,11 @@ class GHNConfig:
         for field in ('layernorm', 'weight_norm', 'smooth', 'trained'):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f'expected {field} to be true or false (got {getattr(self, field)!r})')
-        if not isinstance(self.name, (str, type(None))):
+        if not isinstance(self.name, str | None):
             raise ConfigError(f'expected name as text (got {self.name!r})')
-        self._check_images()
-
-    def _check_images(self) -> None:
         for field in ('mean', 'std'):
             values = getattr(self, field)
-            numbers = isinstance(values, tuple) and all(isinstance(value, (int, float)) for value in values)
-            # Compared before it is asked whether it is finite: an integer may be beyond the range of floats.
-            if not numbers or len(values) != 3 or not all(abs(v) < 2**63 and math.isfinite(v) for v in values):
+            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
                 raise ConfigError(f'expected {field} of 3 finite numbers, one for each channel (got {values!r})')
         if min(self.std) <= 0:
             raise ConfigError(f'expected a positive std for each channel (got {self.std})')
@@ -192,6 +185,6 @@ def _expect_count(field: str, value: object) -> None:
         raise ConfigError(f'expected {field} to be a positive integer (got {value!r})')
 
 
-def _expect_one_of(field: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f'expected {field} to be one of {", ".join(known)} (got {value!r})')
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number; an integer beyond the range of floats is none."""
+    return isinstance(value, int | float) and abs(value) < 2**63

@@ -7,7 +7,6 @@ is the same sum of the same products. All tensors that need the same rows of the
 
 from __future__ import annotations
 
-import abc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.nn.precision import apply_linear, full_precision, linear, linear_of
 from timm_ghn.nn.requests import (
-    CHUNK_ELEMENTS,
     Block,
     Cell,
     DecodeKind,
@@ -33,17 +31,6 @@ from timm_ghn.nn.requests import (
 )
 from timm_ghn.ops.slices import take_slices
 
-__all__ = [
-    'CHUNK_ELEMENTS',
-    'ConvDecoder',
-    'DecodeKind',
-    'DecodeRequest',
-    'MLPDecoder',
-    'TensorDecoder',
-    'VectorDecoder',
-    'build_decoder',
-]
-
 Request = tuple[int, DecodeRequest]
 #: Weight and bias of some outputs of a layer; the axes before the weight's last are those of the bias.
 Rows = tuple[Tensor, Tensor]
@@ -51,44 +38,16 @@ Rows = tuple[Tensor, Tensor]
 _FEW_CHANNELS = 512
 
 
-class TensorDecoder(nn.Module, abc.ABC):
-    """Decodes tensors with two channel axes and two spatial ones, and the weight of the classifier.
-
-    Args:
-        config: Its ``hid``, ``max_shape``, ``num_classes`` and ``window`` are used.
-    """
+class TensorDecoder(nn.Module):
+    """Decodes tensors with two channel axes and two spatial ones, and the weight of the classifier."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()
         self.config = config
 
-    @abc.abstractmethod
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the kinds TENSOR and HEAD_WEIGHT; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""
-
-    def rescale_(self) -> None:
-        """Initialise as GHN-3 does, in place; a decoder with an initialisation of its own keeps it."""
-
-
-class CroppingDecoder(TensorDecoder):
-    """A decoder whose tensors are cut from the largest one that it puts out."""
-
-    @abc.abstractmethod
-    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
-        """Decode tensors, some blocks of each."""
-
-    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
-        """See the base class."""
-        jobs = [job_of(index, request, self.config) for index, request in requests]
-        return self.decode_jobs(z_Nd, jobs, chunk_elements=chunk_elements)
-
-
-@torch.no_grad()
-def _rescale_(*layers: nn.Linear) -> None:
-    """Let last layers begin with small weights and no bias, in place (arXiv 2303.04143)."""
-    for layer in layers:
-        layer.weight.div_(5)
-        layer.bias.zero_()
+        raise NotImplementedError
 
 
 def _enlarge(decoded_oihw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -104,16 +63,13 @@ def _cut_layer(layer: nn.Linear, grid: tuple[int, ...], cuts: Sequence[tuple[sli
     return list(zip(weights, biases, strict=True))
 
 
-class ConvDecoder(CroppingDecoder):
+class ConvDecoder(TensorDecoder):
     """Decoder of 1x1 convolutions, written as linear layers on the pixels.
 
         u = ReLU(W_fc z + b_fc), read as (4d, H, W); for each pixel s = ReLU(W_a u + b_a), r = W_b s + b_b.
 
     Output channel o, input channel i is element o C1 + i of r. A classifier is decoded from one pixel:
     y = W_cls ReLU(r[:, i]) + b_cls for each input channel i, over all C0 rows of r.
-
-    Args:
-        config: Its ``hid``, ``max_shape``, ``num_classes`` and ``window`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -133,12 +89,9 @@ class ConvDecoder(CroppingDecoder):
         """The layer that puts out rows of the classifier."""
         return linear_of(self.class_layer_predictor, 1)
 
-    def rescale_(self) -> None:
+    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
-        _rescale_(self.last, self.class_predictor)
-
-    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
-        """See the base class."""
+        jobs = [job_of(index, request, self.config) for index, request in requests]
         groups = by_window(jobs)
         first = dict(zip(groups, self.first_rows(list(groups)), strict=True))
         listed = [job for group in groups.values() for job in group]
@@ -241,13 +194,10 @@ def _places(jobs: Sequence[Job]) -> dict[int, range]:
     return places
 
 
-class MLPDecoder(CroppingDecoder):
+class MLPDecoder(TensorDecoder):
     """Baseline decoder: W_2 ReLU(W_1 z + b_1) + b_2, read as (C0, C1, H, W).
 
     A classifier is W_cls ReLU(W_1 z + b_1) + b_cls, read as (K, C1).
-
-    Args:
-        config: Its ``hid``, ``max_shape``, ``num_classes`` and ``window`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -267,12 +217,9 @@ class MLPDecoder(CroppingDecoder):
         """The layer that puts out rows of the classifier."""
         return linear_of(self.class_layer_predictor, 1)
 
-    def rescale_(self) -> None:
+    def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """See the base class."""
-        _rescale_(self.last, self.class_predictor)
-
-    def decode_jobs(self, z_Nd: Tensor, jobs: Sequence[Job], *, chunk_elements: int) -> Iterator[Block]:
-        """See the base class."""
+        jobs = [job_of(index, request, self.config) for index, request in requests]
         alike: dict[tuple[Window, int, int, int], list[Job]] = {}
         for job in jobs:
             alike.setdefault((job.window, job.outputs, job.inputs, job.classes), []).append(job)
@@ -300,9 +247,6 @@ class VectorDecoder(nn.Module):
 
     Row 0 is a weight (of a normalisation layer), row 1 a bias. The bias of a classifier is row 1 passed through
     b_cls + W_cls ReLU(g[1]).
-
-    Args:
-        config: Its ``hid``, ``max_shape`` and ``num_classes`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:
@@ -323,10 +267,6 @@ class VectorDecoder(nn.Module):
     def last(self) -> nn.Linear:
         """The layer that puts out vectors."""
         return linear_of(self.fc, 2)
-
-    def rescale_(self) -> None:
-        """Initialise as GHN-3 does, in place."""
-        _rescale_(self.last)
 
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode`.
@@ -360,9 +300,3 @@ class VectorDecoder(nn.Module):
                         row = apply_linear(linear_of(self.bias_class, 1), row.relu())
                     found.append(Block(index, row[: request.size[0]]))
         return found
-
-
-def build_decoder(config: GHNConfig) -> TensorDecoder:
-    """The tensor decoder that a configuration names."""
-    decoders: dict[str, type[TensorDecoder]] = {'conv': ConvDecoder, 'mlp': MLPDecoder}
-    return decoders[config.decoder](config)

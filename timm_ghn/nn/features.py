@@ -69,11 +69,7 @@ def _equal_before(graph: Graph) -> Tensor:
 
 
 class SmoothEncoder(nn.Module):
-    """x = W f with the features f of :func:`node_features`; a random W keeps distances between nodes.
-
-    Args:
-        config: Its ``hid`` is used.
-    """
+    """x = W f with the features f of :func:`node_features`; a random W keeps distances between nodes."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__()

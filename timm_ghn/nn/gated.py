@@ -236,9 +236,6 @@ class GatedGNN(nn.Module):
 
     Shapes:
         input (N, d), output (N, d).
-
-    Args:
-        config: Its ``hid`` and ``virtual_edges`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:

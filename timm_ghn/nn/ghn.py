@@ -13,19 +13,12 @@ from timm_ghn.errors import ConfigError
 from timm_ghn.graph.graph import Graph, GraphBatch
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.nn.config import GNNS, GHNConfig, Origin
-from timm_ghn.nn.decoders import (
-    CHUNK_ELEMENTS,
-    DecodeKind,
-    DecodeRequest,
-    TensorDecoder,
-    VectorDecoder,
-    build_decoder,
-)
+from timm_ghn.nn.decoders import ConvDecoder, MLPDecoder, TensorDecoder, VectorDecoder
 from timm_ghn.nn.features import SmoothEncoder, node_features
 from timm_ghn.nn.gated import GatedGNN, NodeMLP
 from timm_ghn.nn.graphormer import Graphormer
 from timm_ghn.nn.precision import apply_layer_norm, compute_dtype, full_precision, look_up
-from timm_ghn.nn.requests import Block, joined
+from timm_ghn.nn.requests import CHUNK_ELEMENTS, Block, DecodeKind, DecodeRequest, joined
 from timm_ghn.nn.shape_encoder import ShapeEncoder
 from timm_ghn.nn.templates import TemplateDecoder, TemplateVectorDecoder
 
@@ -90,7 +83,7 @@ class GHN(nn.Module):
             self.decoder = tensors = TemplateDecoder(config)
             self.decoder_1d = TemplateVectorDecoder(config, tensors)
         else:
-            self.decoder = build_decoder(config)
+            self.decoder = {'conv': ConvDecoder, 'mlp': MLPDecoder}[config.decoder](config)
             self.decoder_1d = vectors = VectorDecoder(config)
             self.bias_class = vectors.bias_class
         if config.gnn == 'graphormer':
@@ -105,8 +98,10 @@ class GHN(nn.Module):
         The last layers start with small weights and no bias, embeddings with a standard deviation of
         (their width)^-1/2, cut off at +-2.
         """
-        for decoder in (self.decoder, self.decoder_1d):
-            decoder.rescale_()
+        if isinstance(self.decoder, ConvDecoder | MLPDecoder):  # templates have an initialisation of their own
+            for layer in (self.decoder.last, self.decoder.class_predictor, self.decoder_1d.last):
+                layer.weight.div_(5)
+                layer.bias.zero_()
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding) and not name.startswith('decoder'):
                 nn.init.trunc_normal_(module.weight, std=module.embedding_dim**-0.5)

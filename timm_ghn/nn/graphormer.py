@@ -148,9 +148,6 @@ class Graphormer(nn.ModuleList):
 
     Shapes:
         input (N, d), output (N, d).
-
-    Args:
-        config: Its ``hid``, ``layers``, ``heads`` and ``virtual_edges`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:

@@ -64,9 +64,6 @@ class ShapeEncoder(nn.Module):
 
     Shapes:
         input (N, 4), output (N, d).
-
-    Args:
-        config: Its ``hid``, ``num_classes`` and ``max_shape`` are used.
     """
 
     def __init__(self, config: GHNConfig) -> None:

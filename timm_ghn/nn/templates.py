@@ -197,12 +197,7 @@ class _Part:
 
 
 class TemplateDecoder(TensorDecoder):
-    """Tensors as mixtures of templates; see the module.
-
-    Args:
-        config: Its ``hid``, ``max_shape`` (channels that have codes, and the largest kernel), ``num_classes``,
-            ``templates`` and ``codes`` are used.
-    """
+    """Tensors as mixtures of templates; see the module."""
 
     def __init__(self, config: GHNConfig) -> None:
         super().__init__(config)
@@ -366,9 +361,6 @@ class TemplateVectorDecoder(nn.Module):
     def last(self) -> nn.Linear:
         """The layer that puts out factors."""
         return linear_of(self.fc, 2)
-
-    def rescale_(self) -> None:
-        """It has an initialisation of its own."""
 
     def decode(self, z_Nd: Tensor, requests: Sequence[Request], *, chunk_elements: int) -> Iterator[Block]:
         """Decode requests of the 1-D kinds; see :meth:`timm_ghn.nn.ghn.GHN.decode`."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_ghn.prediction.plan import ParameterPlan
 from timm_ghn.prediction.postprocess import PostProcess, layers, processed, processed_layers
@@ -28,8 +28,6 @@ class LayerDiversity:
     """How different the output channels of a weight are, each taken as the vector of its elements.
 
     Attributes:
-        name: Of the parameter.
-        shape: Of the parameter.
         channels: Output channels.
         duplicates: Share of the channels that point in the direction of an earlier one, see :data:`DUPLICATE_COSINE`.
             A channel of zeros has the direction of all others of zeros.
@@ -42,8 +40,6 @@ class LayerDiversity:
             side of the matrix; the others are 0. Their sum is the number of channels that vary.
     """
 
-    name: str
-    shape: tuple[int, ...]
     channels: int
     duplicates: float
     stable_rank: float
@@ -62,30 +58,22 @@ class Comparison:
 
     Attributes:
         number: Of the layer, see :func:`timm_ghn.prediction.postprocess.layers`.
+        name: Of the parameter.
+        shape: Of the parameter.
         processed: Whether post-processing changes it.
         weights: Its diversity under each of :data:`KINDS`.
     """
 
     number: int
+    name: str
+    shape: tuple[int, ...]
     processed: bool
     weights: dict[str, LayerDiversity]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
-        any_weight = self.weights[KINDS[0]]
-        facts = {'number': self.number, 'name': any_weight.name, 'shape': list(any_weight.shape)}
+        facts = {'number': self.number, 'name': self.name, 'shape': list(self.shape)}
         return {**facts, 'processed': self.processed, **{kind: self.weights[kind].to_dict() for kind in KINDS}}
-
-
-def diversity(weights: nn.Module | Mapping[str, Tensor], plan: ParameterPlan) -> tuple[LayerDiversity, ...]:
-    """Measure each layer of a network, see :func:`timm_ghn.prediction.postprocess.layers`.
-
-    Args:
-        weights: A model, or weights by name; layers that are not among them are left out.
-        plan: Of the network.
-    """
-    tensors = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
-    return tuple(measure(row.name, tensors[row.name]) for row in layers(plan) if row.name in tensors)
 
 
 def compare(
@@ -110,18 +98,13 @@ def compare(
         weight = predicted[row.name]
         post = processed(weight, options, generator) if options and row.name in changed else weight
         tensors = (weight, post, random[row.name].detach())
-        measured = {kind: measure(row.name, tensor) for kind, tensor in zip(KINDS, tensors, strict=True)}
-        yield Comparison(number, row.name in changed, measured)
+        measured = {kind: measure(tensor) for kind, tensor in zip(KINDS, tensors, strict=True)}
+        yield Comparison(number, row.name, row.shape, row.name in changed, measured)
 
 
 @torch.no_grad()
-def measure(name: str, weight: Tensor) -> LayerDiversity:
-    """Measure one weight.
-
-    Args:
-        name: Its name.
-        weight: Finite, with two axes or more, and at least one element.
-    """
+def measure(weight: Tensor) -> LayerDiversity:
+    """Measure a weight, which is finite and has two axes or more."""
     matrix = weight.detach().reshape(weight.shape[0], -1).to(torch.promote_types(weight.dtype, torch.float32))
     matrix = matrix.contiguous()  # sums of the same weight are rounded in the same way
     largest = float(matrix.abs().max())
@@ -133,8 +116,6 @@ def measure(name: str, weight: Tensor) -> LayerDiversity:
     spectrum = _eigenvalues(_unit_rows(matrix - matrix.mean(dim=1, keepdim=True), floor=rounding))
     total = float(spectrum.sum())
     return LayerDiversity(
-        name=name,
-        shape=tuple(weight.shape),
         channels=len(matrix),
         duplicates=_duplicates(matrix) / len(matrix),
         stable_rank=stable_rank,

@@ -73,17 +73,9 @@ class ParameterRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
-        return {
-            'name': self.name,
-            'shape': list(self.shape),
-            'dtype': str(self.dtype).removeprefix('torch.'),
-            'owner': self.owner,
-            'aliases': list(self.aliases),
-            'role': self.role,
-            'node': self.node,
-            'how': self.how,
-            'reason': self.reason,
-        }
+        facts = {name: getattr(self, name) for name in ('name', 'owner', 'role', 'node', 'how', 'reason')}
+        lists = {'shape': list(self.shape), 'aliases': list(self.aliases)}
+        return {**facts, **lists, 'dtype': str(self.dtype).removeprefix('torch.')}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -101,7 +101,7 @@ class NetworkOptions(DataOptions):
     def sampler(self, num_classes: int) -> TimmSampler:
         """Draws networks of the families."""
         if self.recipe is None:
-            return TimmSampler(self.chosen_families, self.image_size, num_classes)
+            return TimmSampler(self.chosen_families, image_size=self.image_size, num_classes=num_classes)
         sampler = TrainOptions(**{**read_recipe(self.recipe, TrainOptions), 'dataset': '-'}).sampler_for(num_classes)
         drawn = timm_parts(sampler)
         if not drawn:
@@ -111,7 +111,7 @@ class NetworkOptions(DataOptions):
     def named(self, num_classes: int) -> tuple[Architecture, ...]:
         """The models of timm that ``archs`` names."""
         names = tuple(name.strip() for name in self.archs.split(','))
-        named = NamesSampler(names, self.image_size, num_classes, small_stem=self.small_stem)
+        named = NamesSampler(names, image_size=self.image_size, num_classes=num_classes, small_stem=self.small_stem)
         return tuple(named.architecture(name) for name in named.models)
 
     def deepnets(self, split: str, num_classes: int) -> Iterable[Architecture]:

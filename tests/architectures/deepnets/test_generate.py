@@ -94,7 +94,7 @@ def test_damaged_files_give_clear_errors(tmp_path):
     damaged.write_bytes(b'ARROW1' + bytes(100))
     with pytest.raises(DataError, match='damaged'):
         open_nets(damaged)
-    write_records(damaged, 'train', [small_record()])
+    write_records(damaged, [('train', small_record())])
     with pytest.raises(ConfigError, match='has the splits train'):
         open_nets(damaged, 'test')
     pytest.importorskip('h5py')
@@ -102,7 +102,7 @@ def test_damaged_files_give_clear_errors(tmp_path):
     bad.write_bytes(bytes(100))
     with pytest.raises(FileNotFoundError, match='bad_meta.json'):
         open_nets(bad, 'train')
-    meta = {'nets': [PLAIN.to_dict()], 'meta': {'primitives_ext': {}, 'unique_op_names': {}}}
+    meta = {'nets': [dataclasses.asdict(PLAIN)], 'meta': {'primitives_ext': {}, 'unique_op_names': {}}}
     (tmp_path / 'bad_meta.json').write_text(json.dumps({'train': meta}))
     with pytest.raises(DataError, match='expected an HDF5 file'):
         open_nets(bad)[0]
@@ -156,13 +156,13 @@ def test_the_sampler_draws_by_seed_or_from_a_file(tmp_path, ghn):
     from timm_ghn.architectures.deepnets.store import write_records
 
     file = tmp_path / 'nets.arrow'
-    write_records(file, 'train', [small_record()])
+    write_records(file, [('train', small_record())])
     sampler = build_sampler('deepnets', {'file': str(file), 'channels': 16})
     options = sampler.sample(np.random.default_rng(0)).options
     assert (options['C'], options['normal']) == (16, PLAIN.genotype.normal)
 
 
-@pytest.mark.parametrize('size', [32, 64, 224])
+@pytest.mark.parametrize('size', [32, 224])
 @pytest.mark.parametrize('stem_type', [0, 1])
 def test_flattened_maps_have_the_size_that_the_classifier_expects(size, stem_type):
     genotype = Genotype((('conv_1x1', 0), ('conv_3x3', 1)), (2,), (('skip_connect', 0), ('dil_conv_5x5', 1)), (2,))
@@ -176,8 +176,6 @@ def test_wrong_networks_are_refused():
         Genotype((('conv_1x1', 2), ('msa', 0)), (2,), (('cse', 0), ('msa', 0)), (2,))
     with pytest.raises(ConfigError, match='preproc'):
         dataclasses.replace(PLAIN, preproc=False, C_mult=2)
-    with pytest.raises(ConfigError, match='split'):
-        build_sampler('deepnets', {'split': 'bnfre'})
 
 
 def test_the_command_generates_describes_and_converts(tmp_path, call_cli):

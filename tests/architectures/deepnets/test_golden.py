@@ -134,14 +134,6 @@ def without(graph: Graph, kinds: set[Primitive]) -> Graph:
     return dataclasses.replace(graph, nodes=nodes, edges_E2=torch.tensor(pairs))
 
 
-def test_every_network_has_a_graph_that_ends_in_the_classifier(golden):
-    for name in ('search-1', 'val-2', 'dense-1'):
-        _, model = record_of(FOLDER / 'networks' / f'{name}.json')
-        graph = trace(model)
-        assert graph.nodes[-1].parameter == list(model.state_dict())[-1]
-        assert graph.num_classes == 10
-
-
 def test_official_files_are_read_converted_and_written_back(golden, tmp_path):
     pytest.importorskip('h5py')
     pytest.importorskip('datasets')
@@ -159,6 +151,9 @@ def test_official_files_are_read_converted_and_written_back(golden, tmp_path):
             assert np.array_equal(again.arrays(index)[0], nets.arrays(index)[0])
             assert compact[index] == nets[index] == again[index]
     assert open_nets(source, 'wide')[0].config == open_nets(source, 'test')[0].config
+    search = HDF5Nets(FOLDER / 'deepnets1m_search.hdf5', 'search')
+    assert len(search) == 3
+    expect_what_the_reference_read(search, 'search', 1)
 
 
 def expect_what_the_reference_read(nets: Any, split: str, index: int) -> None:
@@ -169,13 +164,3 @@ def expect_what_the_reference_read(nets: Any, split: str, index: int) -> None:
     assert distances.max() == said['file']['adj_max']
     assert nodes.sum(axis=0).tolist() == said['file']['nodes_sum']
     assert dict(nets[index].num_params) == said['num_params_split']
-
-
-def test_the_official_file_of_search_is_read(golden):
-    pytest.importorskip('h5py')
-    from timm_ghn.architectures.deepnets.official import HDF5Nets
-
-    nets = HDF5Nets(FOLDER / 'deepnets1m_search.hdf5', 'search')
-    assert len(nets) == 3
-    for index in range(3):
-        expect_what_the_reference_read(nets, 'search', index)

@@ -10,9 +10,8 @@ import json
 import multiprocessing
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +65,7 @@ SPLITS = {
 
 
 def ranges_of(split: str) -> SplitRanges:
-    """The ranges of a split.
-
-    Raises:
-        ConfigError: if there is no such split.
-    """
+    """The ranges of a split."""
     if split not in SPLITS:
         raise ConfigError(f'expected a split among {", ".join(SPLITS)} (got {split!r})')
     return SPLITS[split]
@@ -78,10 +73,9 @@ def ranges_of(split: str) -> SplitRanges:
 
 def draw_genotype(rng: np.random.Generator, steps: int, *, only_pool: bool, drop_concat: bool) -> Genotype:
     """Draw both cells: nearly uniform over operations and over pairs of inputs, as the published logits are."""
-    none = steps > 1
-    normal = _draw_cell(rng, steps, OPS if none else OPS[1:])
-    allowed = POOLS if only_pool else OPS
-    reduce = _draw_cell(rng, steps, allowed if none else allowed[1:])
+    first = 0 if steps > 1 else 1  # a cell of one sum has no 'none'
+    normal = _draw_cell(rng, steps, OPS[first:])
+    reduce = _draw_cell(rng, steps, (POOLS if only_pool else OPS)[first:])
     concat = tuple(2 + j for j in range(steps) if not drop_concat or j == steps - 1 or rng.random() < 0.5)
     return Genotype(normal, concat, reduce, concat)
 
@@ -147,33 +141,20 @@ def candidate(split: str, seed: int, number: int) -> NetRecord | None:
         record = record_of(small, counts)
     except UnsupportedModelError:
         return None
-    if 'none' in config.genotype.ops and not record.is_connected:
-        return None
-    return record
-
-
-def _numbered(number: int, *, split: str, seed: int) -> tuple[int, NetRecord | None]:
-    return number, candidate(split, seed, number)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    return record if record.is_connected or 'none' not in config.genotype.ops else None
 
 
 @contextlib.contextmanager
 def _candidates(split: str, seed: int, first: int, workers: int) -> Iterator[Iterator[tuple[int, NetRecord | None]]]:
     """Candidates from a number on, in order, whatever the number of processes."""
-    make = functools.partial(_numbered, split=split, seed=seed)
-    if workers <= 1:
-        yield map(make, itertools.count(first))
-        return
-    with multiprocessing.get_context('spawn').Pool(workers, initializer=_one_thread) as pool:
-        yield _in_chunks(pool, make, first, 16 * workers)
-
-
-def _in_chunks(pool: Any, make: Any, first: int, chunk: int) -> Iterator[tuple[int, NetRecord | None]]:
-    for start in itertools.count(first, chunk):
-        yield from pool.imap(make, range(start, start + chunk), chunksize=2)
+    make, chunk = functools.partial(candidate, split, seed), 16 * workers
+    with contextlib.ExitStack() as stack:
+        mapped: Callable[..., Iterator[NetRecord | None]] = map
+        if workers > 1:
+            pool = multiprocessing.get_context('spawn').Pool(workers, torch.set_num_threads, (1,))
+            mapped = stack.enter_context(pool).imap
+        parts = (range(start, start + chunk) for start in itertools.count(first, chunk))
+        yield itertools.chain.from_iterable(zip(part, mapped(make, part), strict=True) for part in parts)
 
 
 def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 1, progress: bool = False) -> None:
@@ -191,7 +172,7 @@ def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 
         progress: Whether to show a bar.
 
     Raises:
-        ConfigError: if a partial file belongs to another split or seed.
+        ConfigError: if there is no such split, or a partial file belongs to another split or seed.
         DataError: if it is damaged.
     """
     from timm_ghn.architectures.deepnets.store import write_records  # needs datasets
@@ -200,34 +181,30 @@ def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 
     partial = path.with_name(f'{path.name}.partial')
     found = _resume(partial, split, seed)
     by_hash: dict[str, list[int]] = {}
-    for number, earlier in found:
-        by_hash.setdefault(wl_hash(earlier), []).append(number)
-    found_count, first = len(found), found[-1][0] + 1 if found else 0
+    for number, record in found:
+        by_hash.setdefault(wl_hash(record), []).append(number)
+    count, first = len(found), found[-1][0] + 1 if found else 0
     del found
     with (
         partial.open('a', encoding='utf-8') as file,
-        tqdm(total=num, initial=found_count, desc='generating', unit='net', disable=None if progress else True) as bar,
+        tqdm(total=num, initial=count, desc='generating', unit='net', disable=None if progress else True) as bar,
+        _candidates(split, seed, first, workers) as stream,
     ):
-        if found_count < num:
-            with _candidates(split, seed, first, workers) as stream:
-                for number, record in _distinct(stream, by_hash, split, seed):
-                    file.write(json.dumps([number, record.to_dict()]) + '\n')
-                    file.flush()
-                    found_count += 1
-                    bar.update()
-                    if found_count >= num:
-                        break
-        file.flush()
-        os.fsync(file.fileno())
-    lines = itertools.islice(_lines(partial), 1, 1 + num)
-    write_records(path, split, (NetRecord.from_dict(json.loads(line)[1]) for line in lines))
+        for number, record in itertools.islice(_distinct(stream, by_hash, split, seed), max(0, num - count)):
+            file.write(json.dumps([number, record.to_dict()]) + '\n')
+            file.flush()
+            bar.update()
+    with partial.open(encoding='utf-8') as file:
+        lines = itertools.islice(file, 1, 1 + num)
+        write_records(path, ((split, NetRecord.from_dict(json.loads(line)[1])) for line in lines))
     partial.unlink()
 
 
-def distinct(split: str, seed: int) -> Iterator[tuple[int, NetRecord]]:
-    """Numbers and networks that :func:`generate` writes, without end."""
+def distinct(split: str, seed: int) -> Iterator[NetRecord]:
+    """Networks that :func:`generate` writes, without end."""
     with _candidates(split, seed, 0, 1) as stream:
-        yield from _distinct(stream, {}, split, seed)
+        for _, record in _distinct(stream, {}, split, seed):
+            yield record
 
 
 def _distinct(
@@ -245,24 +222,19 @@ def _distinct(
             yield number, record
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding='utf-8') as file:
-        yield from file
-
-
 def _resume(partial: Path, split: str, seed: int) -> list[tuple[int, NetRecord]]:
     """Networks of an interrupted run; the file is cut after the last complete line, or begun."""
     header = json.dumps({'split': split, 'seed': seed}) + '\n'
     data = partial.read_bytes() if partial.exists() else b''
     data = data[: data.rfind(b'\n') + 1]
-    lines = data.decode(errors='replace').splitlines(keepends=True)
-    if not lines:
+    if not data:
         partial.write_text(header, encoding='utf-8')
         return []
-    if lines[0] != header:
-        raise ConfigError(f'{partial} was begun with {lines[0].strip()}; remove it, or give that split and seed')
+    first, *lines = data.decode(errors='replace').splitlines(keepends=True)
+    if first != header:
+        raise ConfigError(f'{partial} was begun with {first.strip()}; remove it, or give that split and seed')
     try:
-        found = [(int(number), NetRecord.from_dict(values)) for number, values in map(json.loads, lines[1:])]
+        found = [(int(number), NetRecord.from_dict(values)) for number, values in map(json.loads, lines)]
     except (ValueError, TypeError) as error:
         raise DataError(f'{partial} is damaged, remove it: {error}') from error
     os.truncate(partial, len(data))

@@ -32,9 +32,6 @@ class Genotype:
         normal_concat: Inputs whose concatenation is the output of the cell.
         reduce: The same for a reduction cell.
         reduce_concat: Likewise.
-
-    Raises:
-        ConfigError: if an operation is unknown or an input comes later than its use.
     """
 
     normal: tuple[tuple[str, int], ...]
@@ -65,6 +62,18 @@ class Genotype:
         """Whether there is an attention: such networks cut the image into patches and keep their resolution."""
         return 'msa' in self.ops
 
+    @property
+    def reaches_output(self) -> bool:
+        """Whether each cell makes something of its inputs: 'none' may leave a cell zeros alone."""
+        return _gives_something(self.normal, self.normal_concat) and _gives_something(self.reduce, self.reduce_concat)
+
+
+def _gives_something(pairs: tuple[tuple[str, int], ...], concat: tuple[int, ...]) -> bool:
+    known = [True, True]
+    for first in range(0, len(pairs), 2):
+        known.append(any(op != 'none' and known[state] for op, state in pairs[first : first + 2]))
+    return any(known[state] for state in concat)
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
@@ -83,9 +92,6 @@ class NetworkConfig:
         glob_avg: Whether the last map is averaged; it is flattened otherwise.
         fc_layers: Layers of the classifier.
         fc_dim: Width of its hidden layers.
-
-    Raises:
-        ConfigError: if cells concatenate or widen without the convolutions that this needs.
     """
 
     genotype: Genotype
@@ -108,22 +114,12 @@ class NetworkConfig:
         if min(self.n_cells, self.C, self.fc_layers) < 1 or self.stem_type not in (0, 1):
             raise ConfigError(f'expected cells, channels, a classifier and a stem of type 0 or 1 (got {self})')
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkConfig:
-        """The record that :meth:`to_dict` or the reference's JSON describes; what it does not know is left out.
-
-        Raises:
-            ConfigError: if something is missing or wrong.
-        """
+        """The record that ``dataclasses.asdict`` or the reference's JSON gives; what it does not know is left out."""
         known = {field.name for field in dataclasses.fields(cls)} & set(values)
         try:
-            genotype = values['genotype']
-            genotype = genotype if isinstance(genotype, Genotype) else Genotype(**genotype)
-            return cls(**{**{name: values[name] for name in known}, 'genotype': genotype})
+            return cls(**{**{name: values[name] for name in known}, 'genotype': Genotype(**values['genotype'])})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f'expected the description of a DeepNets-1M network ({error})') from error
 

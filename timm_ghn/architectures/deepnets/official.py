@@ -6,6 +6,7 @@ Importing this module needs the package h5py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -53,12 +54,7 @@ def official_splits(path: Path) -> tuple[str, ...]:
 
 
 class HDF5Nets(Sequence[NetRecord]):
-    """Networks of one split of an official file, each of which is read when it is asked for.
-
-    Raises:
-        ConfigError: if the split is missing.
-        DataError: if the file, or a network that is asked for, is damaged.
-    """
+    """Networks of one split of an official file, each of which is read when it is asked for."""
 
     def __init__(self, path: Path, split: str) -> None:
         self.path, self.split = path, split
@@ -102,8 +98,6 @@ class HDF5Nets(Sequence[NetRecord]):
         return distances, nodes
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         distances, nodes = self.arrays(index)
         net = self.nets[index]
@@ -135,9 +129,8 @@ def write_official(path: Path, records: Iterable[tuple[str, NetRecord]]) -> None
                 group = file.create_group(f'{split}/{len(nets)}')
                 group.create_dataset('adj', data=record.distances_NN(), compression='gzip')
                 group.create_dataset('nodes', data=np.array(rows, dtype=np.uint16), compression='gzip')
-                nets.append(
-                    {**record.config.to_dict(), 'num_nodes': len(record), 'num_params': dict(record.num_params)}
-                )
+                config = dataclasses.asdict(record.config)
+                nets.append({**config, 'num_nodes': len(record), 'num_params': dict(record.num_params)})
         for split, (primitives, names) in ids.items():
             meta[split]['meta'] = {
                 'primitives_ext': {str(number): name for name, number in primitives.items()},

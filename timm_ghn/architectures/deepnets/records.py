@@ -33,9 +33,6 @@ class NetRecord:
         cells: The cell that each node belongs to.
         names: Name of each node within its cell.
         edges: (source, target) pairs.
-
-    Raises:
-        DataError: if the parts do not fit together, or there is a cycle.
     """
 
     config: NetworkConfig
@@ -80,11 +77,7 @@ class NetRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetRecord:
-        """The record that :meth:`to_dict` describes.
-
-        Raises:
-            DataError: if something is missing or wrong.
-        """
+        """The record that :meth:`to_dict` describes."""
         try:
             return cls(
                 NetworkConfig.from_dict(values['config']),
@@ -99,11 +92,7 @@ class NetRecord:
 
 
 def record_of(model: DeepNet, num_params: Mapping[str, int]) -> NetRecord:
-    """Trace a network.
-
-    Raises:
-        UnsupportedModelError: if the network has no graph.
-    """
+    """Trace a network."""
     config = model.config
     graph = trace(model)
     cells, names, cell = [], [], 0
@@ -136,11 +125,7 @@ def sorted_record(
     nodes: Sequence[tuple[str, int, str]],
     edges: np.ndarray,
 ) -> NetRecord:
-    """A record of nodes (primitive, cell, name) in any order.
-
-    Raises:
-        DataError: if the edges form a cycle.
-    """
+    """A record of nodes (primitive, cell, name) in any order."""
     if all(source < target for source, target in edges.tolist()):
         order = np.arange(len(nodes))
     else:

@@ -9,34 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from timm_ghn.architectures.architecture import Architecture, register_family
 from timm_ghn.architectures.cost import count_parameters
 from timm_ghn.architectures.deepnets.generate import distinct, draw_config, ranges_of
 from timm_ghn.architectures.deepnets.network import DeepNet, NetworkConfig
-from timm_ghn.architectures.samplers import register_sampler
+from timm_ghn.architectures.samplers import ArchitectureSampler, register_sampler
 from timm_ghn.errors import ConfigError
 
 
 @register_family('deepnets')
-def _build(architecture: Architecture, device: torch.device) -> nn.Module:
+def _build(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = dict(architecture.options)
     genotype = {name: options.pop(name) for name in ('normal', 'normal_concat', 'reduce', 'reduce_concat')}
-    config = NetworkConfig.from_dict({**options, 'genotype': genotype})
-    with device:
-        return DeepNet(
-            config,
-            image_size=architecture.image_size,
-            num_classes=architecture.num_classes,
-            in_chans=architecture.in_chans,
-        )
+    with common['device']:
+        return DeepNet(NetworkConfig.from_dict({**options, 'genotype': genotype}), **architecture.task)
 
 
 @register_sampler('deepnets')
 @dataclasses.dataclass(frozen=True)
-class DeepNetsSampler:
+class DeepNetsSampler(ArchitectureSampler):
     """Networks of DeepNets-1M, from a file or drawn as the paper draws them.
 
     Attributes:
@@ -44,25 +37,17 @@ class DeepNetsSampler:
         split: Split of the file, or of the ranges; 'wide' has four times the channels.
         channels: Channels of the first cells.
         parameters: Most parameters of a network.
-        image_size: Side of the images in pixels.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
         attempts: How often a network is drawn before giving up.
-
-    Raises:
-        ConfigError: if the split is unknown.
     """
 
     file: str | None = None
     split: str = 'train'
     channels: int = 32
     parameters: int = 10**7
-    image_size: int = Architecture.image_size
-    num_classes: int = Architecture.num_classes
-    in_chans: int = Architecture.in_chans
     attempts: int = 1000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ranges_of(self.split)
         if min(self.channels, self.parameters, self.attempts) < 1:
             raise ConfigError(f'expected channels, parameters and attempts of at least 1 (got {self})')
@@ -76,30 +61,24 @@ class DeepNetsSampler:
         return open_nets(Path(self.file), self.split)
 
     def sample(self, rng: np.random.Generator) -> Architecture:
-        """Draw a network within the limit of parameters.
-
-        Raises:
-            ConfigError: if none is found.
-        """
+        """Draw a network within the limit of parameters."""
         for _ in range(self.attempts):
-            if self.file is not None:
-                config: NetworkConfig | None = self.nets[int(rng.integers(len(self.nets)))].config
-            else:
+            if self.file is None:
                 config = draw_config(rng, self.split)
+            else:
+                config = self.nets[int(rng.integers(len(self.nets)))].config
             if config is None:
                 continue
             architecture = self.architecture(config)
-            if count_parameters(architecture.build()) <= self.parameters and _reaches_output(config):
+            if count_parameters(architecture.build()) <= self.parameters and config.genotype.reaches_output:
                 return architecture
         raise ConfigError(f'found no network of at most {self.parameters:,} parameters in {self.attempts} attempts')
 
     def architecture(self, config: NetworkConfig) -> Architecture:
         """The record of a network with the channels, the images and the classes of the sampler."""
         width = self.channels * ranges_of(self.split).width
-        options = dataclasses.replace(config, C=width).to_dict()
-        return Architecture(
-            'deepnets', {**options.pop('genotype'), **options}, self.image_size, self.num_classes, self.in_chans
-        )
+        options = dataclasses.asdict(dataclasses.replace(config, C=width))
+        return Architecture('deepnets', {**options.pop('genotype'), **options}, **self.task)
 
 
 def networks_of(
@@ -121,19 +100,5 @@ def networks_of(
     sampler = DeepNetsSampler(
         None if file is None else str(file), split, image_size=image_size, num_classes=num_classes
     )
-    records = (record for _, record in distinct(split, seed)) if file is None else iter(sampler.nets)
+    records = distinct(split, seed) if file is None else sampler.nets
     return (sampler.architecture(record.config) for record in records)
-
-
-def _reaches_output(config: NetworkConfig) -> bool:
-    """Whether each cell makes something of its inputs: 'none' may leave a cell zeros alone."""
-    for pairs, concat in (
-        (config.genotype.normal, config.genotype.normal_concat),
-        (config.genotype.reduce, config.genotype.reduce_concat),
-    ):
-        known = [True, True]
-        for first in range(0, len(pairs), 2):
-            known.append(any(op != 'none' and known[state] for op, state in pairs[first : first + 2]))
-        if not any(known[state] for state in concat):
-            return False
-    return True

@@ -49,15 +49,15 @@ def statistics(records: Iterable[NetRecord], split: str | None = None) -> list[S
         for name, count in counts.items():
             shares.setdefault(name, []).append(100 * count / len(record))
     number = len(next(iter(columns.values()), []))
+    columns |= {
+        f'{name}, % of nodes': shares[name] + [0.0] * (number - len(shares[name]))
+        for name, _ in primitives.most_common()
+    }
     published = _published(split)
-    rows = [_statistic(name, values, published.get(name, '')) for name, values in columns.items()]
-    for name, _ in primitives.most_common():
-        rows.append(_statistic(f'{name}, % of nodes', shares[name] + [0.0] * (number - len(shares[name]))))
-    return rows
-
-
-def _statistic(name: str, values: list[float], published: str = '') -> Statistic:
-    return Statistic(name, float(np.mean(values)), min(values), max(values), published)
+    return [
+        Statistic(name, float(np.mean(values)), min(values), max(values), published.get(name, ''))
+        for name, values in columns.items()
+    ]
 
 
 def _published(split: str | None) -> dict[str, str]:

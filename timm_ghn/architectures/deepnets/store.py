@@ -5,8 +5,10 @@ Importing this module needs the package datasets.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,6 @@ class ArrowNets(Sequence[NetRecord]):
     Args:
         path: The file.
         split: Only networks of this split; all if None.
-
-    Raises:
-        DataError: if it is damaged or holds something else.
     """
 
     def __init__(self, path: Path, split: str | None = None) -> None:
@@ -72,8 +71,6 @@ class ArrowNets(Sequence[NetRecord]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         row = self.rows[index]
         try:
             config = json.loads(row['config'])
@@ -84,28 +81,18 @@ class ArrowNets(Sequence[NetRecord]):
         return NetRecord.from_dict({**row, 'config': config, 'num_params': num_params, 'edges': edges})
 
 
-def write_records(path: Path, split: str, records: Iterable[NetRecord]) -> None:
-    """Write networks of one split as they come: the whole file, or nothing."""
-    write_splits(path, ((split, record) for record in records))
-
-
-def write_splits(path: Path, records: Iterable[tuple[str, NetRecord]]) -> None:
+def write_records(path: Path, records: Iterable[tuple[str, NetRecord]]) -> None:
     """Write networks, each with its split, as they come: the whole file, or nothing."""
     with atomic_write(path) as part, pa.OSFile(str(part), 'wb') as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-        rows: list[dict[str, Any]] = []
-        for split, record in records:
-            rows.append(_row(split, record))
-            if len(rows) == _ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-                rows = []
-        if rows:
+        stream = iter(records)
+        while rows := [_row(split, record) for split, record in itertools.islice(stream, _ROWS)]:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
 
 
 def _row(split: str, record: NetRecord) -> dict[str, Any]:
     return {
         'split': split,
-        'config': json.dumps(record.config.to_dict()),
+        'config': json.dumps(dataclasses.asdict(record.config)),
         **{name: record.num_params.get(name) for name in ('cifar10', 'imagenet')},
         'primitives': record.primitives,
         'cells': record.cells,
@@ -144,10 +131,5 @@ def convert(source: Path, target: Path) -> int:
         write_official(target, zip(nets.splits, nets, strict=True))
         return len(nets)
     parts = {split: HDF5Nets(source, split) for split in official_splits(source)}
-    write_splits(target, _labelled(parts))
+    write_records(target, ((split, record) for split, records in parts.items() for record in records))
     return sum(map(len, parts.values()))
-
-
-def _labelled(parts: dict[str, Any]) -> Iterator[tuple[str, NetRecord]]:
-    for split, nets in parts.items():
-        yield from ((split, record) for record in nets)
