@@ -123,60 +123,6 @@ def test_a_failing_forward_pass_leaves_nothing_behind_either():
     assert (state_of(case.model), random_states()) == before
 
 
-def holding(held: Tensor, change: bool) -> Net:
-    """Holds a tensor as a plain attribute, and may work on it in place."""
-
-    def compute(net: Net, x: Tensor) -> Tensor:
-        net.log.append(1)
-        if net.change:
-            net.held.mul_(2)
-        return net.layer(x)
-
-    return Net(compute, held=held, change=change, layer=nn.Conv2d(3, 3, 1), log=[])
-
-
-def nested(layout: torch.layout) -> Tensor:
-    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=layout)
-
-
-@pytest.mark.filterwarnings('ignore')  # prototypes, says PyTorch
-@pytest.mark.parametrize(
-    ('make', 'change'),
-    [
-        (lambda: torch.eye(3).to_sparse(), True),
-        (lambda: torch.eye(3).to_sparse_csr(), True),
-        (lambda: nested(torch.strided), True),
-        (lambda: nested(torch.jagged), True),
-        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), False),
-        (
-            lambda: torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8),
-            False,
-        ),
-        (lambda: torch.ones(1).expand(3), False),
-    ],
-    ids=['sparse', 'compressed', 'nested', 'jagged', 'quantised', 'quantised per channel', 'expanded'],
-)
-def test_tensors_of_any_layout_are_left_as_they_were(make, change):
-    def shown(tensor: Tensor) -> str:
-        return str(tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor)
-
-    model = holding(make(), change)
-    held, before = model.held, shown(model.held)
-    assert labels(trace(model, input_size=SIZE)) == ['input', 'layer.weight', 'layer.bias']
-    assert model.held is held
-    assert shown(held) == before
-    assert not model.log
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_a_nested_buffer_is_refused():
-    model = holding(torch.ones(1), change=False)
-    model.register_buffer('buffer', nested(torch.strided))
-    with pytest.raises(UnsupportedModelError, match='nested tensor'):
-        trace(model, input_size=SIZE)
-    assert not model.log
-
-
 def test_one_network_is_traced_at_a_time():
     """A trace changes the model, the process's random generators and its default dtype until it is done."""
     barrier = threading.Barrier(2)
@@ -284,8 +230,7 @@ def test_complex_numbers_are_followed(compute):
 
 def test_inputs_may_be_named_and_outputs_be_in_containers():
     logits = trace(NETWORKS['tuple']().model, input_size=SIZE)
-    for name in ('dictionary', 'dataclass'):
-        assert equal(trace(NETWORKS[name]().model, input_size=SIZE), logits)
+    assert equal(trace(NETWORKS['dictionary']().model, input_size=SIZE), logits)
     by_position, by_name = NETWORKS['two inputs'](), NETWORKS['named inputs']()
     assert equal(trace(by_position.model, **by_position.options), trace(by_name.model, **by_name.options))
 

@@ -19,7 +19,7 @@ from timm_ghn.graph.operators import joined_labels, operator_draft
 from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.published import Draft, Label, published_draft
-from timm_ghn.graph.trace import Recording, record, timm_metadata
+from timm_ghn.graph.trace import Recording, named_layers, record
 from timm_ghn.graph.vocabulary import (
     AXIS_POSITIONS,
     GAIN,
@@ -255,16 +255,9 @@ def _norm_bias(label: Label, names: Mapping[int, str]) -> str | None:
 
 def _classifier(recording: Recording) -> tuple[nn.Module, ...]:
     """The layers that timm's metadata names (several for distilled models), else the layer that makes the output."""
-    model, found = recording.model, []
-    named = timm_metadata(model).get('classifier')
-    for name in (named,) if isinstance(named, str) else tuple(named or ()):
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if any(True for _ in layer.parameters(recurse=False)):
-            found.append(layer)
-    return tuple(found) or _output_layer(recording)
+    named = named_layers(recording.model, 'classifier')
+    found = tuple(layer for layer in named if any(True for _ in layer.parameters(recurse=False)))
+    return found or _output_layer(recording)
 
 
 def _class_count(model: nn.Module) -> int | None:

@@ -186,11 +186,9 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Batch normalisation. PyTorch would not look at the number of channels on the meta device."""
-    for name, tensor in (('running_mean', running_mean), ('weight', weight), ('bias', bias)):
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(f'expected {name} of {input.shape[1]} channels (got {tensor.numel()})')
-    if not _is_plain(input):
+    """Batch normalisation; PyTorch's own tells of channels that do not fit."""
+    given = (tensor for tensor in (running_mean, weight, bias) if tensor is not None)
+    if not _is_plain(input) or any(tensor.numel() != input.shape[1] for tensor in given):
         return NotImplemented
     return _operator('NativeBatchNorm')(_like(input), input, weight, bias)
 
