@@ -68,18 +68,14 @@ def ghn(request: pytest.FixtureRequest) -> GHN:
 
 @pytest.fixture
 def scatter_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch-scatter's functions with their documented meaning, so that our part of the call is tested without it."""
+    """torch-scatter's function with its documented meaning, so that our part of the call is tested without it."""
     double = types.ModuleType('torch_scatter')
 
     def segment_csr(src, indptr, *, reduce):
         assert (indptr.dtype, reduce) == (torch.int64, 'sum')
         return torch.stack([src[a:b].sum(0) for a, b in itertools.pairwise(indptr)])
 
-    def gather_csr(src, indptr):
-        assert indptr.dtype == torch.int64
-        return torch.cat([src[row].expand(n, -1) for row, n in enumerate(indptr.diff().tolist())])
-
-    double.segment_csr, double.gather_csr = segment_csr, gather_csr
+    double.segment_csr = segment_csr
     monkeypatch.setitem(sys.modules, 'torch_scatter', double)
     backends.missing_package.cache_clear()
     yield

@@ -190,16 +190,6 @@ class Tokens(nn.Module):
         return self.head(self.embedding(tokens).mean(1))
 
 
-@dataclasses.dataclass
-class Output:
-    """What some libraries return instead of a tuple."""
-
-    logits: Tensor
-    features: list[Tensor]
-    name: str = 'output'
-    loss: Tensor | None = None
-
-
 class Answering(nn.Module):
     """Returns its logits in a container."""
 
@@ -267,7 +257,6 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     'tokens': lambda: Case(Tokens(), {'example_inputs': torch.ones(2, 7, dtype=torch.int64)}),
     'tuple': lambda: Case(Answering(lambda logits, side: (logits, side))),
     'dictionary': lambda: Case(Answering(lambda logits, side: {'out': logits, 'more': {'side': [side, None]}})),
-    'dataclass': lambda: Case(Answering(lambda logits, side: Output(logits, [side]))),
     'branching': lambda: Case(Branching()),
     'in place': lambda: Case(InPlace()),
 }

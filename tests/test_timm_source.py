@@ -132,32 +132,23 @@ def add_architecture(module, name):
 
 
 class TestRequest:
-    @pytest.mark.parametrize('said', [{}, {'pretrained': True}])
-    @pytest.mark.parametrize(
-        ('name', 'cfg'),
-        [
-            ('test_resnet.ghn', None),
-            ('test_resnet', 'ghn'),
-            ('test_resnet', {'tag': 'ghn', 'classifier': 'fc'}),
-            ('test_resnet', timm.models.PretrainedCfg(tag='ghn', classifier='fc')),
-            ('test_resnet.r160_in1k', 'ghn'),
-        ],
+    REQUESTS = (
+        ('test_resnet.ghn', None),
+        ('test_resnet', 'ghn'),
+        ('test_resnet', {'tag': 'ghn', 'classifier': 'fc', 'num_classes': 1000}),
+        ('test_resnet', timm.models.PretrainedCfg(tag='ghn', classifier='fc')),
+        ('test_resnet.r160_in1k', 'ghn'),
     )
-    def test_naming_the_tag_is_the_request(self, hub, name, cfg, said):
-        model = timm.create_model(name, pretrained_cfg=cfg, **said)
-        assert is_predicted(model)
-        assert model.num_classes == 1000
-        assert hub.loaded == [('ghn', None)]
 
-    @pytest.mark.parametrize(
-        ('name', 'cfg'),
-        [
-            ('test_resnet.ghn', None),
-            (f'test_resnet.{NAMED}', None),
-            ('test_resnet', 'ghn'),
-            ('test_resnet', {'tag': 'ghn', 'classifier': 'fc', 'num_classes': 1000}),
-        ],
-    )
+    @pytest.mark.parametrize(('name', 'cfg'), REQUESTS)
+    def test_naming_the_tag_is_the_request(self, hub, name, cfg):
+        for said in ({}, {'pretrained': True}):
+            model = timm.create_model(name, pretrained_cfg=cfg, **said)
+            assert is_predicted(model)
+            assert model.num_classes == 1000
+        assert hub.loaded == [('ghn', None)] * 2
+
+    @pytest.mark.parametrize(('name', 'cfg'), [*REQUESTS[:3], (f'test_resnet.{NAMED}', None)])
     def test_pretrained_false_takes_the_request_back(self, hub, name, cfg):
         torch.manual_seed(0)
         model = timm.create_model(name, False, pretrained_cfg=cfg)
@@ -241,12 +232,9 @@ class TestArguments:
     @pytest.mark.parametrize(
         ('name', 'arguments'),
         [
-            ('test_resnet', {}),
             ('test_resnet', {'out_indices': (1, 3), 'in_chans': 1, 'pretrained': True}),
-            ('test_resnet', {'feature_cls': 'hook'}),
             ('test_resnet', {'feature_cls': 'getter'}),
             ('test_vit', {'img_size': 96, 'out_indices': [-1]}),
-            ('test_efficientnet', {'feature_location': 'expansion', 'in_chans': 2}),
         ],
     )
     def test_features_are_those_of_the_whole_model(self, name, arguments):
@@ -256,16 +244,9 @@ class TestArguments:
         plain = timm.create_model(name, features_only=True, **{**arguments, 'pretrained': False})
         assert extractor.feature_info.channels() == plain.feature_info.channels()
         assert extractor.state_dict().keys() == plain.state_dict().keys()
+        assert extractor.pretrained_cfg['tag'] == 'ghn'
+        assert not {'state_dict', 'num_classes', 'classifier'} & extractor.pretrained_cfg.keys()
         assert all(parameter.detach().numpy().tobytes() in known for parameter in extractor.parameters())
-
-    def test_cfg_of_features_says_the_same_and_holds_no_weights(self):
-        for arguments in ({}, {'feature_cls': 'getter'}):
-            model = timm.create_model('test_resnet.ghn', features_only=True, **arguments)
-            assert model.pretrained_cfg['tag'] == 'ghn'
-            assert model.pretrained_cfg['mean'] == MEAN
-            assert not {'state_dict', 'num_classes', 'classifier'} & model.pretrained_cfg.keys()
-            inner = [getattr(module, 'pretrained_cfg', {}) for module in model.modules()]
-            assert not any('state_dict' in cfg for cfg in inner)
 
     def test_overlay_wins(self, hub):
         overlay = {'mean': (0.5, 0.5, 0.5), 'input_size': (3, 96, 96), 'crop_pct': 1.0}
@@ -314,24 +295,6 @@ class TestTruth:
         assert len(hub.loaded) == 2
         assert second.pretrained_cfg == first.pretrained_cfg | {'mean': MEAN}
 
-    def test_plain_timm_accepts_the_cfg(self):
-        cfg = timm.create_model('test_resnet.ghn').pretrained_cfg
-        source.disable_timm_tags()
-        assert timm.create_model('test_resnet', pretrained_cfg=cfg).pretrained_cfg == cfg
-
-    def test_arguments_that_scripts_resolve_ask_for_the_same(self, hub):
-        if not hasattr(timm.models, 'resolve_model_input_args'):
-            pytest.skip('this timm has no resolve_model_input_args')
-        for tag in ('ghn', NAMED):
-            arguments = timm.models.resolve_model_input_args(
-                f'test_vit.{tag}', {'img_size': 96}, pretrained_cfg_overlay={'mean': (0.5, 0.5, 0.5)}
-            )
-            model = timm.create_model(**arguments)
-            assert is_predicted(model)
-            assert model.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
-            assert model.pretrained_cfg['std'] == STD
-        assert hub.inputs == [(3, 96, 96)] * 2
-
     def test_folder_written_by_timm_is_read_with_its_own_weights(self, hub, tmp_path):
         model = timm.create_model('test_resnet.ghn', num_classes=5)
         nn.init.constant_(model.fc.bias, 3.0)
@@ -352,17 +315,11 @@ class TestListing:
                 'models': names,
                 'tagged': timm.list_models(include_tags=True),
                 'of a module': timm.list_models('*18*', module='resnet', include_tags=True),
-                'weights': timm.list_models(pretrained=True),
                 'list_pretrained': timm.list_pretrained(),
                 'of an architecture': timm.list_pretrained('resnet50'),
-                'by cfg': timm.list_models(name_matches_cfg=True),
                 'weights by cfg': timm.list_models(pretrained=True, name_matches_cfg=True),
-                'without': timm.list_pretrained(exclude_filters='*in1k'),
                 'pretrained': [timm.is_model_pretrained(name) for name in names],
-                'defaults': [timm.get_pretrained_cfg(name) for name in names],
-                'cfgs': [timm.models.get_arch_pretrained_cfgs(name) for name in names],
-                'values': timm.get_pretrained_cfg_value('resnet50', 'hf_hub_id'),
-                'entrypoint': timm.model_entrypoint('resnet50'),
+                'cfgs': [(timm.get_pretrained_cfg(name), timm.models.get_arch_pretrained_cfgs(name)) for name in names],
             }
 
         with_ghns = answers()
@@ -405,24 +362,6 @@ class TestUsersArchitectures:
         timm.create_model('users_net', pretrained_cfg='ghn', in_chans=2)
         assert hub.inputs == [None, (2, 224, 224)]
         assert not is_predicted(timm.create_model('users_net'))
-
-    def test_architecture_with_cfgs(self, hub, user_module):
-        user_module.default_cfgs = timm.models.generate_default_cfgs(
-            {
-                'users_net.second': {'input_size': (1, 28, 28), 'num_classes': 3},
-                'users_net.first': {'url': 'https://example.org/w.pth', 'input_size': (1, 32, 32), 'num_classes': 10},
-            }
-        )
-        add_architecture(user_module, 'users_net')
-        assert timm.get_pretrained_cfg('users_net').tag == 'first'
-        model = timm.create_model('users_net.ghn', in_chans=1)
-        assert hub.inputs == [(1, 32, 32)]
-        assert model.pretrained_cfg['num_classes'] == 10
-        assert 'url' not in model.pretrained_cfg
-        for _ in range(2):
-            assert timm.list_pretrained('users_net*') == ['users_net.first']
-            source.disable_timm_tags()
-        assert timm.list_models('users_net*', include_tags=True) == ['users_net.first', 'users_net.second']
 
     def test_tag_of_that_name_of_the_users_own_is_left_alone(self, hub, user_module):
         user_module.default_cfgs = timm.models.generate_default_cfgs(
@@ -497,19 +436,6 @@ class TestPrivateSurface:
     def test_each_private_name_is_there(self):
         source.disable_timm_tags()
         assert source._missing() == [], f'timm {timm.__version__} has other internals: adapt timm_source.py'
-
-    @pytest.mark.parametrize(
-        ('function', 'name'),
-        [
-            (timm.create_model, 'model_entrypoint'),
-            (timm.is_model_pretrained, '_model_has_pretrained'),
-            (timm.get_pretrained_cfg, '_model_pretrained_cfgs'),
-        ],
-    )
-    def test_timm_looks_each_up_when_called(self, function, name):
-        assert name in function.__code__.co_names, (
-            f'timm {timm.__version__}: timm.{function.__name__} does not look {name} when called: adapt timm_source.py'
-        )
 
     def test_no_other_private_name_is_used(self):
         package = Path(source.__file__).parent

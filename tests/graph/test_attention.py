@@ -66,7 +66,6 @@ def shifted(net: Net, logits: Tensor, q: Tensor) -> Tensor:
 TABLES: dict[str, tuple[tuple[int, ...], Form]] = {
     'added': ((1, 2, TOKENS, TOKENS), lambda net, logits, q: logits + net.zeta),
     'gathered': ((49, 2), lambda net, logits, q: logits + net.zeta[INDEX].permute(2, 0, 1).unsqueeze(0)),
-    'before talking heads': ((2, 49), lambda net, logits, q: net.heads(logits + net.zeta[:, INDEX])),
     'behind talking heads': ((2, 49), lambda net, logits, q: net.heads(logits) + net.zeta[:, INDEX]),
     'under a mask': (
         (2, 49),
@@ -115,9 +114,6 @@ def test_other_parameters_are_no_tables():
         ('efficientformerv2_s0', {'attention_biases'}),
         ('mvitv2_tiny', {'rel_pos_h', 'rel_pos_w'}),
         ('halonet26t', {'height_rel', 'width_rel'}),
-        ('botnet26t_256', {'height_rel', 'width_rel'}),
-        ('samvit_base_patch16', {'rel_pos_h', 'rel_pos_w'}),
-        ('levit_128s', {'attention_biases'}),
         ('swin_tiny_patch4_window7_224', {'relative_position_bias_table'}),
     ],
 )
@@ -181,13 +177,6 @@ def test_values_that_come_from_the_same_attention_close_no_circle():
     assert graph.is_acyclic
     assert counts(graph)[Primitive.MSA] == 1
     assert 'msa>v.weight' in edges(graph)
-
-
-@pytest.mark.parametrize(('name', 'attentions'), [('convit_tiny', 22), ('efficientvim_m1', 6)])
-def test_timms_mixed_and_scaled_attentions_are_found(name: str, attentions: int):
-    with torch.device('meta'):
-        graph = trace(timm.create_model(name), rules='operators')
-    assert counts(graph)[Primitive.MSA] == attentions
 
 
 def test_a_softmax_that_weighs_nothing_is_no_attention():

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from timm_ghn import Graph, plan_parameters, trace
 from timm_ghn.graph import Primitive
-from timm_ghn.graph.flow import Flow
-from timm_ghn.graph.trace import record
 from timm_ghn.prediction.fit import fan_in_scale
 
 SIZE = 16
@@ -40,17 +38,6 @@ def node_of(graph: Graph, name: str = 'zeta') -> tuple[Primitive, tuple[int, ...
     return node.primitive, node.kernel
 
 
-def test_what_is_done_to_a_parameter_on_its_way_to_the_data_is_known():
-    def joined(compute: Callable[[Tensor, Tensor], Tensor]) -> tuple[frozenset[str], bool]:
-        flow = Flow.of(record(net_of((8, 1, 1), compute), input_size=SIZE))
-        (found,) = (j for i in flow.order if flow.data[i] for j in flow.joining(i) if j.name == 'zeta')
-        return found.through, found.unchanged
-
-    assert joined(lambda x, p: x + p) == (frozenset(), True)
-    assert joined(lambda x, p: x + p.view(1, 8, 1, 1).expand_as(x)) == (frozenset({'View', 'Expand'}), True)
-    assert joined(lambda x, p: x + p.exp()) == (frozenset({'Exp'}), False)
-
-
 # -- matrices
 
 
@@ -59,10 +46,9 @@ def test_what_is_done_to_a_parameter_on_its_way_to_the_data_is_known():
     [
         ((8, 5), lambda x, p: x.permute(0, 2, 3, 1) @ p, (5, 8)),
         ((5, 8), lambda x, p: x.permute(0, 2, 3, 1) @ p.t(), None),
-        ((8, 1), lambda x, p: x.permute(0, 2, 3, 1) @ p, (1, 8)),
         ((1, 8), lambda x, p: nn.functional.linear(x.permute(0, 2, 3, 1), p), None),
     ],
-    ids=['from the right', 'transposed', 'to one number', 'linear'],
+    ids=['from the right', 'transposed', 'linear'],
 )
 def test_a_matrix_that_data_is_multiplied_with_is_a_weight_of_any_shape_and_name(shape, compute, kernel):
     graph = graph_of(shape, compute)
@@ -107,11 +93,7 @@ def test_a_table_with_a_row_for_each_coordinate_is_kept_and_no_weight():
         chosen = rows.to(table.device).expand(2, -1, -1) @ table
         return (x + chosen[0].t()[:, None]) + chosen[1].t()[:, :, None]
 
-    graph = graph_of((2, 40, 8), compute)
-    assert 'zeta' not in graph.node_of
-    with torch.device('meta'):
-        graph = trace(timm.create_model('gemma4_vit_167m', depth=2), rules='operators')
-    assert graph.kept['encoder.patch_embed.position_embedding_table'] == 'rotary or axis-wise position table'
+    assert 'zeta' not in graph_of((2, 40, 8), compute).node_of
 
 
 def cut(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -127,10 +109,9 @@ def cut(x: Tensor, rows: int, columns: int) -> Tensor:
         ((1, 4, 64, 8), lambda x, p: cut(x, 2, 2) + p, (2, 2, 8, 8)),
         ((1, 64, 4, 8), lambda x, p: cut(x, 8, 8) + p, (8, 8, 2, 2)),
         ((1, 1, 256, 8), lambda x, p: cut(x, 1, 1) + p, None),
-        ((1, 16, 16, 8), lambda x, p: x.permute(0, 2, 3, 1) + p, None),
         ((1, 256, 8), lambda x, p: x.flatten(2).transpose(1, 2) + p, None),
     ],
-    ids=['large blocks', 'small blocks', 'one block', 'a map', 'tokens'],
+    ids=['large blocks', 'small blocks', 'one block', 'tokens'],
 )
 def test_positions_that_are_stored_by_blocks_are_known(shape, compute, blocks):
     graph = graph_of(shape, compute)

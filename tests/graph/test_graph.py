@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -39,27 +38,16 @@ def graph_of(size: int, edges: list[tuple[int, int]], **changes: object) -> Grap
     ('changes', 'message'),
     [
         ({'edges_E2': torch.zeros(2, 2)}, r'expected int64 edges of shape \(E, 2\) \(got torch.float32 \(2, 2\)\)'),
-        ({'edges_E2': torch.zeros(2, 2, dtype=torch.int32)}, 'int64'),
-        ({'edges_E2': torch.zeros(4, dtype=torch.int64)}, r'shape \(E, 2\)'),
         ({'edges_E2': torch.zeros(2, 3, dtype=torch.int64)}, r'shape \(E, 2\)'),
         ({'edges_E2': torch.tensor([[0, 3]])}, r'outside 0\.\.2'),
         ({'edges_E2': torch.tensor([[-1, 0]])}, r'outside 0\.\.2'),
         ({'start': 3}, r'start node 3 is outside 0\.\.2'),
-        ({'start': -1}, r'start node -1'),
         ({'nodes': (), 'edges_E2': torch.zeros(0, 2, dtype=torch.int64)}, 'start node'),
     ],
 )
 def test_a_graph_that_makes_no_sense_is_refused(changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         graph_of(3, [(0, 1)], **changes)
-
-
-def test_graphs_are_compared_by_identity():
-    graph, again = graph_of(3, [(0, 1)]), graph_of(3, [(0, 1)])
-    assert graph != again
-    assert len({graph, again}) == 2
-    assert GraphBatch.of(graph) == GraphBatch.of(graph) != GraphBatch.of(again)
-    assert len({GraphBatch.of(graph), GraphBatch.of(graph)}) == 1
 
 
 def test_a_cutoff_keeps_the_distances_up_to_it():
@@ -99,6 +87,7 @@ def test_the_nodes_of_a_batch_are_numbered_through():
     graphs = [graph_of(size, []) for size in (3, 1, 4)]
     batch = GraphBatch.of(graphs)
     assert batch.sizes == (3, 1, 4)
+    assert batch == GraphBatch.of(graphs) != GraphBatch.of([graph_of(size, []) for size in (3, 1, 4)]), 'by identity'
     assert batch.offsets == (0, 3, 4)
     assert GraphBatch.of(batch) is batch
     assert GraphBatch.of(graphs[0]).graphs == (graphs[0],)
@@ -107,17 +96,7 @@ def test_the_nodes_of_a_batch_are_numbered_through():
         GraphBatch(())
 
 
-def test_records_are_frozen():
-    graph = graph_of(1, [])
-    for record, field in ((graph, 'start'), (graph.nodes[0], 'label'), (GraphBatch.of(graph), 'graphs')):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(record, field, None)
-
-
-@pytest.mark.parametrize(
-    ('name', 'rules'),
-    [('test_vit', 'auto'), ('test_resnet', 'auto'), ('levit_128s', 'published'), ('nest_tiny', 'operators')],
-)
+@pytest.mark.parametrize(('name', 'rules'), [('test_vit', 'auto'), ('nest_tiny', 'operators')])
 def test_a_graph_survives_json(name, rules):
     with torch.device('meta'):
         graph = trace(timm.create_model(name), rules=rules)
@@ -128,7 +107,6 @@ def test_a_graph_survives_json(name, rules):
 
 def test_values_of_no_graph_are_refused():
     values = graph_to_dict(graph_of(2, [(0, 1)]))
-    graph_from_dict(values)
-    for change in ({'nodes': 3}, {'edges_E2': [[0]]}, {'nodes': [['nothing', 'x']]}, {'more': 1}):
+    for change in ({'edges_E2': [[0]]}, {'nodes': [['nothing', 'x']]}, {'more': 1}):
         with pytest.raises(CheckpointError, match='plain values of a graph'):
             graph_from_dict({**values, **change})

@@ -41,13 +41,13 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize('gate', GATES)
+@pytest.mark.parametrize('gate', GATES.values(), ids=GATES)
 def test_squeeze_and_excite_is_a_gate_and_its_mean_no_pooling(gate):
     for turned in (False, True):
 
         def compute(net, x, turned=turned):
             x = net.a(x)
-            scale = GATES[gate](net.se(x.mean((2, 3), keepdim=True)))
+            scale = gate(net.se(x.mean((2, 3), keepdim=True)))
             return net.b(x * scale if turned else scale * x).mean((2, 3))
 
         graph = read(compute, a=conv(3), se=conv(), b=conv())
@@ -56,10 +56,8 @@ def test_squeeze_and_excite_is_a_gate_and_its_mean_no_pooling(gate):
 
 
 ACTIVATIONS = {
-    'silu': nn.functional.silu,
     'silu by hand': lambda x: x * x.sigmoid(),
     'hard swish by hand': lambda x: nn.functional.relu6(x + 3) / 6 * x,
-    'quick gelu': lambda x: x * torch.sigmoid(1.702 * x),
     'mish by hand': lambda x: x * torch.tanh(nn.functional.softplus(x)),
     'gelu by hand': lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))),
     'square': lambda x: x * x,
@@ -130,7 +128,7 @@ def test_attention_is_the_same_however_it_is_computed(joint):
         assert {f'qkv.{index}.bias>msa' for index in range(3)} <= edges(plain)
 
 
-@pytest.mark.parametrize('name', ['test_vit', 'test_vit2', 'test_vit_relpos', 'test_maxvit', 'swin_s3_tiny_224'])
+@pytest.mark.parametrize('name', ['test_vit', 'test_vit_relpos', 'test_maxvit'])
 def test_transformers_have_one_graph_with_every_kernel_rate_and_mode(name):
     with torch.device('meta'):
         model = timm.create_model(name)
@@ -157,33 +155,24 @@ def test_a_softmax_over_channels_is_no_attention():
 
 
 @pytest.mark.parametrize(
-    ('layer', 'primitive'),
+    ('layer', 'primitive', 'shape'),
     [
-        (conv(3, kernel_size=3), Primitive.CONV),
-        (conv(3, kernel_size=3, dilation=2), Primitive.CONV),
-        (conv(3, 6, groups=3), Primitive.SEP_CONV),
-        (conv(3, 3, groups=3, kernel_size=3), Primitive.SEP_CONV),
-        (conv(3, 3, groups=3, kernel_size=3, dilation=2), Primitive.DIL_CONV),
-        (conv(3, 3, groups=3, kernel_size=3, dilation=(2, 1)), Primitive.SEP_CONV),
-        (nn.ConvTranspose2d(3, 8, 3, bias=False), Primitive.CONV),
+        (conv(3, kernel_size=3, dilation=2), Primitive.CONV, (8, 3, 3, 3)),
+        (conv(3, 6, groups=3), Primitive.SEP_CONV, (6, 1, 1, 1)),
+        (conv(3, 3, groups=3, kernel_size=3, dilation=2), Primitive.DIL_CONV, (3, 1, 3, 3)),
+        (conv(3, 3, groups=3, kernel_size=3, dilation=(2, 1)), Primitive.SEP_CONV, (3, 1, 3, 3)),
+        (nn.ConvTranspose2d(3, 8, 3, bias=False), Primitive.CONV, (3, 8, 3, 3)),
+        (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 8, 5, bias=False)), Primitive.CONV, (8, 3, 5, 1)),
+        (nn.MaxPool2d(2), Primitive.MAX_POOL, (1, 1, 2, 2)),
+        (nn.AvgPool2d((2, 3)), Primitive.AVG_POOL, (1, 1, 2, 3)),
+        (nn.AdaptiveAvgPool2d(1), Primitive.GLOB_AVG, None),
+        (nn.AdaptiveAvgPool2d(2), Primitive.GLOB_AVG, None),
     ],
     ids=lambda value: value.name if isinstance(value, Primitive) else '',
 )
-def test_a_convolution_is_what_its_groups_and_dilation_make_it(layer, primitive):
-    graph = read(lambda net, x: net.a(x), a=layer)
-    assert [node.primitive for node in graph.nodes] == [Primitive.INPUT, primitive]
-    assert graph.nodes[1].shape == tuple(layer.weight.shape)
-
-
-def test_other_dimensions_are_known_too():
-    graph = read(
-        lambda net, x: net.c(net.b(net.a(x).flatten(2)).unsqueeze(-1).unsqueeze(-1)).mean((2, 3, 4)),
-        a=conv(3),
-        b=nn.Conv1d(8, 8, 3),
-        c=nn.Conv3d(8, 4, 1),
-    )
-    assert labels(graph) == ['input', 'a.weight', 'b.weight', 'b.bias', 'c.weight', 'c.bias', 'glob_avg']
-    assert graph.nodes[2].shape == (8, 8, 3, 1)
+def test_a_layer_is_a_node_of_its_kind(layer, primitive, shape):
+    graph = read(lambda net, x: net.a(net.stem(x)), stem=conv(3, 3), a=layer)
+    assert [(node.primitive, node.shape) for node in graph.nodes[2:]] == [(primitive, shape)]
 
 
 def by_hand(net: Net, x: Tensor) -> Tensor:
@@ -209,13 +198,11 @@ def test_a_layer_norm_is_the_same_in_either_layout():
 @pytest.mark.parametrize(
     ('norm', 'primitive', 'with_bias'),
     [
-        (nn.BatchNorm2d(8), Primitive.BN, True),
         (nn.SyncBatchNorm(8), Primitive.BN, True),
         (nn.InstanceNorm2d(8, affine=True), Primitive.BN, True),
         (nn.GroupNorm(2, 8), Primitive.LN, True),
         (timm.layers.RmsNorm2d(8), Primitive.LN, False),
         (timm.layers.BatchNormAct2d(8), Primitive.BN, True),
-        (timm.layers.GroupNormAct(8, 2), Primitive.LN, True),
         (timm.layers.LayerNormAct2d(8), Primitive.LN, True),
         (timm.layers.FrozenBatchNormAct2d(8), None, False),
     ],
@@ -244,13 +231,6 @@ def test_a_layer_that_is_used_again_has_several_nodes_and_one_row(ghn):
     assert [(row.name, row.node) for row in plan] == [('a.weight', 1), ('b.weight', 4)]
 
 
-def test_a_layer_scale_is_transparent_and_kept():
-    gamma = nn.Parameter(torch.ones(8, 1, 1))
-    graph = read(lambda net, x: net.b(net.a(x) * net.gamma), a=conv(3), b=conv(), gamma=gamma)
-    assert labels(graph) == ['input', 'a.weight', 'b.weight']
-    assert graph.kept == {'gamma': 'layer scale or gain'}
-
-
 def test_positions_that_are_added_to_a_slice_in_place_are_positions():
     """As NaFlexViT adds them; other values that are written to a slice are no positions."""
 
@@ -272,21 +252,6 @@ def test_a_sum_has_different_inputs():
     assert Primitive.SUM not in counts(graph)
     graph = read(lambda net, x: (lambda y: y + net.b(y))(net.a(x)), a=conv(3), b=conv())
     assert edges(graph) == {'input>a.weight', 'a.weight>b.weight', 'a.weight>sum', 'b.weight>sum'}
-
-
-@pytest.mark.parametrize(
-    ('pool', 'primitive', 'shape'),
-    [
-        (nn.MaxPool2d(2), Primitive.MAX_POOL, (1, 1, 2, 2)),
-        (nn.AvgPool2d((2, 3)), Primitive.AVG_POOL, (1, 1, 2, 3)),
-        (nn.AdaptiveAvgPool2d(1), Primitive.GLOB_AVG, None),
-        (nn.AdaptiveAvgPool2d(2), Primitive.GLOB_AVG, None),
-    ],
-    ids=['max', 'average', 'global', 'adaptive'],
-)
-def test_a_pooling_is_a_node_of_its_kind(pool, primitive, shape):
-    graph = read(lambda net, x: net.b(net.pool(net.a(x))), a=conv(3), pool=pool, b=conv())
-    assert [(node.primitive, node.shape) for node in graph.nodes][2] == (primitive, shape)
 
 
 # -- any network of a grammar

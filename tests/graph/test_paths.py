@@ -70,6 +70,6 @@ def test_a_long_chain_neither_overflows_nor_recurses():
     assert distances[-1, 0] == 0
 
 
-@pytest.mark.parametrize('cycle', [[(0, 1), (1, 0)], [(0, 1), (1, 2), (2, 3), (3, 1)], [(0, 1), (1, 1)]])
+@pytest.mark.parametrize('cycle', [[(0, 1), (1, 2), (2, 3), (3, 1)], [(0, 1), (1, 1)]])
 def test_a_cycle_has_no_order_and_no_levels(cycle):
     assert topological_levels(4, torch.tensor(cycle)) is None

@@ -50,8 +50,6 @@ def test_arguments_that_do_not_fit_are_refused():
     edges = banded(30)
     with pytest.raises(ValueError, match='30 targets in all .got 29'):
         split_rows(edges, [29], torch.ones(30, 3))
-    with pytest.raises(ValueError, match="got 'fast'"):
-        split_rows(edges, [30], torch.ones(30, 3), backend='fast')
     bare = Edges.of(edges.source_E, edges.target_E, num_sources=30, num_targets=30)
     with pytest.raises(ValueError, match='expected factors'):
         split_rows(bare, [30], torch.ones(30, 3))

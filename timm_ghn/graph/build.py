@@ -19,7 +19,7 @@ from timm_ghn.graph.operators import joined_labels, operator_draft
 from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.published import Draft, Label, published_draft
-from timm_ghn.graph.trace import Recording, record, timm_metadata
+from timm_ghn.graph.trace import Recording, named_layers, record
 from timm_ghn.graph.vocabulary import (
     AXIS_POSITIONS,
     GAIN,
@@ -51,11 +51,8 @@ def trace(
     """Read the computational graph of a network, without computing anything.
 
     The forward pass runs on the meta device, in training mode. The model is left exactly as it was: its parameters,
-    buffers, mode, attributes and the state of all random generators.
-
-    One network is traced at a time; other threads wait. Until the trace is done, the model must not be used elsewhere,
-    and the process's default dtype is float32. Afterwards the global random generators of Python, NumPy and torch are
-    set back: numbers that other threads draw from them meanwhile are drawn again, so give these their own generators.
+    buffers, mode, attributes and the state of all random generators. One network is traced at a time; other threads
+    wait. Until the trace is done, the model must not be used elsewhere, and the process's default dtype is float32.
 
     Args:
         model: Any network that takes a batch of images, on any device (the meta device included) and of any dtype.
@@ -65,9 +62,9 @@ def trace(
             images: a tensor, a tuple of positional or a dictionary of keyword arguments. Only shapes and dtypes are
             read from its tensors.
         rules: 'published': the graph that the reference's own code gives, accidents included, as the published GHNs
-            were trained on. 'operators': the graph that follows from the operators. 'auto': the published graph if
-            there is one that is sound (:mod:`timm_ghn.graph.checks`) and has a node for every parameter for which the
-            other graph has one, else that other graph. A class may choose by an attribute ``graph_rules``.
+            were trained on. 'operators': the graph that follows from the operators. 'auto': the attribute
+            ``graph_rules`` of the model; without one, the published graph if there is one that is sound
+            (:mod:`timm_ghn.graph.checks`) and has a node for every parameter for which the other graph has one.
 
     Returns:
         The graph, its nodes in topological order. Its ``rules`` are 'published' or 'operators'.
@@ -113,6 +110,21 @@ class _Reading:
     def reached(self) -> frozenset[str]:
         """Parameters that the forward pass uses."""
         return frozenset(name for op in self.recording.ops for name in op.parameters)
+
+    @functools.cached_property
+    def classifier(self) -> tuple[nn.Module, ...]:
+        """The layers that timm's metadata names (several for distilled models), else the layer of the output."""
+        named = named_layers(self.recording.model, 'classifier')
+        found = tuple(layer for layer in named if any(True for _ in layer.parameters(recurse=False)))
+        return found or _output_layer(self.flow)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes: the model's own, else the number of outputs of its classifier."""
+        stated = _class_count(self.recording.model)
+        if stated is not None:
+            return stated or None
+        return int(next(self.classifier[0].parameters()).shape[0]) if self.classifier else None
 
     def left_out(self, kept: Collection[str]) -> frozenset[str]:
         """Those of some kept parameters that the operator rules would predict."""
@@ -160,7 +172,7 @@ def _operator_graph(reading: _Reading) -> Graph:
     """The class predictor decodes the weights and biases of the classifier's layers."""
     names = reading.recording.names
     draft, order = operator_draft(reading.flow, reading.attention)
-    of_head = {names[id(p)] for layer in _classifier(reading.recording) for p in _own_parameters(layer).values()}
+    of_head = {names[id(p)] for layer in reading.classifier for p in layer.parameters()}
     found = {draft.name(x): draft.labels[x] for x in order if draft.name(x) in of_head}
     weights = tuple(
         name
@@ -169,15 +181,6 @@ def _operator_graph(reading: _Reading) -> Graph:
     )
     biases = tuple(name for name, label in found.items() if label.primitive is Primitive.BIAS)
     return _assemble(reading, draft, order, weights, biases, 'operators')
-
-
-#: Names of the parameters from which :mod:`torch.nn.utils.parametrizations` computes a weight.
-_REPARAMETRISED = tuple(f'parametrizations.weight.original{index}' for index in ('', 0, 1))
-
-
-def _own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a layer itself, including those that its weight is computed from."""
-    return {name: p for name, p in layer.named_parameters() if '.' not in name or name in _REPARAMETRISED}
 
 
 def _published_graph(reading: _Reading) -> Graph:
@@ -208,7 +211,7 @@ def _assemble(
     rules: str,
 ) -> Graph:
     """Make a graph of a draft."""
-    recording, model, names = reading.recording, reading.recording.model, reading.recording.names
+    recording, names = reading.recording, reading.recording.names
     nodes = tuple(_node(draft, x, names, rules) for x in order)
     position = {x: index for index, x in enumerate(order)}
     edges = [(position[x], position[s]) for x in order for s in sorted(draft.successors[x], key=position.__getitem__)]
@@ -216,8 +219,7 @@ def _assemble(
     rest = [info for info in recording.parameters if info.name not in predicted]
     left_out = reading.left_out([info.name for info in rest]) if rules == 'published' else frozenset()
     kept = {info.name: reading.kept_reason(info, left_out=info.name in left_out) for info in rest}
-    layers = _classifier(recording)
-    of_head = {names[id(p)] for layer in layers for p in layer.parameters()} | {*weights, *biases}
+    of_head = {names[id(p)] for layer in reading.classifier for p in layer.parameters()} | {*weights, *biases}
     return Graph(
         nodes=nodes,
         edges_E2=torch.tensor(edges, dtype=torch.int64, device='cpu').view(-1, 2),
@@ -228,7 +230,7 @@ def _assemble(
         parameters=recording.parameters,
         kept=kept,
         input_size=recording.input_size,
-        num_classes=_num_classes(model, layers),
+        num_classes=reading.num_classes,
         rules=rules,
     )
 
@@ -253,50 +255,25 @@ def _norm_bias(label: Label, names: Mapping[int, str]) -> str | None:
     return None if bias is None else names[id(bias)]
 
 
-def _classifier(recording: Recording) -> tuple[nn.Module, ...]:
-    """The layers that timm's metadata names (several for distilled models), else the layer that makes the output."""
-    model, found = recording.model, []
-    named = timm_metadata(model).get('classifier')
-    for name in (named,) if isinstance(named, str) else tuple(named or ()):
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if any(True for _ in layer.parameters(recurse=False)):
-            found.append(layer)
-    return tuple(found) or _output_layer(recording)
-
-
 def _class_count(model: nn.Module) -> int | None:
     """Number of classes that the model states, if any."""
     count = getattr(model, 'num_classes', None)
     return count if isinstance(count, int) else None
 
 
-def _output_layer(recording: Recording) -> tuple[nn.Module, ...]:
+def _output_layer(flow: Flow) -> tuple[nn.Module, ...]:
     """The layer that makes the first output, in a tuple; empty if it is no linear layer or convolution."""
-    if _class_count(recording.model) == 0 or not recording.outputs:
-        return ()
-    index: int | None = recording.outputs[0]
-    while index is not None:
-        op = recording.ops[index]
-        below = op.children
-        names = op.parameters or tuple(name for child in below for name in recording.ops[child].parameters)
+    at = flow.recording.outputs[:1] if _class_count(flow.recording.model) != 0 else ()
+    while at:
+        op = flow.ops[at[0]]
+        names = op.parameters or tuple(name for child in op.children for name in flow.ops[child].parameters)
         if names and (op.parameters or op.kind == 'Mm'):
-            layer = recording.owners[names[0]]
-            path = names[0].split('.')
-            if 'parametrizations' in path:
-                layer = recording.model.get_submodule('.'.join(path[: path.index('parametrizations')]))
-            own = _own_parameters(layer)
-            weights = [p for name, p in own.items() if name in ('weight', *_REPARAMETRISED) and p.dim() > 1]
-            return (layer,) if weights else ()
-        index = below[0] if below else None
+            layer = flow.owner(names[0])
+            is_layer = any(name in _WEIGHTS and p.dim() > 1 for name, p in layer.named_parameters())
+            return (layer,) if is_layer else ()
+        at = op.children[:1]
     return ()
 
 
-def _num_classes(model: nn.Module, layers: tuple[nn.Module, ...]) -> int | None:
-    """Number of classes: the model's own, else the number of outputs of its classifier."""
-    stated = _class_count(model)
-    if stated is not None:
-        return stated or None
-    return int(next(layers[0].parameters()).shape[0]) if layers else None
+#: Names of a layer's weight, and of the parameters that torch.nn.utils.parametrizations computes it from.
+_WEIGHTS = ('weight', *(f'parametrizations.weight.original{index}' for index in ('', 0, 1)))

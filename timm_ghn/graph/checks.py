@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from collections.abc import Iterable
 
 from torch import argsort
@@ -75,8 +73,7 @@ def _head_flaws(graph: Graph) -> list[str]:
 
 def _order_flaws(graph: Graph, flow: Flow) -> list[str]:
     """Compare the order of the weights in the graph with that in the network. Sets of weights are bit masks."""
-    before = _weights_before(flow)
-    bit = before.bit
+    bit, met, beside, aside = _weights_before(flow)
     predecessors, _ = neighbours(len(graph), graph.edges_E2.tolist())
     known, reach = 0, [0] * len(graph)
     for node in graph.nodes:
@@ -84,44 +81,32 @@ def _order_flaws(graph: Graph, flow: Flow) -> list[str]:
     for i in argsort(graph.forward_levels_N, stable=True).tolist():
         for p in predecessors[i]:
             reach[i] |= reach[p] | bit.get(graph.nodes[p].parameter or '', 0)
-    constant = sum(bit.get(name, 0) for name in before.aside)
-    lost, invented = Counter[str](), Counter[str]()
+    constant = sum(bit.get(name, 0) for name in aside)
+    lost, invented = set(), set()
     for i, node in enumerate(graph.nodes):
-        if node.parameter not in bit or node.primitive is Primitive.POS_ENC:
+        name = node.parameter
+        if name not in bit or node.primitive is Primitive.POS_ENC:
             continue
-        if node.parameter in before.aside:  # the image must not flow through it
-            invented[node.parameter] = (reach[i] & ~constant).bit_count()
-            continue
-        right = before.masks[node.parameter] & known
-        lost[node.parameter] = (right & ~reach[i]).bit_count()
-        invented[node.parameter] = (reach[i] & ~right & ~before.beside[node.parameter]).bit_count()
-    flaws = []
-    for what, count in (('behind a weight but not so in the graph', lost), ('in the graph only behind', invented)):
-        if count.total():
-            name, most = count.most_common(1)[0]
-            flaws.append(f'{count.total()} pairs {what} (of {name}: {most})')
-    return flaws
+        if name in aside:  # the image must not flow through it
+            wrong = reach[i] & ~constant
+        else:
+            right = met[name] & known
+            wrong = reach[i] & ~right & ~beside[name]
+            if right & ~reach[i]:
+                lost.add(i)
+        if wrong:
+            invented.add(i)
+    found = (('behind a weight but not so in the graph', lost), ('in the graph only behind a weight', invented))
+    return [f'{what}: {_labels(graph, nodes)}' for what, nodes in found if nodes]
 
 
-@dataclasses.dataclass(frozen=True)
-class _WeightsBefore:
-    """Order of the parameters that a network uses once. Sets of them are bit masks.
+def _weights_before(flow: Flow) -> tuple[dict[str, int], dict[str, int], dict[str, int], set[str]]:
+    """Follow the image through the recorded ops; a parameter joins it at the first op that has image data.
 
-    Attributes:
-        bit: The bit of each parameter.
-        masks: All parameters that the data met before each one.
-        beside: All parameters that join the data at the same op.
-        aside: Parameters of a network that computes from constants only, such as one of positions.
+    Returns:
+        Of each parameter that the network uses once its bit, all parameters that the data met before, and all that
+        join the data at the same op; the parameters of a network that computes from constants only, such as positions.
     """
-
-    bit: dict[str, int]
-    masks: dict[str, int]
-    beside: dict[str, int]
-    aside: frozenset[str]
-
-
-def _weights_before(flow: Flow) -> _WeightsBefore:
-    """Follow the image through the recorded ops; a parameter joins it at the first op that has image data."""
     ops, order = flow.ops, flow.order
     image = [False] * len(ops)
     carried: list[set[str]] = [set() for _ in ops]
@@ -138,15 +123,14 @@ def _weights_before(flow: Flow) -> _WeightsBefore:
         for name in joining:
             sites.setdefault(name, []).append(i)
     bit = {name: 1 << k for k, name in enumerate(name for name, where in sites.items() if len(where) == 1)}
-    here = [0] * len(ops)
+    here, met = [0] * len(ops), [0] * len(ops)
     for name, own in bit.items():
         here[sites[name][0]] |= own
-    met = [0] * len(ops)
     for i in order:
         for child in ops[i].children:
             met[i] |= met[child] | here[child]
-    masks, beside = ({name: sets[sites[name][0]] for name in bit} for sets in (met, here))
-    return _WeightsBefore(bit, masks, beside, frozenset(aside))
+    before, beside = ({name: sets[sites[name][0]] for name in bit} for sets in (met, here))
+    return bit, before, beside, aside
 
 
 def _labels(graph: Graph, nodes: Iterable[int]) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import operator
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.stand_ins import on_meta_device, stand_in
 
 
@@ -30,23 +29,17 @@ def on_meta(modules: Sequence[nn.Module], names: Mapping[int, str]) -> Iterator[
 
     Yields:
         Names of the parameters by the ``id`` of the meta tensor.
-
-    Raises:
-        UnsupportedModelError: if one of them is a nested tensor.
     """
     saved = [dict(module.__dict__) for module in modules]
-    contents = _Contents()
+    held: dict[int, tuple[Any, Any]] = {}
     for state in saved:
-        contents.note(value for key, value in state.items() if key not in ('_parameters', '_buffers'))
+        _note((value for key, value in state.items() if key not in ('_parameters', '_buffers')), held)
     stand_ins: dict[int, Tensor] = {}
     try:
         for module in modules:
             state = module.__dict__
             for key in ('_parameters', '_buffers'):
-                if state[key]:
-                    state[key] = {name: _meta_like(value, stand_ins) for name, value in state[key].items()}
-                else:
-                    state[key] = {}
+                state[key] = {name: _meta_like(value, stand_ins) for name, value in state[key].items()}
             state['training'] = True
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
                 state['momentum'] = 0.0  # a cumulative average would read the value of num_batches_tracked
@@ -55,85 +48,52 @@ def on_meta(modules: Sequence[nn.Module], names: Mapping[int, str]) -> Iterator[
         for module, state in zip(modules, saved, strict=True):
             module.__dict__.clear()
             module.__dict__.update(state)
-        contents.put_back()
+        for container, contents in held.values():
+            _put_back(container, contents)
 
 
-#: Types of values that hold nothing that a forward pass could change.
-_ATOMS = frozenset((bool, int, float, str, type(None), type, torch.dtype, torch.device, types.FunctionType))
+def _note(values: Iterable[Any], held: dict[int, tuple[Any, Any]]) -> None:
+    """Remember what a forward pass may change in place: containers, and tensors outside parameters and buffers."""
+    for value in values:
+        if id(value) in held:
+            continue
+        if isinstance(value, Tensor):
+            is_plain = value.layout is torch.strided and not (value.is_meta or value.is_nested or value.is_quantized)
+            if is_plain and not isinstance(value, nn.Parameter):
+                held[id(value)] = value, value.detach().clone()
+        elif isinstance(value, (dict, list, set, collections.deque)):
+            held[id(value)] = value, _items(value)
+            _note(value.values() if isinstance(value, dict) else value, held)
+        elif type(value) is tuple:
+            _note(value, held)
 
 
-class _Contents:
-    """Contents of attributes that a forward pass may change: containers, and tensors outside parameters and buffers."""
-
-    def __init__(self) -> None:
-        self._empty: list[Any] = []
-        self._held: dict[int, tuple[Any, Any]] = {}
-
-    def note(self, values: Iterable[Any]) -> None:
-        """Remember the contents of values, those of nested containers included."""
-        for value in values:
-            kind = type(value)
-            if kind in _ATOMS:
-                continue
-            if isinstance(value, Tensor):
-                if not value.is_meta and not isinstance(value, nn.Parameter):
-                    with contextlib.suppress(RuntimeError):  # quantised per channel: no copy, nor an operator in place
-                        version = None if _is_plain(value) else value._version
-                        self._held[id(value)] = value, (value.detach().clone(), version)
-            elif isinstance(value, (dict, list, set, collections.deque)):
-                if not value:  # most of a module's are
-                    self._empty.append(value)
-                elif id(value) not in self._held:
-                    self._held[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
-                    if not isinstance(value, set):
-                        self.note(value.values() if isinstance(value, dict) else value)
-            elif kind is tuple:
-                self.note(value)
-
-    def put_back(self) -> None:
-        """Restore the contents."""
-        for container in self._empty:
-            if container:
-                container.clear()
-        for container, value in self._held.values():
-            _refill(container, value)
+def _items(container: Any) -> list[Any]:
+    """What a container holds: of a dictionary its keys, then its values."""
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be compared; for the others, its version counter tells whether it changed."""
-    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
-
-
-def _refill(container: Any, contents: Any) -> None:
-    """Restore the contents of a container or a tensor in place."""
+def _put_back(container: Any, contents: Any) -> None:
+    """Restore the contents of a container or a tensor in place, if they have changed."""
     if isinstance(container, Tensor):
-        values, version = contents
-        changed = not torch.equal(container, values) if version is None else container._version != version
-        if changed:
-            with torch.no_grad():  # detach() would give a sparse tensor of its own
-                container.copy_(values)
+        if not torch.equal(container, contents):
+            container.detach().copy_(contents)
         return
-    if _holds(container, contents):
+    found = _items(container)
+    if len(found) == len(contents) and all(map(operator.is_, found, contents)):
         return
     container.clear()
-    container.update(contents) if isinstance(container, (dict, set)) else container.extend(contents)
-
-
-def _holds(container: Any, contents: Any) -> bool:
-    """Whether a container still holds the identical objects; tensors are never compared by value."""
-    if len(container) != len(contents):
-        return False
-    if isinstance(container, dict) and not all(map(operator.is_, container.values(), contents.values())):
-        return False
-    return all(map(operator.is_, container, contents))
+    if isinstance(container, dict):
+        half = len(contents) // 2
+        container.update(zip(contents[:half], contents[half:], strict=True))
+    else:
+        container.update(contents) if isinstance(container, set) else container.extend(contents)
 
 
 def _meta_like(value: Tensor | None, stand_ins: dict[int, Tensor]) -> Tensor | None:
     """A meta tensor of the same shape; the same one for the same (tied) tensor."""
     if value is None:
         return None
-    if value.is_nested:
-        raise UnsupportedModelError('a buffer or parameter is a nested tensor, which has no shape to trace with')
     if id(value) not in stand_ins:
         dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
         meta = torch.empty(value.shape, dtype=dtype, device='meta')
@@ -174,22 +134,18 @@ class MetaMode(TorchFunctionMode):
         if func in _RECURRENT and not isinstance(args[3], (tuple, list)):
             return _one_step(*args, gates=_RECURRENT[func])
         if func in _CONSTRUCTORS:
-            if kwargs.get('device') is None or torch.device(kwargs['device']).type != 'meta':
-                kwargs = {**kwargs, 'device': 'meta'}
-            return func(*args, **kwargs)
-        if func is Tensor.type and (len(args) > 1 or kwargs):
-            return args[0].to(_named_type(*args[1:], **kwargs))
-        if func is Tensor.to or func is Tensor.cpu or func is Tensor.cuda:
-            return _stay(func, args, kwargs)
+            return func(*args, **{**kwargs, 'device': 'meta'})
+        if func is Tensor.cpu or func is Tensor.cuda:
+            return args[0]
+        if func in (Tensor.to, Tensor.type) and (len(args) > 1 or kwargs):
+            return _cast(*args, **kwargs)
         try:
             return func(*args, **kwargs)
-        except (RuntimeError, NotImplementedError) as error:
-            moved = [to_meta(value) for value in args], {key: to_meta(value) for key, value in kwargs.items()}
-            if all(a is b for a, b in zip(args, moved[0], strict=True)) and all(
-                kwargs[key] is value for key, value in moved[1].items()
-            ):
-                raise error
-            return func(*moved[0], **moved[1])
+        except (RuntimeError, NotImplementedError):
+            if all(value.is_meta for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)):
+                raise
+            args, kwargs = tree_map_only(Tensor, to_meta, (args, kwargs))
+            return func(*args, **kwargs)
 
 
 _CONSTRUCTORS = frozenset(torch.utils._device._device_constructors())
@@ -204,36 +160,17 @@ def _single(value: Any) -> Any:
     return torch.float32 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def _named_type(dtype: Any, non_blocking: bool = False) -> torch.dtype:  # as in torch.Tensor.type
-    """The dtype that an argument of ``tensor.type(...)`` names: a dtype, a tensor class or the name of one."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.rpartition('.')[2])
-    named: torch.dtype = _single(getattr(dtype, 'dtype', dtype))
-    return named
-
-
-def _stay(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _cast(tensor: Tensor, *wanted: Any, **options: Any) -> Tensor:
     """``tensor.to(...)`` without its change of device; floating-point dtypes become float32."""
-    if func is not Tensor.to:
-        return args[0]
-    kwargs = {key: value for key, value in kwargs.items() if key != 'device'}
-    rest = tuple(value for value in args[1:] if not isinstance(value, (str, torch.device)))
-    rest = tuple(_single(value.dtype) if isinstance(value, Tensor) else value for value in rest)
-    if isinstance(kwargs.get('other'), Tensor):
-        kwargs['dtype'] = _single(kwargs.pop('other').dtype)
-    if not rest and not (kwargs.keys() - {'non_blocking', 'copy'}):
-        return args[0]
-    return func(args[0], *rest, **kwargs)
+    kinds = [getattr(value, 'dtype', value) for value in (*wanted, *options.values())]
+    dtype = next((_single(kind) for kind in kinds if isinstance(kind, torch.dtype)), tensor.dtype)
+    kept = {key: value for key, value in options.items() if key in ('copy', 'memory_format')}
+    return tensor.to(dtype, **kept)
 
 
-def to_meta(value: Any) -> Any:
-    """The value with its tensors on the meta device, float32 if floating-point; itself if nothing had to move."""
-    if isinstance(value, Tensor):
-        return value if value.device.type == 'meta' else value.to('meta', _single(value.dtype))
-    if type(value) in (tuple, list):
-        moved = [to_meta(item) for item in value]
-        return value if all(a is b for a, b in zip(value, moved, strict=True)) else type(value)(moved)
-    return value
+def to_meta(tensor: Tensor) -> Tensor:
+    """The tensor on the meta device, float32 if it is floating-point."""
+    return tensor.to('meta', _single(tensor.dtype))
 
 
 def _plain_attention(
@@ -293,13 +230,11 @@ def _one_step(
     for layer in range(num_layers):
         outputs = []
         for direction in range(directions):
-            w_ih, w_hh, *rest = weights[(layer * directions + direction) * each :][:each]
-            b_ih, b_hh = rest[:2] if has_biases else (None, None)
+            w_ih, w_hh, *biases = weights[(layer * directions + direction) * each :][:each]
+            b_ih, b_hh = biases or (None, None)
             size = w_hh.shape[0] // gates
             hidden = nn.functional.linear(data, w_ih, b_ih)[..., : w_hh.shape[1]]
             hidden = nn.functional.linear(hidden, w_hh, b_hh)[..., :size].tanh()
-            if len(rest) in (1, 3):  # an LSTM with a projection
-                hidden = nn.functional.linear(hidden, rest[-1])
             outputs.append(hidden)
             last_states.append(hidden.select(1 if batch_first and data.dim() > 2 else 0, -1))
         data = torch.cat(outputs, -1)

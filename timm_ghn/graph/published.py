@@ -8,7 +8,7 @@ at positions in a list, as the reference does: for the networks that it knows th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -51,8 +51,8 @@ class Draft:
 
     def append(self, label: Label) -> int:
         """Add a position at the end of the list."""
+        self.order.append(len(self.labels))
         self.labels.append(label)
-        self.order.append(len(self.labels) - 1)
         self.successors.append(set())
         self.predecessors.append(set())
         return len(self.labels) - 1
@@ -77,15 +77,14 @@ class Draft:
         for x in self.order:
             if x not in removed:
                 continue
-            before, behind = self.predecessors[x], self.successors[x]
+            before, behind = set(self.predecessors[x]), set(self.successors[x])
             for p in before:
-                self.successors[p].discard(x)
+                self.cut(p, x)
             for s in behind:
-                self.predecessors[s].discard(x)
+                self.cut(x, s)
             for p in before:
                 for s in behind:
                     self.connect(p, s)
-            self.predecessors[x], self.successors[x] = set(), set()
         self.order = [x for x in self.order if x not in removed]
 
     def sort(self) -> list[int] | None:
@@ -216,7 +215,7 @@ def route_values_through_softmax(draft: Draft) -> None:
     """Route the values of an attention through its softmax, so that no edge bypasses it."""
     if not any('softmax' in draft.name(x).lower() for x in draft.order):
         return
-    several = _PathCounter(draft)
+    several = _path_counter(draft)
     for i in draft.order:
         if 'softmax' not in draft.name(i).lower():
             continue
@@ -230,25 +229,23 @@ def route_values_through_softmax(draft: Draft) -> None:
                     draft.connect(j, i)
 
 
-class _PathCounter:
-    """Whether more than one path leads from one position to another, in the graph as it was at construction."""
+def _path_counter(draft: Draft) -> Callable[[int, int], bool]:
+    """Whether more than one path leads from one position to another, in the graph as it is now."""
+    order = draft.sort()
+    if order is None:
+        raise _used_again()
+    rank = {x: place for place, x in enumerate(order)}
+    predecessors = [set(before) for before in draft.predecessors]
 
-    def __init__(self, draft: Draft) -> None:
-        order = draft.sort()
-        if order is None:
-            raise _used_again()
-        self._rank = {x: rank for rank, x in enumerate(order)}
-        self._order = order
-        self._predecessors = [set(before) for before in draft.predecessors]
-
-    def __call__(self, source: int, target: int) -> bool:
-        first, last = self._rank[source], self._rank[target]
+    def several(source: int, target: int) -> bool:
         count = {source: 1}
-        for x in self._order[first + 1 : last + 1]:
-            paths = sum(count.get(p, 0) for p in self._predecessors[x])
+        for x in order[rank[source] + 1 : rank[target] + 1]:
+            paths = sum(count.get(p, 0) for p in predecessors[x])
             if paths:
                 count[x] = min(paths, 2)
         return count.get(target, 0) > 1
+
+    return several
 
 
 def connect_swin_stages(draft: Draft, model: nn.Module) -> None:

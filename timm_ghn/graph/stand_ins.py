@@ -2,7 +2,8 @@
 
 A traced forward pass computes nothing, so a function needs to give a tensor of the right shape and to leave the name
 and the inputs of its backward function in the autograd graph. PyTorch has no meta kernels of its own for some frequent
-functions and takes them apart in Python: a linear layer with a bias takes 0.4 ms, a hard swish 1.5 ms.
+functions and takes them apart in Python: a linear layer with a bias takes 0.4 ms, a hard swish 1.5 ms. Those that take
+the most time in timm's networks have a stand-in.
 
 A function here returns ``NotImplemented`` for arguments that it does not stand for; PyTorch's own is called then.
 """
@@ -38,17 +39,6 @@ class _InPlace(_StandIn):
     def forward(ctx: Any, data: Tensor) -> Tensor:  # type: ignore[override]
         ctx.mark_dirty(data)
         return data
-
-
-class _MeanStandIn(_StandIn):
-    """Mean over dimensions, which autograd keeps."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, make: Callable[[], Tensor], data: Tensor, dims: tuple[int, ...]
-    ) -> Tensor:
-        ctx._saved_self_sym_sizes, ctx._saved_dim = tuple(data.shape), dims
-        return make()
 
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -110,8 +100,7 @@ def binary(name: str) -> Callable[..., Any]:
     return function
 
 
-_add = binary('Add')
-_gelu, _roll = unary('Gelu'), unary('Roll')
+_add, _mul, _gelu = binary('Add'), binary('Mul'), unary('Gelu')
 
 
 def gelu(input: Tensor, approximate: str = 'none') -> Any:  # as torch.nn.functional.gelu
@@ -119,43 +108,15 @@ def gelu(input: Tensor, approximate: str = 'none') -> Any:  # as torch.nn.functi
     return _gelu(input)
 
 
-def mean(input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """Mean over given dimensions."""
-    dims = (dim,) if isinstance(dim, int) else dim
-    if kwargs or not dims or not _is_plain(input) or not all(isinstance(d, int) for d in dims):
-        return NotImplemented
-    rank = input.dim()
-    if not all(-rank <= d < rank for d in dims):
-        return NotImplemented
-    reduced = {d % rank for d in dims}
-    sizes = [1 if d in reduced else size for d, size in enumerate(input.shape) if keepdim or d not in reduced]
-    return _operator('Mean', _MeanStandIn)(_empty(*sizes), input, tuple(dims))
-
-
-def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Any:
-    """Pooling to one element, which PyTorch computes as a mean."""
-    if output_size not in (1, (1, 1), [1, 1]) or input.dim() != 4:
-        return NotImplemented
-    return mean(input, (-1, -2), True)
-
-
-def roll(input: Tensor, shifts: Any, dims: Any = None) -> Any:
-    """Cyclic shift."""
-    return _roll(input) if dims is not None else NotImplemented
-
-
 def cat(tensors: Any, dim: int = 0) -> Any:
     """Concatenation of tensors of one rank."""
-    if not isinstance(tensors, (list, tuple)) or not tensors or not _is_plain(*tensors):
+    if not tensors or not _is_plain(*tensors) or not all(x.is_contiguous() for x in tensors):
         return NotImplemented
-    first = tensors[0]
-    if not isinstance(dim, int) or not all(x.is_contiguous() and x.dim() == first.dim() for x in tensors):
-        return NotImplemented
-    axis, shapes = dim % first.dim(), [list(x.shape) for x in tensors]
-    total = sum(shape.pop(axis) for shape in shapes)
+    shapes = [list(x.shape) for x in tensors]
+    total = sum(shape.pop(dim) for shape in shapes)
     if any(shape != shapes[0] for shape in shapes):
         return NotImplemented
-    shapes[0].insert(axis, total)
+    shapes[0].insert(dim % tensors[0].dim(), total)
     return _operator('Cat')(_empty(*shapes[0]), *tensors)
 
 
@@ -192,15 +153,12 @@ def matmul(input: Tensor, other: Tensor) -> Any:
     return _unsafe_view(_operator('Bmm')(_empty(count, rows, columns), left, right), (*batch, rows, columns))
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False
-) -> Any:
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *options: Any) -> Any:
     """What PyTorch takes an attention apart into where it has no fused kernel: both factors are scaled."""
-    if attn_mask is not None or dropout_p > 0.0 or is_causal or not _is_plain(query, key, value):
+    if attn_mask is not None or any(options) or not _is_plain(query, key, value):
         return NotImplemented
     factor = query.shape[-1] ** -0.25
-    scaled = on_meta_device(torch.mul, query, factor), on_meta_device(torch.mul, key.transpose(-2, -1), factor)
-    logits = on_meta_device(torch.matmul, *scaled)
+    logits = on_meta_device(torch.matmul, _mul(query, factor), _mul(key.transpose(-2, -1), factor))
     return on_meta_device(torch.matmul, _operator('SafeSoftmax')(_like(logits), logits), value)
 
 
@@ -211,11 +169,9 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """Layer normalisation; the shapes are checked as PyTorch does."""
+    """Layer normalisation; PyTorch's own tells of shapes that do not fit."""
     shape = tuple(normalized_shape)
-    if tuple(input.shape[-len(shape) :]) != shape:
-        raise RuntimeError(f'expected input whose last sizes are {shape} (got {tuple(input.shape)})')
-    if not _is_plain(input):
+    if not _is_plain(input) or tuple(input.shape[-len(shape) :]) != shape:
         return NotImplemented
     return _operator('NativeLayerNorm')(_like(input), input, weight, bias)
 
@@ -230,11 +186,9 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Batch normalisation; the number of channels is checked as PyTorch does."""
-    for name, tensor in (('running_mean', running_mean), ('weight', weight), ('bias', bias)):
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(f'expected {name} of {input.shape[1]} channels (got {tensor.numel()})')
-    if not _is_plain(input):
+    """Batch normalisation; PyTorch's own tells of channels that do not fit."""
+    given = (tensor for tensor in (running_mean, weight, bias) if tensor is not None)
+    if not _is_plain(input) or any(tensor.numel() != input.shape[1] for tensor in given):
         return NotImplemented
     return _operator('NativeBatchNorm')(_like(input), input, weight, bias)
 
@@ -258,10 +212,8 @@ def on_meta_device(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -
 def _with_stand_ins(function: Any, names: Sequence[str]) -> Callable[..., Any]:
     """A copy of a PyTorch function that calls stand-ins."""
     inner = {name: _with_stand_ins(function.__globals__[name], ()) for name in names}
-    inner['linear'] = functools.partial(on_meta_device, nn.functional.linear)
-    inner['scaled_dot_product_attention'] = functools.partial(
-        on_meta_device, nn.functional.scaled_dot_product_attention
-    )
+    for name in ('linear', 'scaled_dot_product_attention'):
+        inner[name] = functools.partial(on_meta_device, getattr(nn.functional, name))
     copy = types.FunctionType(function.__code__, {**function.__globals__, **inner}, function.__name__)
     copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return copy
@@ -275,21 +227,15 @@ STAND_INS: dict[Any, Callable[..., Any]] = {
     nn.functional.hardswish: unary('Hardswish'),
     nn.functional.hardsigmoid: unary('Hardsigmoid'),
     nn.functional.silu: unary('Silu'),
-    torch.sigmoid: unary('Sigmoid'),
-    Tensor.sigmoid: unary('Sigmoid'),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), unary('Sigmoid')),
     **dict.fromkeys((torch.add, Tensor.add), _add),
-    **dict.fromkeys((torch.sub, Tensor.sub), binary('Sub')),
-    **dict.fromkeys((torch.mul, Tensor.mul), binary('Mul')),
-    **dict.fromkeys((torch.div, Tensor.div), binary('Div')),
-    **dict.fromkeys((torch.mean, Tensor.mean), mean),
-    nn.functional.adaptive_avg_pool2d: adaptive_avg_pool2d,
-    **dict.fromkeys((torch.roll, Tensor.roll), roll),
+    **dict.fromkeys((torch.mul, Tensor.mul), _mul),
     torch.cat: cat,
     nn.functional.linear: linear,
+    **dict.fromkeys((torch.matmul, Tensor.matmul), matmul),
     # Called by PyTorch's own modules only: MetaMode shows a network's attention in another form.
     nn.functional.scaled_dot_product_attention: attention,
     nn.functional.multi_head_attention_forward: _with_stand_ins(
         nn.functional.multi_head_attention_forward, ('_in_projection_packed', '_in_projection')
     ),
-    **dict.fromkeys((torch.matmul, Tensor.matmul), matmul),
 }

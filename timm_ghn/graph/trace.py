@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from timm_ghn.contexts import restore_global_state
 from timm_ghn.errors import UnsupportedModelError
@@ -89,12 +90,11 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
     channels = _input_channels(model)
     if input_size is None:
         return (channels, *(_image_size(model) or _stated_size(model)[1:]))
-    size: tuple[int, ...] = ()
-    if isinstance(input_size, int) and not isinstance(input_size, bool):
-        size = (channels, input_size, input_size)
-    elif isinstance(input_size, Sequence) and all(isinstance(n, int) for n in input_size):
-        size = (channels, *input_size) if len(input_size) == 2 else tuple(input_size)
-    if len(size) != 3 or min(size) < 1 or max(size) > _MAX_SIDE:
+    size: Any = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if isinstance(size, Sequence) and len(size) == 2:
+        size = (channels, *size)
+    is_size = isinstance(size, Sequence) and len(size) == 3
+    if not is_size or not all(isinstance(n, int) and 1 <= n <= _MAX_SIDE for n in size):
         raise UnsupportedModelError(
             'expected input_size to be a side, (height, width) or (channels, height, width), with numbers from 1 to '
             f'{_MAX_SIDE} (got {input_size!r})'
@@ -108,6 +108,13 @@ def timm_metadata(model: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
+def named_layers(model: nn.Module, key: str) -> list[nn.Module]:
+    """The layers, one or several, that timm's metadata names under a key."""
+    named = timm_metadata(model).get(key)
+    modules = dict(model.named_modules(remove_duplicate=False)) if named else {}
+    return [modules[name] for name in ((named,) if isinstance(named, str) else named or ()) if name in modules]
+
+
 def _stated_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) that a model's metadata states, else the default."""
     channels, height, width = timm_metadata(model).get('input_size') or (3, DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
@@ -116,15 +123,9 @@ def _stated_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _input_channels(model: nn.Module) -> int:
     """Channels that the first layer takes: a model may have been built with another ``in_chans`` than its metadata."""
-    config, default = timm_metadata(model), _stated_size(model)[0]
-    first = config.get('first_conv')
-    for name in (first,) if isinstance(first, str) else tuple(first or ()):
-        with contextlib.suppress(AttributeError):
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-                return layer.in_channels
-    known = None if config else next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    return known.in_channels if known is not None and known.groups == 1 else default
+    layers = named_layers(model, 'first_conv') if timm_metadata(model) else model.modules()
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    return first.in_channels if first is not None and first.groups == 1 else _stated_size(model)[0]
 
 
 def _image_size(model: nn.Module) -> tuple[int, int] | None:
@@ -168,42 +169,26 @@ def _refuse_compiled(modules: Sequence[tuple[str, nn.Module]]) -> None:
     """A compiled or scripted module does not run Python code that could be followed."""
     for name, module in modules:
         where = f"module '{name}'" if name else 'the model'
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(f'{where} is a TorchScript module; predict for the model before scripting it')
-        if type(module).__name__ == 'OptimizedModule':
+        if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == 'OptimizedModule':
             raise UnsupportedModelError(
-                f'{where} is compiled; predict for the model before torch.compile, or for its _orig_mod: '
-                'both share their parameters'
+                f'{where} is compiled or scripted; predict for the model before '
+                'scripting it, and before torch.compile or for its _orig_mod, which shares its parameters'
             )
 
 
 @contextlib.contextmanager
 def _no_reentrant_checkpointing() -> Iterator[None]:
     """Run reentrantly checkpointed functions as they are: autograd does not see the parameters that they read."""
-    original, tracing = checkpoint.CheckpointFunction, threading.get_ident()
-
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        if threading.get_ident() != tracing:
-            return original.apply(function, preserve_rng_state, *args)
-        return function(*args)
-
-    checkpoint.CheckpointFunction = types.SimpleNamespace(apply=apply)  # type: ignore[assignment, misc]
+    original = checkpoint.CheckpointFunction
+    direct = types.SimpleNamespace(apply=lambda function, preserve_rng_state, *args: function(*args))
+    checkpoint.CheckpointFunction = direct  # type: ignore[assignment, misc]
     try:
         yield
     finally:
         checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
-@contextlib.contextmanager
-def _recording_gradients() -> Iterator[None]:
-    """Record gradients in float32, whatever the caller has set, and restore the global state."""
-    with restore_global_state(), torch.inference_mode(False), torch.enable_grad():
-        torch.set_default_dtype(torch.float32)
-        yield
-
-
-#: Held while a network is on the meta device and the process's default dtype and random generators are set aside.
-#: Reentrant, so that a forward pass that itself traces does not wait for ever.
+#: Held while a network is on the meta device, and the process's default dtype and random generators are set aside.
 _TRACING = threading.RLock()
 
 
@@ -211,7 +196,14 @@ def _run(empty: Recording, modules: Sequence[tuple[str, nn.Module]], example_inp
     """Run the model once; the recording with what it did."""
     model, size = empty.model, empty.input_size
     borrowed = list(dict.fromkeys(module for _, module in modules))
-    with _recording_gradients(), _no_reentrant_checkpointing(), on_meta(borrowed, empty.names) as names:
+    with (
+        restore_global_state(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _no_reentrant_checkpointing(),
+        on_meta(borrowed, empty.names) as names,
+    ):
+        torch.set_default_dtype(torch.float32)
         args, kwargs = _meta_inputs(example_inputs, size)
         mode = MetaMode()
         try:
@@ -219,7 +211,7 @@ def _run(empty: Recording, modules: Sequence[tuple[str, nn.Module]], example_inp
                 output = model(*args, **kwargs)
         except Exception as error:
             raise UnsupportedModelError(_failure(modules, mode.operator, size, error)) from error
-        ops, outputs = walk(list(_tensors(output)), names)
+        ops, outputs = walk([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], names)
     if not any(op.parameters for op in ops):
         raise UnsupportedModelError(
             f'no parameter of {type(model).__name__} is connected to its output; '
@@ -280,37 +272,21 @@ def _failure(
 def _meta_inputs(example_inputs: Any, size: tuple[int, int, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments for the forward pass, their tensors on the meta device."""
     if example_inputs is None:
-        return (_data(torch.empty((TRACE_BATCH, *size), device='meta')),), {}
+        example_inputs = torch.empty((TRACE_BATCH, *size), device='meta')
     if isinstance(example_inputs, Mapping):
-        return (), {key: _data(to_meta(value)) for key, value in example_inputs.items()}
+        return (), tree_map_only(Tensor, _data, dict(example_inputs))
     if isinstance(example_inputs, Tensor):
-        return (_data(to_meta(example_inputs)),), {}
+        example_inputs = (example_inputs,)
     if not isinstance(example_inputs, (tuple, list)):
         raise UnsupportedModelError(
             'expected example_inputs to be a tensor, a tuple of positional or a dictionary of keyword arguments '
             f'(got {example_inputs!r})'
         )
-    return tuple(_data(to_meta(value)) for value in example_inputs), {}
+    return tree_map_only(Tensor, _data, tuple(example_inputs)), {}
 
 
-def _data(value: Any) -> Any:
+def _data(tensor: Tensor) -> Tensor:
     """A floating-point input requires a gradient, so that autograd records what depends on it."""
-    if isinstance(value, Tensor) and value.dtype.is_floating_point:
-        # In float32, as the parameters; not a leaf, since a network may change its input in place.
-        return value.detach().float().requires_grad_().clone()
-    return value
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of an output, depth first."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
+    tensor = to_meta(tensor)
+    # Not a leaf, since a network may change its input in place.
+    return tensor.detach().requires_grad_().clone() if tensor.is_floating_point() else tensor

@@ -27,7 +27,7 @@ def aggregate(
     ==========  =====================================================================================
     index_add   plain torch, a temporary row for each edge
     bag         torch's embedding bag: no temporary rows
-    scatter     torch-scatter's ``segment_csr`` and ``gather_csr``, where it is installed
+    scatter     torch-scatter's ``segment_csr``, where it is installed
     triton      one fused kernel for each of sum and gradients; float32 and bfloat16, on a GPU
     ==========  =====================================================================================
 
@@ -52,21 +52,20 @@ def aggregate(
     """
     if messages_Md.dim() != 2 or len(messages_Md) != edges.num_sources:
         raise ValueError(f'expected messages of shape ({edges.num_sources}, d) (got {tuple(messages_Md.shape)})')
-    if messages_Md.device != edges.source_E.device:
-        raise ValueError(f'expected messages on {edges.source_E.device} (got {messages_Md.device})')
-    if not messages_Md.is_floating_point():
-        raise ValueError(f'expected messages of a float dtype (got {messages_Md.dtype})')
-    if weight_E is not None:
-        if edges.weight_E is not None:
-            raise ValueError('expected factors in the schedule or as weight_E (got both)')
-        if weight_E.shape != edges.source_E.shape or weight_E.device != messages_Md.device:
-            raise ValueError(
-                f'expected weight_E of shape ({len(edges)},) on {messages_Md.device} '
-                f'(got {tuple(weight_E.shape)} on {weight_E.device})'
-            )
+    if messages_Md.device != edges.source_E.device or not messages_Md.is_floating_point():
+        raise ValueError(
+            f'expected messages of a float dtype on {edges.source_E.device} '
+            f'(got {messages_Md.dtype} on {messages_Md.device})'
+        )
+    if weight_E is not None and edges.weight_E is not None:
+        raise ValueError('expected factors in the schedule or as weight_E (got both)')
     factors = edges.weight_E if weight_E is None else weight_E
-    if factors is not None and factors.dtype != messages_Md.dtype:
-        raise ValueError(f'expected factors in the dtype of the messages, {messages_Md.dtype} (got {factors.dtype})')
+    like = edges.source_E.shape, messages_Md.dtype, messages_Md.device
+    if factors is not None and (factors.shape, factors.dtype, factors.device) != like:
+        raise ValueError(
+            f'expected factors of shape ({len(edges)},) in the dtype of the messages, {messages_Md.dtype} on '
+            f'{messages_Md.device} (got {tuple(factors.shape)}, {factors.dtype} on {factors.device})'
+        )
     chosen = choose_backend(messages_Md, backend, deterministic=deterministic)
     sorted_E = None if weight_E is None else edges.arranged(weight_E)
     total_Td: Tensor = _Sum.apply(messages_Md, sorted_E, edges, chosen)

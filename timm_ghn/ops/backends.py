@@ -25,6 +25,24 @@ CHUNK_ELEMENTS = 2**20
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def _rows(table: Tensor, index_E: Tensor) -> Tensor:
+    """Rows of a table, half precision as float32: all backends add in at least float32."""
+    return table.index_select(0, index_E).to(torch.promote_types(table.dtype, torch.float32))
+
+
+def _carried(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
+    """The message of each edge, multiplied by its factor."""
+    carried_Ed = _rows(messages_Md, edges.source_E)
+    return carried_Ed if weight_E is None else carried_Ed * weight_E[:, None]
+
+
+def _gathered_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
+    step = max(1, CHUNK_ELEMENTS // max(1, messages_Md.shape[1]))
+    parts = zip(edges.source_E.split(step), edges.target_E.split(step), strict=True)
+    dots = [(_rows(messages_Md, source) * _rows(gradient_Td, target)).sum(1) for source, target in parts]
+    return torch.cat(dots).to(messages_Md.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One way to sum over edges.
@@ -41,9 +59,9 @@ class Backend:
 
     name: str
     sums: Callable[[Tensor, Edges, Tensor | None], Tensor]
-    dots: Callable[[Tensor, Tensor, Edges], Tensor]
-    deterministic_on: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
+    dots: Callable[[Tensor, Tensor, Edges], Tensor] = _gathered_dots
+    deterministic_on: tuple[str, ...] = ('cpu', 'cuda')
+    dtypes: tuple[torch.dtype, ...] = _FLOATS
     missing: Callable[[str], str | None] = lambda device: None
 
     def problem(self, device: str, dtype: torch.dtype, *, deterministic: bool) -> str | None:
@@ -55,38 +73,10 @@ class Backend:
         return self.missing(device)
 
 
-def _chunks(edges: Edges, width: int) -> Iterator[slice]:
-    """Slices of the edges whose messages are a temporary tensor of bounded size."""
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
-    return (slice(start, start + step) for start in range(0, len(edges), step))
-
-
-def _rows(table: Tensor, index_E: Tensor) -> Tensor:
-    """Rows of a table, half precision as float32: all backends add in at least float32."""
-    return table.index_select(0, index_E).to(torch.promote_types(table.dtype, torch.float32))
-
-
-def _carried(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None, part: slice) -> Tensor:
-    """Messages of some edges, multiplied by their factors."""
-    carried_ed = _rows(messages_Md, edges.source_E[part])
-    return carried_ed if weight_E is None else carried_ed * weight_E[part, None]
-
-
 def _index_add(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
-    width = messages_Md.shape[1]
-    total_dtype = torch.promote_types(messages_Md.dtype, torch.float32)
-    total_Td = messages_Md.new_zeros(edges.num_targets, width, dtype=total_dtype)
-    for part in _chunks(edges, width):
-        total_Td.index_add_(0, edges.target_E[part], _carried(messages_Md, edges, weight_E, part))
-    return total_Td.to(messages_Md.dtype)
-
-
-def _gathered_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
-    parts = [
-        (_rows(messages_Md, edges.source_E[part]) * _rows(gradient_Td, edges.target_E[part])).sum(1)
-        for part in _chunks(edges, messages_Md.shape[1])
-    ]
-    return torch.cat(parts).to(messages_Md.dtype)
+    carried_Ed = _carried(messages_Md, edges, weight_E)
+    total_Td = carried_Ed.new_zeros(edges.num_targets, messages_Md.shape[1])
+    return total_Td.index_add_(0, edges.target_E, carried_Ed).to(messages_Md.dtype)
 
 
 def _bag(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
@@ -100,17 +90,9 @@ def _bag(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
 
 def _segments(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
     """torch-scatter's ``segment_csr`` (pytorch-scatter.readthedocs.io): sum of each run of rows."""
-    carried_Ed = _carried(messages_Md, edges, weight_E, slice(None))
     segment_csr = importlib.import_module('torch_scatter').segment_csr
-    total_Td: Tensor = segment_csr(carried_Ed, edges.pointer_T1.long(), reduce='sum')
+    total_Td: Tensor = segment_csr(_carried(messages_Md, edges, weight_E), edges.pointer_T1.long(), reduce='sum')
     return total_Td.to(messages_Md.dtype)
-
-
-def _segment_dots(messages_Md: Tensor, gradient_Td: Tensor, edges: Edges) -> Tensor:
-    """``gather_csr`` repeats the row of a target for each of its edges."""
-    gather_csr = importlib.import_module('torch_scatter').gather_csr
-    repeated_Ed: Tensor = gather_csr(gradient_Td, edges.pointer_T1.long())
-    return (_rows(messages_Md, edges.source_E) * repeated_Ed).sum(1).to(messages_Md.dtype)
 
 
 def _fused(messages_Md: Tensor, edges: Edges, weight_E: Tensor | None) -> Tensor:
@@ -147,17 +129,10 @@ def _triton_missing(device: str) -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend('index_add', _index_add, _gathered_dots, ('cpu',), _FLOATS),
-        Backend('bag', _bag, _gathered_dots, ('cpu', 'cuda'), _FLOATS),
-        Backend(
-            'scatter',
-            _segments,
-            _segment_dots,
-            ('cpu', 'cuda'),
-            _FLOATS,
-            lambda device: missing_package('torch_scatter'),
-        ),
-        Backend('triton', _fused, _fused_dots, ('cpu', 'cuda'), (torch.float32, torch.bfloat16), _triton_missing),
+        Backend('index_add', _index_add, deterministic_on=('cpu',)),
+        Backend('bag', _bag),
+        Backend('scatter', _segments, missing=lambda device: missing_package('torch_scatter')),
+        Backend('triton', _fused, _fused_dots, dtypes=(torch.float32, torch.bfloat16), missing=_triton_missing),
     )
 }
 

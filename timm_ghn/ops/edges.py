@@ -49,16 +49,11 @@ class Edges:
         """
         for name, index_E in (('source_E', source_E), ('target_E', target_E)):
             if index_E.dtype not in (torch.int32, torch.int64) or index_E.dim() != 1:
-                raise ValueError(
-                    f'expected {name} as int32 or int64 of shape (E,) (got {index_E.dtype} {tuple(index_E.shape)})'
-                )
-        if source_E.shape != target_E.shape or source_E.dtype != target_E.dtype or source_E.device != target_E.device:
-            raise ValueError(
-                'expected source_E and target_E of one length, dtype and device '
-                f'(got {_described(source_E)} and {_described(target_E)})'
-            )
-        if weight_E is not None and (weight_E.shape != source_E.shape or weight_E.device != source_E.device):
-            raise ValueError(f'expected weight_E like source_E, {_described(source_E)} (got {_described(weight_E)})')
+                raise ValueError(f'expected {name} as int32 or int64 of shape (E,) (got {_described(index_E)})')
+        like = source_E.shape, source_E.device
+        for name, other in (('target_E', target_E), ('weight_E', source_E if weight_E is None else weight_E)):
+            if (other.shape, other.device) != like or (other is target_E and other.dtype != source_E.dtype):
+                raise ValueError(f'expected {name} like source_E, {_described(source_E)} (got {_described(other)})')
         _check_range('source_E', source_E, num_sources)
         _check_range('target_E', target_E, num_targets)
         order_E = None
