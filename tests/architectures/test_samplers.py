@@ -183,7 +183,7 @@ def test_the_parts_of_a_mixture_have_its_images_and_classes():
     ('parts', 'said'),
     [
         ([], 'a list of mappings'),
-        ('vgg', 'a list of mappings'),
+        ('vgg', 'to be a mapping'),
         (['vgg'], 'to be a mapping'),
         ([{'share': 0}], 'positive number'),
         ([{'share': 'half'}], 'positive number'),

@@ -29,23 +29,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from timm_ghn.contexts import seed_rng
-from timm_ghn.data.images import NO_LABEL, EpochSampler
+from timm_ghn.data.images import NO_LABEL
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, DataError, PredictionError
 from timm_ghn.files import write_state_dict
 from timm_ghn.finetune.options import RACE, FinetuneOptions
-from timm_ghn.finetune.push import check_start, check_target, push_when_done
-from timm_ghn.finetune.setup import (
-    Batch,
-    build,
-    loaders,
-    loss_of,
-    optimizer_of,
-    race,
-    scheduler_of,
-)
+from timm_ghn.finetune.push import check_start, push_when_done
+from timm_ghn.finetune.setup import Batch, build, loaders, loss_of, optimizer_of, race, scheduler_of
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
+from timm_ghn.publish.push import api_of, check_access
 from timm_ghn.runs.run import Progress, Run, session
 
 WEIGHTS = 'model.safetensors'
@@ -86,8 +79,8 @@ class Result:
         epochs: The metrics after each epoch; those of epoch 0 are from before the training.
         steps: Optimiser steps done.
         finished: Whether all epochs are done; else the run can go on with ``resume``.
-        test_top1: Accuracy of the best weights on the test split, in percent; None where the data set has none, where
-            it was used to train or validate on, or where the run is not finished.
+        test_top1: Accuracy of the best weights on the test split in percent, once the run is finished; None without
+            such a split.
         pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
     """
 
@@ -109,7 +102,6 @@ def finetune(options: FinetuneOptions) -> Result:
     """
     with session(
         options,
-        'timm_ghn.finetune',
         gradient_accumulation_steps=options.grad_accum_steps,
         dynamo_backend='inductor' if options.torchcompile else None,
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
@@ -122,9 +114,11 @@ def finetune(options: FinetuneOptions) -> Result:
     return Result(options.output, epochs, run.progress.step, run.finished, log[-1].get('test_top1'), pushed)
 
 
-class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
+class FinetuneRun(Run):
     """A fine-tuning run."""
 
+    options: FinetuneOptions
+    progress: FinetuneProgress
     ordered_by = 'epoch'
     may_change = (
         'output', 'resume', 'max_steps', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'workers',
@@ -135,19 +129,18 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
 
     def __init__(self, options: FinetuneOptions, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator, FinetuneProgress())
-        if accelerator.is_main_process:
-            check_target(options)
+        if accelerator.is_main_process and options.target is not None:
+            # Before hours go into a model that could not be pushed.
+            check_access(options.target, api_of(None))
         with accelerator.main_process_first():
             splits = load_splits(options, shots=options.shots, shots_seed=options.shots_seed)
-        self.num_classes = len(splits.classes)
-        with accelerator.main_process_first():
+            self.num_classes = len(splits.classes)
             start = build(options, self.num_classes)
         if accelerator.is_main_process:
             check_start(options, start)
         train, val, test = loaders(options, splits, start.data_config, accelerator.num_processes)
-        if not isinstance(train.sampler, EpochSampler):
-            raise TypeError('expected a loader with an EpochSampler')
-        self.images, self.sampler = train.dataset, train.sampler
+        self.images: Any = train.dataset
+        self.sampler: Any = train.sampler
         self.loss, self.mixup = loss_of(options, self.num_classes)
         lr = options.lr
         if options.init == RACE:
@@ -194,19 +187,21 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         """Whether all epochs are done."""
         return self.progress.epoch >= self.options.epochs
 
-    def begin(self) -> None:
-        """Evaluate the start."""
-        self._calibrate()
-        if self.scheduler is not None and self.options.sched_on_updates:
-            self.scheduler.step_update(num_updates=0)
-        elif self.scheduler is not None:
-            self.scheduler.step(0)
-        self._validate(0)
-
     def train(self) -> None:
-        """Train the epochs that are left, unless a limit is met."""
+        """Evaluate the start, and train the epochs that are left, unless a limit is met."""
+        if self.progress.best < 0:
+            self._calibrate()
+            self._schedule(update=0, epoch=0)
+            self._validate(0)
         while not self.finished and not self.should_stop():
             self._train_epoch()
+
+    def _schedule(self, *, update: int | None = None, epoch: int | None = None) -> None:
+        """Set the learning rate after a step or an epoch, as the options say."""
+        if self.scheduler is not None and self.options.sched_on_updates and update is not None:
+            self.scheduler.step_update(num_updates=update)
+        elif self.scheduler is not None and not self.options.sched_on_updates and epoch is not None:
+            self.scheduler.step(epoch)
 
     def finish(self) -> dict[str, Any]:
         """Write the weights; test the best ones if all epochs are done."""
@@ -239,10 +234,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         super().save_checkpoint()
 
     def _test(self) -> dict[str, Any]:
-        """Metrics of the best weights on the test split, by which nothing is chosen; none where there is no such split.
-
-        The model has the best weights afterwards.
-        """
+        """Metrics of the best weights, which the model has afterwards, on the test split, if there is one."""
         self.accelerator.wait_for_everyone()
         best = self.options.output / BEST_WEIGHTS
         if self.test is None or not best.is_file():
@@ -292,8 +284,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         }
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss, progress.images, progress.damaged = 0.0, 0, 0
-        if self.scheduler is not None and not self.options.sched_on_updates:
-            self.scheduler.step(progress.epoch)
+        self._schedule(epoch=progress.epoch)
         self._validate(progress.epoch, **metrics)
         self.save_checkpoint()
 
@@ -330,8 +321,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
             self.expect_finite_loss(float(loss))
         if self.average is not None:
             self.average.update(self.trained, step=self.progress.step)
-        if self.scheduler is not None and self.options.sched_on_updates:
-            self.scheduler.step_update(num_updates=self.progress.step)
+        self._schedule(update=self.progress.step)
 
     def _validate(self, epoch: float, *, keep: bool = True, **metrics: Any) -> None:
         """Validate, write down what comes out, and keep the best weights."""

@@ -122,6 +122,11 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         # Their own checks.
         _ = self.post('orth'), self.arguments, self.target
 
+    @property
+    def mixed(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
     def post(self, recommended: str = 'none') -> PostProcess | None:
         """The post-processing of the initial weights.
 

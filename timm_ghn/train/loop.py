@@ -86,7 +86,7 @@ def train(options: TrainOptions) -> Result:
     Raises:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
-    with session(options, 'timm_ghn.train') as accelerator:
+    with session(options) as accelerator:
         run = TrainRun(options, accelerator)
         log = run.run()
     evaluations = tuple(line for line in log if line['kind'] == 'eval')
@@ -160,9 +160,11 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
     return optimizer
 
 
-class TrainRun(Run[TrainOptions, TrainProgress]):
+class TrainRun(Run):
     """A meta-training run."""
 
+    options: TrainOptions
+    progress: TrainProgress
     ordered_by = 'step'
     may_change = (
         'init', 'output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with',
