@@ -234,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(base, monkeypat
         write(value, path)
 
     monkeypatch.setattr(checkpoints, 'write_json', full)
-    with pytest.raises(TrainingError, match=r"No space left on device; those before it are still there"):
+    with pytest.raises(TrainingError, match=r'No space left on device; those before it are still there'):
         finetune(dataclasses.replace(base, resume=True))
     assert [place.name for place in (base.output / 'checkpoints').iterdir()] == ['step_00000002']
     monkeypatch.undo()
