@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
     for comparison in comparisons:
         measured = comparison.weights
         first = next(iter(measured.values()))
-        row = [f'{comparison.number}{"*" if comparison.processed else ""}', first.name, _shape(first.shape)]
+        row = [f'{comparison.number}{"*" if comparison.processed else ""}', first.name, 'x'.join(map(str, first.shape))]
         row += [f'{100 * layer.duplicates:.0f}%' for layer in measured.values()]
         row += [f'{layer.stable_rank:.1f}' for layer in measured.values()]
         row += [f'{layer.effective_rank:.1f}' for layer in measured.values()]
@@ -48,11 +49,4 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[st
 
 
 def _is_number(text: str) -> bool:
-    return (
-        text == '-'
-        or text.removesuffix('%').removesuffix('*').replace(',', '').replace('.', '', 1).lstrip('+-').isdigit()
-    )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return 'x'.join(map(str, shape))
+    return text == '-' or re.fullmatch(r'[+-]?[\d,]*\.?\d+[*%]?', text) is not None

@@ -228,8 +228,9 @@ def add_arguments(parser: argparse.ArgumentParser, options: Any, groups: Mapping
         group = sections[groups[field.name]] if field.name in groups else group
         kind = str(hints[field.name])
         text = field.metadata['help']
-        if field.default not in (None, '', False) and 'default' not in text:
-            text += f' (default: {field.default})'
+        if field.default not in (None, '', False, ()) and 'default' not in text:
+            default = ','.join(field.default) if isinstance(field.default, tuple) else field.default
+            text += f' (default: {default})'
         more: dict[str, Any]
         if hints[field.name] is bool:
             more = {'action': argparse.BooleanOptionalAction}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import statistics
@@ -33,7 +32,7 @@ from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'image_size': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'seed': 'run',
-          'batch_size': 'run', 'count': 'architectures', 'plot': 'run'}  # fmt: skip
+          'batch_size': 'run', 'count': 'architectures'}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +52,12 @@ class NetworkOptions(DataOptions):
 
     ghn: str = option('ghn', 'name or path of a GHN')
 
-    archs: str = option(
-        'families', "'families': drawn test architectures of each family; else names of timm models, comma-separated"
+    archs: tuple[str, ...] = option(
+        ('families',), "'families': drawn test architectures of each family; else names of timm models, comma-separated"
     )
-    families: str = option('all', "'all', or some of the families, comma-separated")
-    split: str | None = option(
-        None,
+    families: tuple[str, ...] = option(('all',), "'all', or some of the families, comma-separated")
+    split: tuple[str, ...] = option(
+        (),
         'networks of splits of DeepNets-1M instead, comma-separated: test, wide, deep, dense, bnfree, val, search',
     )
     file: Path | None = option(
@@ -72,31 +71,23 @@ class NetworkOptions(DataOptions):
     batch_size: int = option(64, 'images whose statistics batch normalisation uses', within=POSITIVE)
     device: str = option('cpu', "where to compute, e.g. 'cuda'")
     cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
+    plot: Path | None = option(None, 'also draw the accuracy into this file', metavar='FILE')
     json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.chosen_families
-        for split in self.deepnets_splits:
+        unknown = [name for name in self.chosen_families if name not in FAMILIES]
+        if unknown:
+            raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
+        for split in self.split:
             ranges_of(split)
-        if self.file is not None and not self.deepnets_splits:
+        if self.file is not None and not self.split:
             raise ConfigError('expected a split of the file of networks (name it with --split)')
 
     @property
-    def deepnets_splits(self) -> tuple[str, ...]:
-        """Splits of DeepNets-1M."""
-        return tuple(name.strip() for name in self.split.split(',')) if self.split else ()
-
-    @functools.cached_property
     def chosen_families(self) -> tuple[str, ...]:
         """Families to draw from."""
-        if self.families == 'all':
-            return tuple(FAMILIES)
-        chosen = tuple(name.strip() for name in self.families.split(','))
-        unknown = [name for name in chosen if name not in FAMILIES]
-        if unknown:
-            raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
-        return chosen
+        return tuple(FAMILIES) if self.families == ('all',) else self.families
 
     def sampler(self, num_classes: int) -> TimmSampler:
         """Draws networks of the families."""
@@ -110,8 +101,7 @@ class NetworkOptions(DataOptions):
 
     def named(self, num_classes: int) -> tuple[Architecture, ...]:
         """The models of timm that ``archs`` names."""
-        names = tuple(name.strip() for name in self.archs.split(','))
-        named = NamesSampler(names, self.image_size, num_classes, small_stem=self.small_stem)
+        named = NamesSampler(self.archs, self.image_size, num_classes, small_stem=self.small_stem)
         return tuple(named.architecture(name) for name in named.models)
 
     def deepnets(self, split: str, num_classes: int) -> Iterable[Architecture]:
@@ -124,22 +114,21 @@ class EvaluateOptions(NetworkOptions):
     """Which GHN to evaluate, on which networks and images."""
 
     count: int = option(4, 'architectures of each family, or networks of each split', within=POSITIVE)
-    plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
 
     def architectures(self, num_classes: int) -> list[tuple[str, Architecture]]:
         """What to evaluate, each with its family or its split of DeepNets-1M."""
-        if self.deepnets_splits:
+        if self.split:
             found = [
                 (split, network)
-                for split in self.deepnets_splits
+                for split in self.split
                 for network in itertools.islice(self.deepnets(split, num_classes), self.count)
             ]
-            if self.file is not None and len(found) < self.count * len(self.deepnets_splits):
+            if self.file is not None and len(found) < self.count * len(self.split):
                 raise ConfigError(f'expected {self.count:,} networks of each split in {self.file} (got {len(found):,})')
             return found
         networks = (
             evaluation_set(self.sampler(num_classes), seed=self.seed, count=self.count, split='test')
-            if self.archs == 'families'
+            if self.archs == ('families',)
             else self.named(num_classes)
         )
         return [(network.family, network) for network in networks]
@@ -219,6 +208,16 @@ def batches_of(options: NetworkOptions, ghn: GHN, data: ImageTensors) -> list[tu
     )
 
 
+def check_outputs(options: NetworkOptions) -> None:
+    """Refuse files that cannot be written before minutes go into what they are to hold."""
+    if options.json is not None:
+        check_output(options.json, ('.json',))
+    if options.plot is not None:
+        from timm_ghn.plots import SUFFIXES
+
+        check_output(options.plot, SUFFIXES)
+
+
 def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
     """Predict networks and measure them; batch normalisation uses the statistics of each batch.
 
@@ -226,12 +225,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
         ConfigError: if the GHN was trained for another number of classes than the data set has.
         GHNError: if the GHN, the data or an architecture cannot be had.
     """
-    if options.json is not None:
-        check_output(options.json, ('.json',))
-    if options.plot is not None:
-        from timm_ghn.plots import SUFFIXES
-
-        check_output(options.plot, SUFFIXES)
+    check_outputs(options)
     ghn, splits = load_ghn_and_splits(options)
     evaluated = splits.val if options.val_split != 'auto' or splits.test is None else splits.test
     data = load_images(evaluated, (3, options.image_size, options.image_size), progress=True).to(ghn.device)
