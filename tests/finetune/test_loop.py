@@ -317,6 +317,7 @@ def test_a_run_leaves_the_process_as_it_was(base, tmp_path):
     torch.manual_seed(5)
     finetune(dataclasses.replace(base, epochs=1, mixed_precision='bf16', model_args='drop_path_rate=0.2'))
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    assert all(value.dtype == torch.float32 for value in weights(base).values())
     plain = dataclasses.replace(base, epochs=1, output=tmp_path / 'second')
     finetune(plain)
     alone = dataclasses.replace(plain, mixed_precision='no', output=tmp_path / 'third')

@@ -39,7 +39,7 @@ from timm_ghn.finetune.setup import Batch, build, loaders, loss_of, optimizer_of
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
 from timm_ghn.publish.push import api_of, check_access
-from timm_ghn.runs.run import Progress, Run, session
+from timm_ghn.runs.run import Progress, Result, Run, session
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
@@ -70,28 +70,6 @@ class FinetuneProgress(Progress):
     best: float = -1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came out of a run.
-
-    Attributes:
-        output: Folder with results.jsonl, curves.png, checkpoints and weights.
-        epochs: The metrics after each epoch; those of epoch 0 are from before the training.
-        steps: Optimiser steps done.
-        finished: Whether all epochs are done; else the run can go on with ``resume``.
-        test_top1: Accuracy of the best weights on the test split in percent, once the run is finished; None without
-            such a split.
-        pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
-    """
-
-    output: Path
-    epochs: tuple[dict[str, Any], ...]
-    steps: int
-    finished: bool
-    test_top1: float | None = None
-    pushed: str | None = None
-
-
 def finetune(options: FinetuneOptions) -> Result:
     """Fine-tune a model; in several processes where ``accelerate launch`` started them.
 
@@ -107,11 +85,10 @@ def finetune(options: FinetuneOptions) -> Result:
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         step_scheduler_with_optimizer=False,
     ) as accelerator:
-        run = FinetuneRun(options, accelerator)
-        log = run.run()
-        pushed = push_when_done(options, finished=run.finished) if accelerator.is_main_process else None
-    epochs = tuple(line for line in log if line['kind'] == 'epoch')
-    return Result(options.output, epochs, run.progress.step, run.finished, log[-1].get('test_top1'), pushed)
+        result = FinetuneRun(options, accelerator).run()
+        if accelerator.is_main_process:
+            result = dataclasses.replace(result, pushed=push_when_done(options, finished=result.finished))
+        return result
 
 
 class FinetuneRun(Run):
@@ -205,14 +182,10 @@ class FinetuneRun(Run):
 
     def finish(self) -> dict[str, Any]:
         """Write the weights; test the best ones if all epochs are done."""
-        progress = self.progress
-        if not self.finished and self._out_of_steps():
-            # To look at. The run that goes on knows nothing of it, so it keeps no weights either.
-            self._validate(round(progress.epoch + progress.batch / len(self.batches), 3), keep=False)
         self._write(self.trained, WEIGHTS)
         if self.average is not None:
             self._write(self.average.module, AVERAGED_WEIGHTS)
-        return {'steps': progress.step, **(self._test() if self.finished else {})}
+        return {'steps': self.progress.step, **(self._test() if self.finished else {})}
 
     def plot(self, log: list[dict[str, Any]], path: Path) -> None:
         """Draw loss and accuracy over the epochs."""
@@ -223,10 +196,8 @@ class FinetuneRun(Run):
 
     def should_stop(self) -> bool:
         """Whether a limit is met, of steps or of time, or the process is to end; all processes agree."""
-        return self._out_of_steps() or super().should_stop()
-
-    def _out_of_steps(self) -> bool:
-        return self.options.max_steps is not None and self.progress.step >= self.options.max_steps
+        steps = self.options.max_steps
+        return (steps is not None and self.progress.step >= steps) or super().should_stop()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint; all processes call it."""
@@ -323,7 +294,7 @@ class FinetuneRun(Run):
             self.average.update(self.trained, step=self.progress.step)
         self._schedule(update=self.progress.step)
 
-    def _validate(self, epoch: float, *, keep: bool = True, **metrics: Any) -> None:
+    def _validate(self, epoch: int, **metrics: Any) -> None:
         """Validate, write down what comes out, and keep the best weights."""
         if self.accelerator.num_processes > 1:
             for module in self.weights:
@@ -337,12 +308,12 @@ class FinetuneRun(Run):
             values |= {f'ema_{key}': averaged[key] for key in ('loss', 'top1', 'top5')}
             if averaged['top1'] > best:
                 best, source = averaged['top1'], self.average.module
-        if keep and best > self.progress.best:
+        if best > self.progress.best:
             self.progress.best = best
             self._write(source, BEST_WEIGHTS, epoch=epoch, top1=best)
         self.record_metrics('epoch', {**values, 'best_top1': self.progress.best})
         shown = ('train_loss', 'val_loss', 'val_top1', 'ema_top1')
-        self.say('epoch %g: %s', epoch, ', '.join(f'{key} {values[key]:.4g}' for key in shown if key in values))
+        self.say('epoch %d: %s', epoch, ', '.join(f'{key} {values[key]:.4g}' for key in shown if key in values))
 
     @torch.no_grad()
     def _evaluate(self, model: nn.Module, batches: DataLoader[Batch], split: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from timm_ghn.runs.recipes import (
     POSITIVE,
     POSITIVE_PROPORTION,
     RunOptions,
+    converted,
     option,
     read_yaml,
 )
@@ -139,7 +141,7 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
             return chosen
         if chosen is None:
             raise ConfigError(f'there is nothing to change about no post-processing (got {self.postprocess!r})')
-        return dataclasses.replace(chosen, **_pairs(', '.join(changes), 'postprocess', PostProcess))
+        return dataclasses.replace(chosen, **converted(PostProcess, _pairs(','.join(changes), 'postprocess')))
 
     @functools.cached_property
     def target(self) -> Target | None:
@@ -163,24 +165,13 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         return found
 
 
-def _pairs(text: str, option: str, kind: type | None = None) -> dict[str, Any]:
-    """``'a=1,b=x'`` as a dictionary; values are read as YAML reads them."""
-    known = [field.name for field in dataclasses.fields(kind)] if kind is not None else None
+def _pairs(text: str, option: str) -> dict[str, Any]:
+    """``'a=1,b=x'`` as a dictionary; values are read as YAML reads them, but 3e-5 as a number too."""
     found = {}
-    for pair in filter(None, (part.strip() for part in text.split(','))):
+    for pair in filter(None, map(str.strip, text.split(','))):
         key, equals, value = pair.partition('=')
-        if not equals or (known is not None and key not in known):
-            words = f'one of {", ".join(known)}' if known else 'a name'
-            raise ConfigError(f'expected {option} to have parts like {words} = value (got {pair!r})')
-        found[key] = _scalar(value, option)
+        if not equals:
+            raise ConfigError(f'expected {option} to have parts like name=value (got {pair!r})')
+        number = re.fullmatch(r'[+-]?\d+e[+-]?\d+', value)
+        found[key] = float(value) if number else read_yaml(value, f'{option} {value!r}')
     return found
-
-
-def _scalar(text: str, option: str) -> Any:
-    """A number where it reads as one (YAML takes 3e-5 for text), else what YAML makes of it."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return read_yaml(text, f'{option} {text!r}')

@@ -26,7 +26,6 @@ from timm_ghn.finetune.options import OTHER_INITS, RACE, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.prediction.postprocess import postprocess_
 from timm_ghn.prediction.predict import initialise
-from timm_ghn.runs.checkpoints import to_plain
 from timm_ghn.transfer.race import Race
 from timm_ghn.transfer.start import candidate, choose_init
 
@@ -134,7 +133,7 @@ def race(
         minutes=options.race_minutes,
         optimizer=lambda model, lr: optimizer_of(dataclasses.replace(options, lr=lr), model),
         folder=options.output / 'race',
-        identity=to_plain(identity),
+        identity=identity,
         input_size=start.data_config['input_size'],
         seed=options.seed,
     )

@@ -7,8 +7,6 @@ manifest is passed over for the one before it.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import shutil
 import warnings
@@ -32,99 +30,94 @@ PROGRESS = 'progress.json'
 AVERAGE = 'average.safetensors'
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """The checkpoints of a run; all of its processes call :meth:`save` and :meth:`load`.
+def save_checkpoint(
+    folder: Path,
+    accelerator: Accelerator,
+    progress: dict[str, Any],
+    *,
+    identity: Mapping[str, Any],
+    average: nn.Module | None,
+    keep: int,
+) -> None:
+    """Write a checkpoint and remove the oldest; all processes call it.
 
-    Attributes:
-        folder: Where they are.
+    Args:
+        folder: Where the checkpoints are.
         accelerator: Holds the model, the optimiser and so on.
+        progress: Where the run stands, as plain values; its 'step' names the checkpoint.
         identity: What must be the same for a run that goes on, as plain values.
         average: Averaged weights.
         keep: How many to keep.
+
+    Raises:
+        TrainingError: if it cannot be written; those before it are still there.
     """
+    place = folder / f'step_{progress["step"]:08d}'
+    partial = place.with_name(place.name + PARTIAL)
+    main = accelerator.is_main_process
+    try:
+        if main:
+            clean_up(folder)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if main:
+            if average is not None:
+                write_state_dict(average.state_dict(), partial / AVERAGE, {})
+            write_json({'progress': progress, 'run': identity}, partial / PROGRESS)
+            write_json(manifest_of(partial), partial / MANIFEST)
+            flush((*partial.rglob('*'), partial))
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+            flush((folder,))
+            found = checkpoints_in(folder)
+            # What lies ahead was damaged, or this run would have gone on from there.
+            kept = found[: found.index(place) + 1][-keep:]
+            for old in set(found) - set(kept):
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors have errors of their own for a full disk.
+        if main:
+            clean_up(folder)
+        raise TrainingError(
+            f'the checkpoint {str(place)!r} cannot be written: {error}; those before it are still there: make room and '
+            'start again with --resume'
+        ) from error
 
-    folder: Path
-    accelerator: Accelerator
-    identity: Mapping[str, Any]
-    average: nn.Module | None = None
-    keep: int = 2
 
-    def save(self, progress: dict[str, Any]) -> None:
-        """Write a checkpoint and remove the oldest.
+def load_checkpoint(
+    folder: Path, accelerator: Accelerator, *, identity: Mapping[str, Any], average: nn.Module | None
+) -> dict[str, Any] | None:
+    """Read the last good checkpoint: where the run stands; None if there is no checkpoint.
 
-        Args:
-            progress: Where the run stands, as plain values; its 'step' names the checkpoint.
-
-        Raises:
-            TrainingError: if it cannot be written; those before it are still there.
-        """
-        place = self.folder / f'step_{progress["step"]:08d}'
-        partial = place.with_name(place.name + PARTIAL)
-        main = self.accelerator.is_main_process
-        try:
-            if main:
-                clean_up(self.folder)
-                partial.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if main:
-                self._complete(partial, place, progress)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # torch and safetensors have errors of their own for a full disk.
-            if main:
-                clean_up(self.folder)
-            raise TrainingError(
-                f'the checkpoint {str(place)!r} cannot be written: {error}; those before it are still there: make room '
-                'and start again with --resume'
-            ) from error
-
-    def _complete(self, partial: Path, place: Path, progress: dict[str, Any]) -> None:
-        if self.average is not None:
-            write_state_dict(self.average.state_dict(), partial / AVERAGE, {})
-        write_json({'progress': progress, 'run': to_plain(self.identity)}, partial / PROGRESS)
-        write_json(manifest_of(partial), partial / MANIFEST)
-        flush((*partial.rglob('*'), partial))
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-        flush((self.folder,))
-        found = checkpoints_in(self.folder)
-        # What lies ahead was damaged, or this run would have gone on from there.
-        kept = found[: found.index(place) + 1][-self.keep :]
-        for old in set(found) - set(kept):
-            shutil.rmtree(old)
-
-    def load(self) -> dict[str, Any] | None:
-        """Read the last good checkpoint: where the run stands; None if there is no checkpoint.
-
-        Raises:
-            CheckpointError: if the last good one belongs to another run.
-        """
-        for place in reversed(checkpoints_in(self.folder)):
-            flaw = damage(place)
-            if flaw is not None:
-                if self.accelerator.is_main_process:
-                    warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
-                continue
-            read = read_json(place / PROGRESS)
-            changed = [
-                f'{name} was {read["run"].get(name)!r} and is {value!r}'
-                for name, value in sorted(to_plain(self.identity).items())
-                if read['run'].get(name) != value
-            ]
-            if changed:
-                raise CheckpointError(
-                    f'{str(place)!r} is of another run ({"; ".join(changed[:3])}); choose another --output, or the '
-                    'same options'
-                )
-            self.accelerator.load_state(str(place))
-            if self.average is not None:
-                self.average.load_state_dict(load_file(place / AVERAGE))
-            found: dict[str, Any] = read['progress']
-            return found
-        return None
+    Raises:
+        CheckpointError: if the last good one belongs to another run.
+    """
+    for place in reversed(checkpoints_in(folder)):
+        flaw = damage(place)
+        if flaw is not None:
+            if accelerator.is_main_process:
+                warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
+            continue
+        read = read_json(place / PROGRESS)
+        before, found = read['run'], read['progress']
+        changed = [
+            f'{name} was {before.get(name)!r} and is {value!r}'
+            for name, value in sorted(identity.items())
+            if before.get(name) != value
+        ]
+        if changed:
+            raise CheckpointError(
+                f'{str(place)!r} is of another run ({"; ".join(changed[:3])}); choose another --output, or the same '
+                'options'
+            )
+        accelerator.load_state(str(place))
+        if average is not None:
+            average.load_state_dict(load_file(place / AVERAGE))
+        return dict(found)
+    return None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -158,9 +151,3 @@ def any_process(accelerator: Accelerator, value: bool) -> bool:
     """Whether a value is true in any process; also the point where they wait for one another."""
     flag = torch.tensor([float(value)], device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction='sum').item() > 0)
-
-
-def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON gives them back."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
-    return found

@@ -10,6 +10,7 @@ import argparse
 import collections.abc
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -82,9 +83,10 @@ class Options:
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``json`` can write."""
+        """Plain values, as JSON gives them back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +182,9 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _typed(name: str, hint: Any, value: Any) -> Any:
-    """A value in the type of an annotation: one of _TYPES, a tuple of them, either or None, or Any."""
+    """A value in the type of an annotation: one of _TYPES, a tuple of them, either or None; any other as it is."""
     kind, *others = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if kind is Any or (value is None and others):
+    if kind is Any or (value is None and others) or any(other is not types.NoneType for other in others):
         return value
     kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind is not tuple:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from timm_ghn.contexts import restore_global_state
 from timm_ghn.errors import ConfigError, TrainingError
-from timm_ghn.runs.checkpoints import CHECKPOINTS, Checkpoints, any_process, checkpoints_in
+from timm_ghn.runs.checkpoints import CHECKPOINTS, any_process, checkpoints_in, load_checkpoint, save_checkpoint
 from timm_ghn.runs.recipes import RunOptions
 from timm_ghn.runs.results import CURVES, RESULTS, Results, read_results, versions
 
@@ -59,6 +59,40 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        output: Folder with results.jsonl, curves.png, checkpoints and weights.
+        steps: Optimiser steps done.
+        finished: Whether all are; else the run can go on with ``resume``.
+        log: The lines of results.jsonl.
+        pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
+    """
+
+    output: Path
+    steps: int
+    finished: bool
+    log: tuple[dict[str, Any], ...]
+    pushed: str | None = None
+
+    @property
+    def epochs(self) -> tuple[dict[str, Any], ...]:
+        """The metrics after each epoch of fine-tuning; those of epoch 0 are from before the training."""
+        return tuple(line for line in self.log if line['kind'] == 'epoch')
+
+    @property
+    def evaluations(self) -> tuple[dict[str, Any], ...]:
+        """The metrics of each evaluation of a GHN in training."""
+        return tuple(line for line in self.log if line['kind'] == 'eval')
+
+    @property
+    def test_top1(self) -> float | None:
+        """Accuracy of the best weights on the test split in percent, if there is one and the run is finished."""
+        return self.log[-1].get('test_top1')
 
 
 @contextlib.contextmanager
@@ -199,14 +233,11 @@ class Run(abc.ABC):
 
     # What every run does.
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Result:
         """Go on from the last good checkpoint, or begin; train until all is done or a limit is met.
 
         SIGTERM, by which schedulers announce the end of a job, stops the run with a checkpoint; then the process ends
         by it.
-
-        Returns:
-            The log.
         """
         with self._stop_at_sigterm():
             try:
@@ -219,7 +250,10 @@ class Run(abc.ABC):
 
     def _start(self) -> None:
         options, key = self.options, self.ordered_by
-        found = self._checkpoints.load() if options.resume else None
+        found = None
+        if options.resume:
+            place = options.output / CHECKPOINTS
+            found = load_checkpoint(place, self.accelerator, identity=self.identity, average=self.average)
         if found is not None:
             self.progress = type(self.progress)(**found)
             self._saved_step = self.progress.step
@@ -234,7 +268,7 @@ class Run(abc.ABC):
         else:
             self.say('going on from step %d', self.progress.step)
 
-    def _end(self) -> list[dict[str, Any]]:
+    def _end(self) -> Result:
         output = self.options.output
         if self._saved_step != self.progress.step:
             self.save_checkpoint()
@@ -247,7 +281,7 @@ class Run(abc.ABC):
             with contextlib.suppress(ConfigError):  # no matplotlib
                 self.plot(read_results(output / RESULTS), output / CURVES)
         self.accelerator.wait_for_everyone()
-        return read_results(output / RESULTS)
+        return Result(output, self.progress.step, self.finished, tuple(read_results(output / RESULTS)))
 
     @property
     def seconds(self) -> float:
@@ -259,16 +293,17 @@ class Run(abc.ABC):
         """What has weights that are written: the network, and its average."""
         return [self.trained, *([self.average.module] if self.average is not None else [])]
 
-    @property
-    def _checkpoints(self) -> Checkpoints:
-        options = self.options
-        folder = options.output / CHECKPOINTS
-        return Checkpoints(folder, self.accelerator, self.identity, self.average, keep=options.checkpoint_hist)
-
     def save_checkpoint(self) -> None:
         """Write a checkpoint, unless weights are not finite; all processes call it."""
         self.expect_finite_weights()
-        self._checkpoints.save({**dataclasses.asdict(self.progress), 'seconds': self.seconds})
+        save_checkpoint(
+            self.options.output / CHECKPOINTS,
+            self.accelerator,
+            {**dataclasses.asdict(self.progress), 'seconds': self.seconds},
+            identity=self.identity,
+            average=self.average,
+            keep=self.options.checkpoint_hist,
+        )
         self._saved_step = self.progress.step
 
     def should_stop(self) -> bool:

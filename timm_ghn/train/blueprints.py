@@ -127,7 +127,7 @@ def _read(path: Path, rules: str) -> tuple[Graph, dict[str, Tensor]] | None:
 
 
 def _write(path: Path, rules: str, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
-    """Keep what :func:`_examine` found, with the rules that were asked for: those of the graph may be others."""
+    # With the rules that were asked for: those of the graph may be others.
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {'stamp': _stamp(), 'rules': rules, 'graph': json.dumps(graph_to_dict(graph))}
     with atomic_write(path) as file:

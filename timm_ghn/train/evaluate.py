@@ -136,15 +136,7 @@ class EvaluateOptions(NetworkOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A predicted network that was never trained.
-
-    Attributes:
-        family: Of the network; its split if it is one of DeepNets-1M.
-        name: Its key, or its name in timm.
-        parameters: Their number.
-        top1: Accuracy in percent.
-        loss: Cross-entropy.
-    """
+    """A predicted network that was never trained: family (or split of DeepNets-1M), name, size, accuracy in %."""
 
     family: str
     name: str
@@ -155,15 +147,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Accuracy over the networks of a split, as the papers report it.
-
-    Attributes:
-        split: Of DeepNets-1M, or a family.
-        networks: Their number.
-        mean: Mean accuracy in percent.
-        standard_error: Standard deviation of the accuracy, divided by the root of the number of networks.
-        maximum: The best accuracy.
-    """
+    """Accuracy in percent over the networks of a split or family; the error is that of the mean."""
 
     split: str
     networks: int
@@ -174,22 +158,21 @@ class Summary:
 
 def summaries(rows: Iterable[Evaluation]) -> tuple[Summary, ...]:
     """Mean, standard error and maximum of the accuracy of each family or split, in the order of the rows."""
-    accuracies: dict[str, list[float]] = {}
-    for row in rows:
-        accuracies.setdefault(row.family, []).append(row.top1)
     return tuple(
         Summary(name, len(top1), statistics.fmean(top1), statistics.pstdev(top1) / math.sqrt(len(top1)), max(top1))
-        for name, top1 in accuracies.items()
+        for name, top1 in _by_family(rows).items()
     )
 
 
-def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
-    """Load a GHN and a data set.
+def _by_family(rows: Iterable[Evaluation]) -> dict[str, list[float]]:
+    accuracies: dict[str, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.family, []).append(row.top1)
+    return accuracies
 
-    Raises:
-        ConfigError: if the GHN was trained for another number of classes than the data set has.
-        GHNError: if the GHN or the data cannot be had.
-    """
+
+def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
+    """Load a GHN and a data set; a ConfigError if the GHN was trained for another number of classes."""
     ghn = load_ghn(options.ghn, device=options.device)
     splits = load_splits(options)
     if ghn.config.num_classes != len(splits.classes):
@@ -222,8 +205,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
     """Predict networks and measure them; batch normalisation uses the statistics of each batch.
 
     Raises:
-        ConfigError: if the GHN was trained for another number of classes than the data set has.
-        GHNError: if the GHN, the data or an architecture cannot be had.
+        GHNError: if the GHN, the data or an architecture cannot be had, or the classes differ in number.
     """
     check_outputs(options)
     ghn, splits = load_ghn_and_splits(options)
@@ -250,8 +232,5 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
     if options.plot is not None:
         from timm_ghn.plots import plot_families
 
-        families: dict[str, list[float]] = {}
-        for row in rows:
-            families.setdefault(row.family, []).append(row.top1)
-        plot_families(families, options.plot, chance=100 / len(splits.classes))
+        plot_families(_by_family(rows), options.plot, chance=100 / len(splits.classes))
     return tuple(rows)

@@ -35,7 +35,7 @@ from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.precision import sum_dtype
-from timm_ghn.runs.run import Progress, Run, session
+from timm_ghn.runs.run import Progress, Result, Run, session
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
 from timm_ghn.train.step import accuracies_of, sum_gradients, train_step
@@ -65,23 +65,6 @@ class TrainProgress(Progress):
     window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came out of a run.
-
-    Attributes:
-        output: Folder with results.jsonl, curves.png, checkpoints, and the GHN in ``ghn``.
-        steps: Steps done.
-        finished: Whether all are; else the run can go on with ``resume``.
-        evaluations: Metrics of each evaluation.
-    """
-
-    output: Path
-    steps: int
-    finished: bool
-    evaluations: tuple[dict[str, Any], ...]
-
-
 def train(options: TrainOptions) -> Result:
     """Train a GHN; in several processes where ``accelerate launch`` started them.
 
@@ -89,10 +72,7 @@ def train(options: TrainOptions) -> Result:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
     with session(options) as accelerator:
-        run = TrainRun(options, accelerator)
-        log = run.run()
-    evaluations = tuple(line for line in log if line['kind'] == 'eval')
-    return Result(options.output, run.progress.step, run.finished, evaluations)
+        return TrainRun(options, accelerator).run()
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
