@@ -86,7 +86,6 @@ def test_a_recipe_is_read_as_it_is_meant(tmp_path):
         ('--weight-decay nan', 'weight_decay to be a finite number'),
         ('--epochs ²', 'epochs to be a whole number'),
         ('--model-args act_layer=[', 'cannot be read as YAML'),
-        ('--model-args drop_rate=nan', 'model_args that JSON can write'),
     ],
 )
 def test_a_wrong_word_on_the_command_line_is_an_error_of_one_line(call_cli, words, message):
@@ -115,10 +114,7 @@ def test_a_wrong_word_on_the_command_line_is_an_error_of_one_line(call_cli, word
         {'output': None},
         {'postprocess': 'orthogonal'},
         {'postprocess': 'orth,layers=3'},
-        {'postprocess': 'none,layer=3'},
         {'model_args': 'drop_rate'},
-        {'model_args': {'act_layer': object}},
-        {'hub_private': True},
     ],
 )
 def test_options_that_make_no_sense_are_refused(change):

@@ -86,14 +86,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 
     What is random about an image depends on the seed, the epoch and its row alone: not on the number of processes or
     workers, nor on where a run was resumed. A damaged training image gives way to the next one that can be read;
-    when evaluating it is an empty one with :data:`NO_LABEL`.
-
-    Args:
-        split: The rows.
-        transform: From an image to a tensor.
-        channels: Of the model: 1 reads the images as grey, 3 as RGB.
-        seed: Of what the transform draws.
-        training: Whether to replace damaged images.
+    when evaluating it is an empty one with :data:`NO_LABEL`. Images are read as grey for one channel, else as RGB.
     """
 
     def __init__(

@@ -162,12 +162,9 @@ def _held_out(labels: np.ndarray, share: float, seed: int, shots: np.ndarray) ->
 
 
 def first_shots(labels: np.ndarray, shots: int, seed: int | None = None) -> np.ndarray:
-    """Rows of N images of each class, in the order of the data set.
+    """Rows of so many images of each class, or of all that a class has.
 
-    Args:
-        labels: Class of each row.
-        shots: N. A class with fewer images gives all that it has.
-        seed: Draw them; None takes the first of each class, as arXiv 2207.10049 does.
+    They are the first in the order of the data set, as in arXiv 2207.10049, or drawn with a seed.
     """
     order = np.arange(len(labels))
     if seed is not None:

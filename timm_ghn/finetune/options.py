@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,22 +24,20 @@ from timm_ghn.runs.recipes import (
     read_yaml,
 )
 
-#: Values of ``small_stem``.
-SMALL_STEM = ('auto', 'on', 'off')
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'model': 'start', 'image_size': 'images',
           'epochs': 'training', 'lr': 'training', 'seed': 'run', 'output': 'run', 'workers': 'run',
           'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
+STEMS = ('auto', 'on', 'off')
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
 #: The init that lets several starts race.
 RACE = 'race'
-_OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
-    """What to train, on what, and how. Every field is an option of the command line and a key of a recipe.
+    """What to train, on what, and how.
 
     Raises:
         ConfigError: if options contradict themselves.
@@ -68,7 +64,9 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
     model_args: Any = option(None, "more arguments of timm.create_model, as in 'drop_path_rate=0.1,act_layer=gelu'")
 
     image_size: int | None = option(None, "side of the images in pixels (default: the model's own)", within=POSITIVE)
-    small_stem: str = option('auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=SMALL_STEM)
+    small_stem: str = option(
+        'auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=('auto', 'on', 'off')
+    )
     crop_pct: float | None = option(
         None,
         "share of the side the centre crop keeps (default: the model's; 1 if small)",
@@ -121,8 +119,10 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         super().__post_init__()
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
-        # Their own checks.
-        _ = self.post('orth'), self.arguments, self.target
+        of_target = (self.hub_private, self.hub_revision, self.hub_create_pr, self.hub_license)
+        if self.push_to_hub is None and any(of_target):
+            raise ConfigError('hub_private and the like are about the repository of push_to_hub, which is not given')
+        _ = self.post('orth'), self.arguments, self.target  # their own checks
 
     @property
     def mixed(self) -> bool:
@@ -137,32 +137,22 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         """
         name, *changes = (part.strip() for part in self.postprocess.split(','))
         chosen = PostProcess.of(name, seed=self.seed, auto=recommended)
-        if not changes:
+        if chosen is None or not changes:
             return chosen
-        if chosen is None:
-            raise ConfigError(f'there is nothing to change about no post-processing (got {self.postprocess!r})')
         return dataclasses.replace(chosen, **converted(PostProcess, _pairs(','.join(changes), 'postprocess')))
 
-    @functools.cached_property
+    @property
     def target(self) -> Target | None:
         """Where the model is pushed to; None if it is not."""
-        if self.push_to_hub is not None:
-            return Target(self.push_to_hub, self.hub_private or None, self.hub_revision, self.hub_create_pr)
-        given = [name for name in _OF_TARGET if getattr(self, name)]
-        if given:
-            raise ConfigError(f'{given[0]} is about the repository of push_to_hub, which is not given')
-        return None
+        if self.push_to_hub is None:
+            return None
+        return Target(self.push_to_hub, self.hub_private or None, self.hub_revision, self.hub_create_pr)
 
-    @functools.cached_property
+    @property
     def arguments(self) -> dict[str, Any]:
         """More arguments of ``timm.create_model``."""
         given = self.model_args or {}
-        found = dict(given) if isinstance(given, Mapping) else _pairs(str(given), 'model_args')
-        try:
-            json.dumps(found, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f'expected model_args that JSON can write, for the results: {error}') from error
-        return found
+        return dict(given) if isinstance(given, Mapping) else _pairs(str(given), 'model_args')
 
 
 def _pairs(text: str, option: str) -> dict[str, Any]:

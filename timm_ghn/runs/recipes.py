@@ -57,15 +57,7 @@ def option(
     choices: Iterable[str] | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A field of a dataclass of options.
-
-    Args:
-        default: Its default.
-        help_text: For the command line.
-        within: Range of its number, or of each of its numbers.
-        choices: Texts that it may be.
-        metavar: For the command line.
-    """
+    """A field of a dataclass of options: what the command line says of it, and which values it may have."""
     more = {'within': within, 'choices': None if choices is None else tuple(choices), 'metavar': metavar}
     return dataclasses.field(default=default, metadata={'help': help_text, **more})
 
@@ -111,11 +103,7 @@ class RunOptions(Options):
 
 
 def converted(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in the types that the annotations of a dataclass ask for, and within the ranges of its options.
-
-    Args:
-        kind: The dataclass.
-        values: By the names of its fields; not all need be there.
+    """Values of some fields in the types that the annotations of a dataclass ask for, and within their ranges.
 
     Raises:
         ConfigError: if there is no such field, or a value is of another type or out of range.
@@ -130,15 +118,7 @@ def converted(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """A value in YAML.
-
-    Args:
-        text: The YAML.
-        what: What it is, in words that an error begins with.
-
-    Raises:
-        ConfigError: if it is none.
-    """
+    """A value in YAML; a :class:`ConfigError` that begins with ``what`` if the text is none."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -147,11 +127,7 @@ def read_yaml(text: str, what: str) -> Any:
 
 
 def read_recipe(path: Path, kind: type) -> dict[str, Any]:
-    """Options that stand in a YAML file; keys may have dashes or underscores.
-
-    Raises:
-        ConfigError: if it is no such file, or an option is unknown or wrong.
-    """
+    """Options that stand in a YAML file; keys may have dashes or underscores. What is wrong is a ConfigError."""
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
@@ -244,11 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser, options: Any, groups: Mapping
 
 
 def options_of(namespace: argparse.Namespace, options: type[OptionsType]) -> OptionsType:
-    """The options of a command line: its own, then those of its recipe, then the defaults.
-
-    Raises:
-        ConfigError: if an option is missing or wrong.
-    """
+    """The options of a command line: its own, then those of its recipe, then the defaults."""
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     values = read_recipe(namespace.config, options) if namespace.config is not None else {}
     values.update({name: value for name, value in vars(namespace).items() if name in names})

@@ -164,11 +164,6 @@ def _locked(folder: Path) -> Iterator[None]:
 class Run(abc.ABC):
     """A run of training in one or several processes.
 
-    Args:
-        options: Of the run.
-        accelerator: Its processes, see :func:`session`.
-        progress: Where it begins.
-
     Attributes:
         progress: Where the run stands.
         facts: First line of the log: the options, what they led to, and the versions.

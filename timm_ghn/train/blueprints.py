@@ -52,12 +52,7 @@ class Blueprint:
 
 
 class Blueprints:
-    """Blueprints of architectures: traced once, then read from a folder.
-
-    Args:
-        config: Of the GHN that predicts.
-        folder: Where they are kept, one file for each architecture; None keeps them in memory only.
-    """
+    """Blueprints of architectures for a GHN: traced once, then read from a folder, if there is one."""
 
     def __init__(self, config: GHNConfig, folder: Path | None = None) -> None:
         self.config = config
