@@ -49,7 +49,6 @@ def test_convert_writes_a_folder_in_the_native_format(run, mine, small_ghn):
     assert sorted(os.listdir('out')) == ['config.json', 'model.safetensors']
     expect_same(load_ghn('./out'), small_ghn)
     assert os.listdir('.') == ['out']
-    assert not converted_ghns(cache_folder())
 
 
 def test_convert_takes_the_path_of_an_official_file(run, tmp_path, small_ghn):
@@ -79,7 +78,6 @@ def test_convert_says_what_is_wrong_and_leaves_nothing(run, mine, tmp_path, smal
     state['ln.bias'][0] = float('inf')
     WRITERS['torch'](state, tmp_path / 'inf.pt')
     expect_error(run(f'convert {tmp_path}/inf.pt -o out'), 'not finite')
-    expect_error(run('convert mine -o no/such/place'), 'does not exist')
     assert os.listdir('.') == []
 
 

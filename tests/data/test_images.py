@@ -1,4 +1,3 @@
-import io
 import random
 
 import numpy as np
@@ -115,25 +114,6 @@ def test_images_of_any_mode_become_rgb(image, value):
     read = decoded({'bytes': encoded(image), 'path': None}, 'RGB')
     assert read.mode == 'RGB'
     assert np.array(read).reshape(-1, 3).tolist() == [[value] * 3] * 64
-
-
-@pytest.mark.parametrize(
-    ('values', 'expected'),
-    [
-        (np.array([[0, 4095], [2048, 1024]], np.int32), [[0, 255], [128, 64]]),  # 12 bits in a file of 32
-        (np.array([[0, 2048], [2049, 2050]], np.int32), [[0, 128], [128, 128]]),  # of the same scale
-        (np.array([[0, 255], [3, 4]], np.int32), [[0, 255], [3, 4]]),
-        (np.array([[-5, 255], [3, 4]], np.int32), [[0, 255], [3, 4]]),
-        (np.array([[0.0, 1.0], [0.5, 0.2]], np.float32), [[0, 255], [128, 51]]),
-        (np.array([[0.0, 200.0], [0.5, 20.0]], np.float32), [[0, 200], [0, 20]]),
-        (np.array([[0.0, np.nan], [0.5, 0.2]], np.float32), None),
-    ],
-)
-def test_wide_images_have_the_scale_of_their_kind_and_not_of_their_brightness(values, expected):
-    file = io.BytesIO()
-    PILImage.fromarray(values).save(file, 'TIFF')
-    read = decoded({'bytes': file.getvalue(), 'path': None}, 'L')
-    assert (None if read is None else np.array(read).tolist()) == expected
 
 
 @pytest.mark.parametrize('value', [None, {'bytes': b'', 'path': None}, {'bytes': b'text', 'path': None}])

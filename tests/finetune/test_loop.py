@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,8 +50,8 @@ def same(first, second):
 def test_colours_are_learnt_and_everything_is_written_down(base):
     options = dataclasses.replace(base, epochs=5, model_ema=True, model_ema_decay=0.8)
     result = finetune(options)
-    assert result.finished
-    assert result.steps == 5 * 4
+    assert (result.finished, result.steps) == (True, 5 * 4)
+    assert result.test_top1 is None, 'the split is validated on'
     assert result.epochs[-1]['val_top1'] > 90 > 60 > result.epochs[0]['val_top1']
     lines = read_results(options.output / 'results.jsonl')
     assert [line['kind'] for line in lines] == ['run', *['epoch'] * 6, 'end']
@@ -66,11 +65,13 @@ def test_colours_are_learnt_and_everything_is_written_down(base):
     assert not same(weights(options), weights(options, 'model_ema.safetensors'))
 
 
-def test_plain_timm_reads_the_weights(base):
+def test_plain_timm_and_others_can_read_the_weights(base):
     finetune(dataclasses.replace(base, epochs=1))
-    arguments = {'num_classes': 3, 'img_size': 32, 'patch_size': 4}
-    model = timm.create_model('test_vit', checkpoint_path=base.output / 'model.safetensors', **arguments)
+    file, plain = base.output / 'model.safetensors', base.output / 'plain'
+    model = timm.create_model('test_vit', checkpoint_path=file, num_classes=3, img_size=32, patch_size=4)
     assert same(model.state_dict(), weights(base))
+    plain.touch()
+    assert file.stat().st_mode == plain.stat().st_mode
 
 
 def test_the_same_call_gives_the_same_weights(base, tmp_path):
@@ -85,7 +86,7 @@ def test_the_same_call_gives_the_same_weights(base, tmp_path):
         assert same(weights(again), weights(options)) is equal
 
 
-@pytest.mark.parametrize('changes', [{'max_steps': 3}, {'max_steps': 6}, {'max_steps': 3, 'grad_accum_steps': 2}])
+@pytest.mark.parametrize('changes', [{'max_steps': 3}, {'max_steps': 3, 'grad_accum_steps': 2}])
 def test_a_run_that_stopped_ends_as_if_it_had_not(base, tmp_path, changes):
     options = dataclasses.replace(
         base, epochs=3, mixup=0.2, model_ema=True, clip_grad=1.0, model_args='drop_path_rate=0.3',
@@ -140,13 +141,6 @@ def test_the_best_weights_are_tested_once_at_the_end(base, monkeypatch):
     assert lines[-1]['test_top1'] == result.test_top1 == pytest.approx(100 * right / 21)
 
 
-def test_a_split_that_is_validated_on_is_not_tested_on(base):
-    result = finetune(dataclasses.replace(base, epochs=1))
-    assert result.finished
-    assert result.test_top1 is None
-    assert all('test_top1' not in line for line in read_results(base.output / 'results.jsonl'))
-
-
 def test_no_time_left_is_a_stop_and_no_error(base):
     result = finetune(dataclasses.replace(base, time_limit=1e-6))
     assert not result.finished
@@ -163,8 +157,7 @@ def heard():
     signal.signal(signal.SIGTERM, previous)
 
 
-@pytest.mark.parametrize('times', [1, 2])
-def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_path, monkeypatch, heard, times):
+def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_path, monkeypatch, heard):
     """Launchers pass on what schedulers send to all processes: two are as one."""
     finetune(base)
     after_step = loop.FinetuneRun._after_step
@@ -172,7 +165,7 @@ def test_sigterm_stops_a_run_with_a_checkpoint_and_then_the_process(base, tmp_pa
     def terminated(run, loss):
         after_step(run, loss)
         if run.progress.step == 3 and not run.options.resume:
-            for _ in range(times):
+            for _ in range(2):
                 signal.raise_signal(signal.SIGTERM)
             assert not heard, 'it waits for the checkpoint'
 
@@ -214,24 +207,18 @@ def test_a_run_is_not_written_over(base):
     assert (base.output / 'results.jsonl').read_bytes() == before
 
 
-@pytest.mark.parametrize('harm', ['truncate', 'change', 'remove', 'manifest', 'progress'])
+@pytest.mark.parametrize('harm', ['change', 'remove'])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, tmp_path, harm):
-    options = dataclasses.replace(base, max_steps=5, checkpoint_steps=2)
-    finetune(options)
+    finetune(dataclasses.replace(base, max_steps=5, checkpoint_steps=2))
     found = checkpoints.checkpoints_in(base.output / 'checkpoints')
-    last = found[-1]
     assert [place.name for place in found] == ['step_00000004', 'step_00000005']
-    target = {'manifest': 'manifest.json', 'progress': 'progress.json'}.get(harm, 'model.safetensors')
-    data = (last / target).read_bytes()
-    if harm == 'remove':
-        (last / target).unlink()
-    elif harm == 'change':
-        (last / target).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    else:
-        (last / target).write_bytes(data[: len(data) // 2])
-    with pytest.warns(UserWarning, match=r'step_00000005.* is passed over'):
-        result = finetune(dataclasses.replace(base, resume=True))
-    assert result.finished
+    target = found[-1] / 'model.safetensors'
+    data = target.read_bytes()
+    target.unlink()
+    if harm == 'change':
+        target.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.warns(UserWarning, match=r'step_00000005.* is passed over: model.safetensors'):
+        assert finetune(dataclasses.replace(base, resume=True)).finished
     whole = dataclasses.replace(base, output=tmp_path / 'whole')
     finetune(whole)
     assert same(weights(base), weights(whole))
@@ -247,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(base, monkeypat
         write(value, path)
 
     monkeypatch.setattr(checkpoints, 'write_json', full)
-    with pytest.raises(TrainingError, match=r"No space left on device; the last good one is 'step_00000002'"):
+    with pytest.raises(TrainingError, match=r'No space left on device; those before it are still there'):
         finetune(dataclasses.replace(base, resume=True))
     assert [place.name for place in (base.output / 'checkpoints').iterdir()] == ['step_00000002']
     monkeypatch.undo()
@@ -258,24 +245,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(base, monkeypat
 def test_a_loss_that_is_not_finite_ends_the_run_clearly(base):
     with pytest.raises(TrainingError, match=r'the loss is (nan|inf) by step \d+; begin again with a smaller --lr'):
         finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
-
-
-@pytest.mark.filterwarnings('ignore:overflow', 'ignore:invalid value')
-def test_no_checkpoint_has_weights_that_are_lost(base, monkeypatch):
-    # On a GPU the loss is looked at every few steps only, and an epoch may have fewer.
-    monkeypatch.setattr(loop, '_LOOK', 10**9)
-    look = loop.FinetuneRun._after_step
-
-    def seldom(run, loss):
-        accelerator, run.accelerator = run.accelerator, SimpleNamespace(device=torch.device('cuda'))
-        look(run, loss)
-        run.accelerator = accelerator
-
-    monkeypatch.setattr(loop.FinetuneRun, '_after_step', seldom)
-    with pytest.raises(TrainingError, match=r'the loss is (nan|inf) by step 4'):
-        finetune(dataclasses.replace(base, opt='sgd', lr=1e20, epochs=20))
-    assert not list((base.output / 'checkpoints').glob('step_*'))
-    assert all(tensor.isfinite().all() for tensor in weights(base, 'model_best.safetensors').values())
 
 
 @pytest.mark.parametrize('what', ['epoch', 'stop'])
@@ -325,10 +294,9 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no such locks')
-@pytest.mark.parametrize('resume', [False, True])
-def test_a_folder_has_one_run_at_a_time(base, resume):
+def test_a_folder_has_one_run_at_a_time(base):
     base.output.mkdir()
-    options = dataclasses.replace(base, max_steps=1, resume=resume)
+    options = dataclasses.replace(base, max_steps=1, resume=True)
     command = [sys.executable, '-c', HOLDER, str(base.output)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'locked\n'
@@ -349,6 +317,7 @@ def test_a_run_leaves_the_process_as_it_was(base, tmp_path):
     torch.manual_seed(5)
     finetune(dataclasses.replace(base, epochs=1, mixed_precision='bf16', model_args='drop_path_rate=0.2'))
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    assert all(value.dtype == torch.float32 for value in weights(base).values())
     plain = dataclasses.replace(base, epochs=1, output=tmp_path / 'second')
     finetune(plain)
     alone = dataclasses.replace(plain, mixed_precision='no', output=tmp_path / 'third')
@@ -356,8 +325,7 @@ def test_a_run_leaves_the_process_as_it_was(base, tmp_path):
     assert same(weights(plain), weights(alone)), 'a run does not take over the precision of the one before'
 
 
-@pytest.mark.parametrize('init', [GHN_NAME, 'random'])
-@pytest.mark.parametrize('model', ['test_vit', 'test_resnet'])
+@pytest.mark.parametrize(('model', 'init'), [('test_vit', 'random'), ('test_resnet', GHN_NAME)])
 def test_a_start_is_that_of_ghn_init_or_timm(base, init, model):
     options = dataclasses.replace(base, model=model, init=init, max_steps=1, lr=1e-30, weight_decay=0.0)
     finetune(options)
@@ -399,15 +367,14 @@ def test_batch_statistics_of_a_predicted_network_are_calibrated(base):
         ({'opt': 'adamm'}, ConfigError, 'no optimiser'),
         ({'sched': 'cosinus'}, ConfigError, "no schedule 'cosinus'"),
         ({'warmup_epochs': 2}, ConfigError, 'warmup_epochs below epochs'),
-        ({'mixup': 0.1, 'batch_size': 9}, ConfigError, 'an even batch_size'),
-        ({'mixup': 0.1, 'batch_size': 64}, ConfigError, 'mixup and cutmix need whole batches'),
+        ({'mixup': 0.1, 'batch_size': 9}, ConfigError, 'whole batches of an even size'),
+        ({'mixup': 0.1, 'batch_size': 64}, ConfigError, 'whole batches of an even size'),
         ({'log_with': 'nothing'}, ConfigError, 'nothing'),
         ({'mean': (0.1, 0.2)}, ConfigError, 'expected mean to have 3 values'),
         ({'image_size': 30}, UnsupportedModelError, '30'),
         ({'model': 'test_vit.nothing'}, UnsupportedModelError, 'nothing'),
         ({'model': 'test_resnet', 'model_args': 'features_only=true'}, ConfigError, 'has no classifier'),
         ({'sched': 'plateau'}, ConfigError, 'waits for a metric'),
-        ({'opt': 'adahessian'}, ConfigError, 'second derivatives'),
         ({'model_args': 'in_chans=1', 'mean': (0.1, 0.2)}, ConfigError, 'expected mean to have 1 values'),
     ],
 )
@@ -420,17 +387,13 @@ def test_wrong_input_is_named_before_anything_is_written(base, changes, error, m
 
 
 def test_a_model_of_one_channel_is_trained_on_grey(base):
-    result = finetune(dataclasses.replace(base, model_args='in_chans=1', epochs=1))
-    assert result.finished
-    assert weights(base)['patch_embed.proj.weight'].shape[1] == 1
-
-
-def test_the_statistics_of_colours_become_those_of_grey(base):
-    options = dataclasses.replace(base, model='test_efficientnet', model_args='in_chans=1', mean=(0.25,))
-    config = build(options, 3).data_config
+    options = dataclasses.replace(base, model='test_efficientnet', model_args='in_chans=1', mean=(0.25,), epochs=1)
+    assert finetune(options).finished
+    assert weights(base)['conv_stem.weight'].shape[1] == 1
+    config = read_results(base.output / 'results.jsonl')[0]['data_config']
     own = timm.get_pretrained_cfg('test_efficientnet').std
     assert len(set(own)) > 1
-    assert (config['mean'], config['std']) == ((0.25,), pytest.approx((sum(own) / 3,)))
+    assert (config['mean'], config['std']) == ([0.25], pytest.approx([sum(own) / 3]))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(base, tmp_path):
@@ -471,16 +434,8 @@ def test_what_lies_ahead_of_a_run_is_removed_and_never_kept_in_its_place(base):
     assert finetune(dataclasses.replace(base, checkpoint_hist=1, resume=True)).steps == 8
 
 
-def test_others_can_read_the_weights(base):
-    finetune(dataclasses.replace(base, epochs=1))
-    plain = base.output / 'plain'
-    plain.touch()
-    assert (base.output / 'model.safetensors').stat().st_mode == plain.stat().st_mode
-
-
-@pytest.mark.parametrize('model', ['test_resnet', 'test_nfnet'])
-def test_channels_last_changes_the_layout_and_not_the_result(base, tmp_path, model):
-    options = dataclasses.replace(base, model=model, opt='sgd', lr=0.01)
+def test_channels_last_changes_the_layout_and_not_the_result(base, tmp_path):
+    options = dataclasses.replace(base, model='test_nfnet', opt='sgd', lr=0.01)
     finetune(options)
     last = dataclasses.replace(options, channels_last=True, output=tmp_path / 'last')
     layouts = []
@@ -501,7 +456,6 @@ def test_channels_last_changes_the_layout_and_not_the_result(base, tmp_path, mod
     whole = weights(options)
     for name, value in weights(last).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=3e-4)
-    timm.create_model(model, num_classes=3, checkpoint_path=last.output / 'model.safetensors')
 
 
 def test_a_tracker_gets_the_metrics(base):

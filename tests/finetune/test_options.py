@@ -1,7 +1,6 @@
 import argparse
 import dataclasses
 import re
-import typing
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from timm_ghn import PostProcess
 from timm_ghn.errors import ConfigError
 from timm_ghn.finetune.options import GROUPS, FinetuneOptions
 from timm_ghn.runs.recipes import add_arguments, options_of, read_recipe
-from timm_ghn.train.evaluate import EvaluateOptions
 from timm_ghn.train.options import TrainOptions
 
 BASE = {'model': 'test_vit', 'dataset': 'somewhere'}
@@ -43,24 +41,19 @@ def test_the_command_line_wins_over_the_recipe_and_this_over_the_default(tmp_pat
     [
         ('lrate: 1', "no option 'lrate'"),
         ('batchsize: 1', "did you mean 'batch_size'"),
-        ('lr: fast', 'lr to be a number'),
-        ('epochs: 1.5', 'epochs to be a number of type int'),
+        ('lr: fast', 'lr to be a finite number'),
+        ('epochs: 1.5', 'epochs to be a whole number'),
         ('no_aug: 1', 'no_aug to be true or false'),
         ('- a\n- b', 'lines like'),
         ('a: [', 'cannot be read'),
-        ('{[a]: 1}', 'cannot be read'),
         ('lr: 2001-99-99', 'cannot be read'),
-        ('[' * 10_000, 'cannot be read'),
-        ('epochs: .inf', r'epochs to be a finite number below 2\*\*63 \(got inf\)'),
-        ('epochs: 1e30', r'epochs to be a finite number below 2\*\*63'),
+        ('epochs: .inf', r'epochs to be a whole number \(got inf\)'),
         ('weight_decay: .nan', r'weight_decay to be a finite number \(got nan\)'),
         ('mean: [0.5, .nan, 0.5]', 'mean to be a finite number'),
         ('output:', r'output to be a path \(got nothing\)'),
-        ('output: [a]', 'output to be a path'),
-        ('model:', r'model to be a text \(got nothing\)'),
         ('model: true', 'model to be a text'),
         ('dataset: [a, b]', r"dataset to be a text \(got \['a', 'b'\]\)"),
-        ('epochs:', 'epochs to be a number of type int'),
+        ('epochs:', 'epochs to be a whole number'),
         ('crop_pct: 5', r'crop_pct above 0, to 1 \(got 5\)'),
         ('scale: 0.5', 'scale to have 2 values'),
         ('small_stem: maybe', 'small_stem to be one of auto, on, off'),
@@ -85,35 +78,14 @@ def test_a_recipe_is_read_as_it_is_meant(tmp_path):
     }  # fmt: skip
 
 
-NUMBERS = {float: ('nan', 'inf', '-inf'), int: ('nan', 'inf', str(2**63))}
-
-
-@pytest.mark.parametrize('kind', [FinetuneOptions, TrainOptions, EvaluateOptions])
-def test_no_number_is_infinite_or_none(kind):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, kind, {})
-    tried = 0
-    for name, hint in typing.get_type_hints(kind).items():
-        of = next((of for of in NUMBERS if hint in (of, of | None)), None)
-        for text in () if of is None else NUMBERS[of]:
-            words = ['--dataset', 'x', f'--{name.replace("_", "-")}={text}']
-            more = ['--model', 'test_vit'] if kind is FinetuneOptions else []
-            with pytest.raises(ConfigError, match=f'expected {name} to be a finite number'):
-                options_of(parser.parse_args([*words, *more]), kind)
-            tried += 1
-    assert tried >= 15
-
-
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
+        ('--config none.yaml', 'cannot be read'),
         ('--shots-seed -1', r'expected shots_seed of 0 or more \(got .-1.\)'),
         ('--weight-decay nan', 'weight_decay to be a finite number'),
-        ('--epochs 1.5', 'epochs to be a number of type int'),
-        ('--epochs ²', 'epochs to be a number of type int'),
+        ('--epochs ²', 'epochs to be a whole number'),
         ('--model-args act_layer=[', 'cannot be read as YAML'),
-        ('--model-args drop_rate=nan', 'model_args that JSON can write'),
-        ('--model-args day=2020-01-01', 'model_args that JSON can write'),
     ],
 )
 def test_a_wrong_word_on_the_command_line_is_an_error_of_one_line(call_cli, words, message):
@@ -122,48 +94,27 @@ def test_a_wrong_word_on_the_command_line_is_an_error_of_one_line(call_cli, word
     assert re.search(message, err)
 
 
-def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(ConfigError, match='cannot be read'):
-        read_recipe(tmp_path / 'none.yaml', FinetuneOptions)
-
-
 @pytest.mark.parametrize(
     'change',
     [
         {'model': ''},
         {'dataset': ''},
         {'epochs': 0},
+        {'epochs': True},
         {'lr': 0.0},
         {'lr': float('nan')},
-        {'batch_size': -1},
         {'smoothing': 1.0},
-        {'small_stem': 'maybe'},
-        {'mixed_precision': 'fp8x'},
-        {'postprocess': 'orthogonal'},
-        {'postprocess': 'orth,layers=3'},
-        {'postprocess': 'none,layer=3'},
-        {'train_crop_mode': 'centre'},
-        {'model_args': 'drop_rate'},
         {'weight_decay': -0.1},
-        {'mixup': -1.0},
-        {'head': 'foo'},
-        {'model_ema_decay': 5.0},
-        {'layer_decay': -1.0},
-        {'crop_pct': 0.0},
-        {'crop_pct': 5},
-        {'shots': 0},
-        {'shots_seed': -1},
         {'hflip': 1.5},
-        {'output': None},
-        {'model': None},
-        {'epochs': True},
-        {'weight_decay': float('nan')},
-        {'model_args': {'drop_rate': float('nan')}},
-        {'min_lr': -1e-3},
+        {'crop_pct': 5},
         {'scale': (0.5,)},
         {'ratio': (2.0, 1.0)},
         {'std': (0.0, 0.0, 0.0)},
-        {'model_args': {'act_layer': object}},
+        {'small_stem': 'maybe'},
+        {'output': None},
+        {'postprocess': 'orthogonal'},
+        {'postprocess': 'orth,layers=3'},
+        {'model_args': 'drop_rate'},
     ],
 )
 def test_options_that_make_no_sense_are_refused(change):
@@ -176,24 +127,24 @@ def test_python_may_give_numbers_and_texts():
     assert (options.subset, options.output) == ('10', Path('out'))
 
 
-def test_post_processing_is_chosen_by_the_start_and_changed_by_parts():
-    assert FinetuneOptions(**BASE).post('orth') == PostProcess.of('orth')
-    assert FinetuneOptions(**BASE).post('none') is None
-    assert FinetuneOptions(**BASE, init='random').post() is None
-    assert FinetuneOptions(**BASE, postprocess='none').post('orth') is None
-    chosen = FinetuneOptions(**BASE, init='random', postprocess='orth,layer=37,beta=3e-5').post()
-    assert (chosen.orth, chosen.layer, chosen.beta) == (True, 37, 3e-5)
-
-
-@pytest.mark.parametrize('init', ['ghn', 'random'])
-@pytest.mark.parametrize(('postprocess', 'seed'), [('orth', 3), ('noise', 3), ('orth,layer=37', 3), ('orth,seed=5', 5)])
-def test_the_noise_of_post_processing_has_the_seed_of_the_run(init, postprocess, seed):
-    options = FinetuneOptions(**BASE, init=init, postprocess=postprocess, seed=3)
-    assert options.post().seed == seed
-
-
-def test_the_recommended_post_processing_has_the_seed_of_the_run():
-    assert FinetuneOptions(**BASE, seed=3).post('orth') == PostProcess.of('orth', seed=3)
+@pytest.mark.parametrize(
+    ('changes', 'recommended', 'expected'),
+    [
+        ({}, 'orth', PostProcess.of('orth')),
+        ({'seed': 3}, 'orth', PostProcess.of('orth', seed=3)),
+        ({}, 'none', None),
+        ({'init': 'random'}, 'none', None),
+        ({'postprocess': 'none'}, 'orth', None),
+        ({'postprocess': 'noise', 'seed': 3}, 'orth', PostProcess.of('noise', seed=3)),
+        (
+            {'init': 'random', 'postprocess': 'orth,layer=37,beta=3e-5,seed=5', 'seed': 3},
+            'none',
+            PostProcess(orth=True, layer=37, beta=3e-5, seed=5),
+        ),
+    ],
+)
+def test_post_processing_is_chosen_by_the_start_and_changed_by_parts(changes, recommended, expected):
+    assert FinetuneOptions(**BASE, **changes).post(recommended) == expected
 
 
 def test_model_arguments_are_read_as_yaml_reads_them():

@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
+import yaml
 from pictures import make_dataset, save_dataset
 from safetensors.torch import load_file
-from tiny import TINY, make_ghn
 
 from timm_ghn import load_ghn
 from timm_ghn.architectures import architecture as architectures
@@ -33,8 +33,6 @@ CHEAP = {
     'activations': 30_000,
     'attempts': 2000,
 }
-
-TINY_CLASSES = dataclasses.replace(TINY['gated'], num_classes=3)
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +100,6 @@ def test_networks_that_were_never_trained_tell_colours_apart(base):
 @pytest.mark.parametrize(
     'changes',
     [
-        {},
         {'opt': 'muon', 'decay_steps': 3, 'augment': 'flip', 'own_images': True},
         {'gnn': 'gated', 'decoder': 'conv', 'max_channels': 16, 'max_kernel': 7},
     ],
@@ -128,55 +125,18 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monke
     assert len(losses(options)) == 3
 
 
-def test_sigterm_leaves_a_checkpoint_and_a_ghn(base, monkeypatch):
-    step = loop.TrainRun._step
-    heard = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-
-    def terminated(self, number):
-        step(self, number)
-        if number == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(loop.TrainRun, '_step', terminated)
-    try:
-        result = train(base)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    assert (result.finished, result.steps, len(heard)) == (False, 3, 1)
-    assert load_ghn(base.output / 'ghn').config.num_classes == 3
-    assert (base.output / 'checkpoints' / 'step_00000003').is_dir()
-
-
-@pytest.mark.parametrize('own_images', [False, True])
-def test_parts_of_a_meta_batch_add_up(base, tmp_path, own_images):
-    # Adam turns differences of rounding in small gradients into steps of the learning rate.
-    base = dataclasses.replace(base, lr=1e-4, own_images=own_images)
-    train(base)
-    parts = dataclasses.replace(base, accumulate=2, output=tmp_path / 'parts')
-    train(parts)
-    for (_, loss), (_, other) in zip(losses(base), losses(parts), strict=True):
-        assert loss == pytest.approx(other, rel=1e-3)
-
-
-def test_a_run_goes_on_from_a_ghn(base, tmp_path):
+def test_a_run_goes_on_from_a_ghn_also_of_other_classes(base, tmp_path):
     train(base)
     more = dataclasses.replace(base, init=str(base.output / 'ghn'), steps=2, lr=1e-30, output=tmp_path / 'more')
+    with pytest.raises(ConfigError, match='another GHN than the options describe: hid is 16 there and 32 here'):
+        train(dataclasses.replace(more, hid=32))
     train(more)
     assert all(torch.allclose(value, weights(more)[name]) for name, value in weights(base).items())
-    with pytest.raises(ConfigError, match='another GHN than the options describe: hid is 16 there and 32 here'):
-        train(dataclasses.replace(more, hid=32, output=tmp_path / 'wrong'))
-
-
-def test_a_run_goes_on_from_a_ghn_of_other_classes(base, tmp_path):
-    train(base)
     classes = ('red', 'green')
-    other = save_dataset(tmp_path / 'other', make_dataset(80, classes), make_dataset(40, classes, seed=1))
-    more = dataclasses.replace(
-        base, dataset=str(other), init=str(base.output / 'ghn'), steps=2, lr=1e-30, output=tmp_path / 'more'
-    )
-    train(more)
-    before, after = weights(base), weights(more)
+    folder = save_dataset(tmp_path / 'other', make_dataset(80, classes), make_dataset(40, classes, seed=1))
+    other = dataclasses.replace(more, dataset=str(folder), output=tmp_path / 'other')
+    train(other)
+    before, after = weights(base), weights(other)
     assert after['decoder.classes.weight'].shape == (2, 8)
     for name in ('decoder.classes.weight', 'shape_enc.embed_channel.weight'):
         del before[name]
@@ -214,27 +174,19 @@ def test_muon_changes_templates_in_all_directions(base):
     assert torch.allclose(hidden.abs(), hidden.abs().mean().expand_as(hidden), rtol=0.1)
 
 
-def test_a_run_of_other_options_is_not_gone_on_with(base):
-    train(dataclasses.replace(base, steps=2))
-    with pytest.raises(ConfigError, match='holds a run'):
-        train(base)
-    with pytest.raises(CheckpointError, match='of another run'):
-        train(dataclasses.replace(base, resume=True, lr=1.0))
-
-
 def test_steps_without_a_finite_loss_end_the_run(base, monkeypatch):
     def barren(*_, **__):
         return Outcome((float('nan'),), (float('nan'),), 1)
 
-    train(dataclasses.replace(base, steps=6, time_limit=1e-9))
+    assert not train(dataclasses.replace(base, time_limit=1e-9)).finished
+    assert load_ghn(base.output / 'ghn').config.num_classes == 3
     monkeypatch.setattr(loop, 'train_step', barren)
     with pytest.raises(TrainingError, match='no network had a finite loss and gradient in 3 steps'):
         train(dataclasses.replace(base, max_skipped=3, output=base.output.with_name('barren')))
-    assert (base.output / 'checkpoints').is_dir()
 
 
 def test_steps_whose_gradient_is_not_finite_end_the_run_too(base, monkeypatch):
-    monkeypatch.setattr(loop.TrainRun, '_clip', lambda run: math.inf)
+    monkeypatch.setattr(loop, 'clip_grad_norm_', lambda *_: math.inf)
     with pytest.raises(TrainingError, match=r'and gradient in 3 steps \(now 3\)'):
         train(dataclasses.replace(base, max_skipped=3))
 
@@ -264,11 +216,8 @@ def test_an_architecture_that_cannot_be_traced_ends_the_run_and_loses_nothing(ba
 def test_networks_can_compute_in_bfloat16(base, tmp_path):
     base = dataclasses.replace(base, lr=1e-4)  # as below: steps of Adam make much of rounding
     train(base)
-    # A process of its own: accelerate keeps the precision of the first run in one.
-    half = dataclasses.replace(base, output=tmp_path / 'half')
-    line = [sys.executable, *command(half, '--mixed-precision', 'bf16')]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    half = dataclasses.replace(base, mixed_precision='bf16', output=tmp_path / 'half')
+    train(half)
     assert losses(half) != losses(base)
     assert [loss for _, loss in losses(half)] == pytest.approx([loss for _, loss in losses(base)], rel=0.05)
 
@@ -284,8 +233,6 @@ def test_networks_can_compute_in_bfloat16(base, tmp_path):
             'expected at least 400 training images',
         ),
         ({'init': 'no-such-ghn'}, LookupError, 'no-such-ghn'),
-        ({'image_size': 1_000_000_000}, DataError, r'108 images of 3x1000000000x1000000000 need .* GB of memory'),
-        ({'dataset': '~no-such-user/x'}, DataError, 'cannot be loaded'),
     ],
 )
 def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
@@ -301,29 +248,16 @@ def test_wrong_input_is_named(base, changes, error, message, monkeypatch):
         {'steps': 0},
         {'hid': 15},
         {'decoder': 'fc'},
-        {'meta_batch': 3, 'accumulate': 2},
         {'sampler': 'nothing'},
-        {'sampler_args': {'families': ['alexnet']}},
         {'sampler_args': 'resnet'},
-        {'held_out': ['alexnet']},
-        {'held_out': 'regnet,alexnet'},
         {'sampler_args': '{families: [vgg'},
-        {'sampler_args': '{families: [alexnet]}'},
-        {'sampler_args': '{families: 3}'},
-        {'sampler_args': '{macs: lots}'},
-        {'sampler_args': '{macs: .inf}'},
-        {'sampler_args': '{parameters: 5}'},
-        {'sampler_args': '{split: [test]}'},
-        {'sampler_args': '{5: 5}'},
-        {'sampler': 'names', 'sampler_args': '{names: {}}'},
+        {'sampler_args': {'families': ['alexnet']}},
+        {'sampler_args': {'macs': 'lots'}},
+        {'sampler_args': {'parameters': 5}},
+        {'sampler_args': {5: 5}},
         {'sampler': 'mix', 'sampler_args': '{parts: [{sampler: [timm]}]}'},
-        {'sampler_args': '[' * 10_000},
-        {'held_out': 5},
-        {'weight_decay': float('nan')},
-        {'name': None},
-        {'max_channels': 0},
+        {'held_out': 'regnet,alexnet'},
         {'mixed_precision': 'fp16'},
-        {'ema_decay': 1.0},
         {'opt': 'sgd'},
         {'opt': 'muon', 'decoder': 'conv'},
         {'augment': 'mirror'},
@@ -335,30 +269,9 @@ def test_options_that_make_no_sense_are_refused(changes):
         TrainOptions(dataset='x', **changes)
 
 
-@pytest.mark.parametrize(
-    ('changes', 'error', 'message'),
-    [
-        ({'image_size': 1_000_000_000}, DataError, 'GB of memory'),
-        ({'dataset': '~no-such-user/x'}, DataError, 'cannot be loaded'),
-    ],
-)
-def test_wrong_input_of_an_evaluation_is_named(folder, monkeypatch, changes, error, message):
-    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
-    monkeypatch.setattr('timm_ghn.train.evaluate.load_ghn', lambda *_, **__: make_ghn(TINY_CLASSES))
-    with pytest.raises(error, match=message):
-        evaluate(EvaluateOptions(**{'dataset': str(folder), 'ghn': 'tiny', **changes}))
-
-
 def test_a_ghn_of_other_classes_cannot_be_evaluated(folder):
     with pytest.raises(ConfigError, match='classifiers of 200 classes, but .* has 3'):
         evaluate(EvaluateOptions(ghn='ghn_tiny', dataset=str(folder)))
-
-
-@pytest.mark.filterwarnings('ignore:`log_with')
-def test_a_tracker_that_is_not_installed_is_named(base):
-    with pytest.raises(ConfigError, match=r"tracker 'comet_ml' is not installed|refuses the options.*comet_ml"):
-        train(dataclasses.replace(base, log_with='comet_ml'))
-    assert not (base.output / 'results.jsonl').exists()
 
 
 @pytest.mark.slow
@@ -376,70 +289,28 @@ def test_the_published_ghns_learn_too(base, gnn, decoder):
     assert result.evaluations[-1]['known'] > 40, 'chance is a third'
 
 
-# Real processes.
-
-
-def command(options: TrainOptions, *more: str) -> list[str]:
-    recipe = options.output.with_suffix('.yaml')
-    values = {k: v for k, v in options.to_dict().items() if v is not None and k not in ('output', 'resume')}
-    import yaml
-
-    recipe.write_text(yaml.safe_dump({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}))
-    return ['-m', 'timm_ghn.train', '--config', str(recipe), '--output', str(options.output), *more]
-
-
-def environment() -> dict[str, str]:
-    ranks = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ranks and not name.startswith('ACCELERATE_')
-    }
-    return {**kept, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
-
-
-def test_two_processes_equal_one(base, tmp_path):
+def test_two_processes_that_were_killed_end_as_one_does(base, tmp_path):
     base = dataclasses.replace(base, lr=1e-4, own_images=True)
     train(base)
     two = dataclasses.replace(base, output=tmp_path / 'two')
+    values = {key: value for key, value in two.to_dict().items() if value is not None and key != 'resume'}
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(values))
     port = 20_000 + (os.getpid() + 77) % 20_000
     launch = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
               '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port)]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *launch, *command(two)], env=environment(), capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, *launch, '-m', 'timm_ghn.train', '--config', str(recipe)]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None and not list((two.output / 'checkpoints').glob('step_*[0-9]')):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.run([*command, '--resume'], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for (_, loss), (_, other) in zip(losses(base), losses(two), strict=True):
         assert loss == pytest.approx(other, rel=1e-3)
     for name, value in weights(base).items():
         torch.testing.assert_close(weights(two)[name], value, rtol=1e-2, atol=1e-3)
-
-
-def test_a_killed_run_goes_on_with_the_same_losses(base, tmp_path):
-    options = dataclasses.replace(base, steps=8)
-    train(options)
-    killed = dataclasses.replace(options, output=tmp_path / 'killed')
-    for attempt in range(3):
-        more = ['--resume'] if attempt else []
-        process = subprocess.Popen(
-            [sys.executable, *command(killed, *more)],
-            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        if attempt < 2:
-            count = len(list((killed.output / 'checkpoints').glob('step_*[0-9]')))
-            last = max((p.name for p in (killed.output / 'checkpoints').glob('step_*[0-9]')), default='')
-            while process.poll() is None and newest(killed) == last:
-                time.sleep(0.002)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert count >= 0
-        else:
-            assert process.wait() == 0
-    assert same(weights(options), weights(killed))
-    assert losses(options) == losses(killed)
-
-
-def newest(options: TrainOptions) -> str:
-    return max((place.name for place in (options.output / 'checkpoints').glob('step_*[0-9]')), default='')
 
 
 def test_the_command_line_names_families_and_options_of_a_sampler():

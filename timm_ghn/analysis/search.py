@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,16 @@ from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.cost import cost_of
 from timm_ghn.data.memory import ImageTensors, load_images, training_batch
 from timm_ghn.errors import ConfigError
-from timm_ghn.files import check_output
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, option
 from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprint, Blueprints
-from timm_ghn.train.evaluate import GROUPS as _GROUPS, NetworkOptions, batches_of, load_ghn_and_splits
+from timm_ghn.train.evaluate import GROUPS as _GROUPS, NetworkOptions, batches_of, check_outputs, load_ghn_and_splits
 from timm_ghn.train.step import accuracy_with, predict_parameters
 
 #: Headings of the help, by the option that each begins with.
-GROUPS = {name: group for name, group in _GROUPS.items() if name not in ('count', 'plot')} | {
-    'num': 'architectures',
-    'steps': 'run',
-}
+GROUPS = {name: group for name, group in _GROUPS.items() if name != 'count'}
+GROUPS |= {'num': 'architectures', 'steps': 'run'}
 
 #: Candidates that are drawn for each that is wanted, before giving up.
 _ATTEMPTS = 100
@@ -46,14 +42,13 @@ class SearchOptions(NetworkOptions):
     max_macs: int | None = option(None, 'most multiply-accumulates for one image', within=POSITIVE)
     steps: int = option(0, 'train each predicted network for so many steps first', within=NOT_NEGATIVE)
     lr: float = option(0.01, 'learning rate of these (SGD with momentum 0.9)', within=NOT_NEGATIVE)
-    plot: Path | None = option(None, 'also draw accuracy over multiply-accumulates into this file', metavar='FILE')
 
     def candidates(self, num_classes: int) -> Iterator[Architecture]:
         """Architectures in a fixed order, without regard to the limits."""
-        if self.deepnets_splits:
-            by_turns = itertools.zip_longest(*(self.deepnets(split, num_classes) for split in self.deepnets_splits))
+        if self.split:
+            by_turns = itertools.zip_longest(*(self.deepnets(split, num_classes) for split in self.split))
             return (network for turn in by_turns for network in turn if network is not None)
-        if self.archs != 'families':
+        if self.archs != ('families',):
             return iter(self.named(num_classes))
         sampler, rng = dataclasses.replace(self.sampler(num_classes), split=None), np.random.default_rng((self.seed, 0))
         return iter(lambda: sampler.sample(rng), None)
@@ -96,12 +91,7 @@ def search(options: SearchOptions) -> tuple[Ranked, ...]:
         ConfigError: if no candidate is within the limits, or the GHN was trained for other classes.
         GHNError: if the GHN, the data or an architecture cannot be had.
     """
-    if options.json is not None:
-        check_output(options.json, ('.json',))
-    if options.plot is not None:
-        from timm_ghn.plots import SUFFIXES
-
-        check_output(options.plot, SUFFIXES)
+    check_outputs(options)
     ghn, splits = load_ghn_and_splits(options)
     chosen = _within_limits(options, len(splits.classes))
     size = (3, options.image_size, options.image_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from timm_ghn.analysis import norms
@@ -12,10 +11,9 @@ from timm_ghn.cli.tables import aligned
 from timm_ghn.errors import ConfigError, GHNError
 from timm_ghn.files import new_folder
 from timm_ghn.hub.catalogue import known_ghns
-from timm_ghn.hub.converted import VARIABLE, cache_folder, convert_official, converted_ghns, remove_converted
-from timm_ghn.hub.fetch import Access
-from timm_ghn.hub.load import find_files, load_ghn
-from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn
+from timm_ghn.hub.converted import VARIABLE, cache_folder, converted_ghns, remove_converted
+from timm_ghn.hub.load import load_ghn
+from timm_ghn.hub.storage import WEIGHTS_FILE, save_ghn
 from timm_ghn.publish.push import Target, push_path
 
 
@@ -38,18 +36,9 @@ def convert_ghn(args: argparse.Namespace) -> int:
     folder: Path = args.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'{str(folder)!r} exists and is not an empty folder: name another one')
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f'the folder {str(folder.absolute().parent)!r} does not exist')
-    found = find_files(args.source, None, Access())
-    config = None if found.entry is None else found.entry.config
-    if is_native(found.path):
-        read_ghn(found.path, config=config)  # nothing that cannot be loaded is copied
-        weights = found.path / WEIGHTS_FILE if found.path.is_dir() else found.path
-        with new_folder(folder.absolute()) as partial:
-            shutil.copyfile(weights.parent / CONFIG_FILE, partial / CONFIG_FILE)
-            shutil.copyfile(weights, partial / WEIGHTS_FILE)
-    else:
-        convert_official(found.path, folder, config=config, sha256=digest_in_name(found.path))
+    ghn = load_ghn(args.source)
+    with new_folder(folder.absolute()) as partial:
+        save_ghn(ghn, partial)
     size = sum(file.stat().st_size for file in folder.iterdir())
     if args.json:
         print(json.dumps({'source': args.source, 'folder': str(folder), 'size': size}, indent=2))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import re
 import sys
@@ -96,19 +95,7 @@ _TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: Arguments without the program's name; those of the process if None.
-
-    Returns:
-        The exit code.
-    """
-    # Python has none where the shell closed it. The next file that is opened would take its place.
-    if sys.stdout is None:
-        return _fail('the standard output is closed')
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # as the standard error
+    """Run a command, by arguments without the program's name (those of the process if None); gives the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     try:
         try:
@@ -119,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code: int = getattr(_module_of(module), function)(args)
                 return code
         finally:
-            _flush()
-    except BrokenPipeError:
-        return 0  # the reader (`| head`) has enough
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`| head`) has enough; Python would flush again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return _fail('interrupted', code=130)
     except (GHNError, OSError) as error:
@@ -136,23 +124,13 @@ def _module_of(name: str) -> Any:
     return importlib.import_module(f'timm_ghn.cli.{name}')
 
 
-def _flush() -> None:
-    """Write out what was printed. If that fails, Python is kept from trying, and complaining, again when it ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
-
-
 def _fail(message: str, *, code: int = 2) -> int:
     _say('error', message)
     return code
 
 
 def _say(kind: str, message: str) -> None:
-    if sys.stderr is not None:
-        print(f'timm-ghn: {kind}:', printable(_TOKEN.sub('hf_...', message), LONGEST), file=sys.stderr)
+    print(f'timm-ghn: {kind}:', printable(_TOKEN.sub('hf_...', message), LONGEST), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -276,11 +254,11 @@ def _add_model_options(parser: argparse.ArgumentParser, *, postprocess: str) -> 
 
 
 def _at_least(least: int) -> Callable[[str], int]:
-    """A type of argparse for whole numbers, from ``least`` to 18 digits."""
+    """A type of argparse for whole numbers from ``least`` on."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= 18 and int(text) >= least):
-            raise argparse.ArgumentTypeError(f'expected a whole number of {least} or more (got {printable(text)!r})')
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'expected a whole number of {least} or more (got {text!r})')
         return int(text)
 
     return parse

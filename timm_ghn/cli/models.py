@@ -103,13 +103,9 @@ def _build_model(args: argparse.Namespace) -> nn.Module:
 def _model_args(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``create_model`` beside the name. Only models of a fixed image size get the size."""
     cfg = timm.get_pretrained_cfg(args.model)
-    fixed = cfg is not None and cfg.fixed_input_size
-    options = {
-        'num_classes': args.num_classes,
-        'in_chans': args.in_chans,
-        'img_size': args.img_size if fixed else None,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+    size = args.img_size if cfg is not None and cfg.fixed_input_size else None
+    given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, 'img_size': size}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _input_size(args: argparse.Namespace, model: nn.Module) -> tuple[int, int, int] | None:

@@ -32,11 +32,9 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 def finetune_model(args: argparse.Namespace) -> int:
     """Fine-tune a model."""
-    from timm_ghn.finetune.options import FinetuneOptions
+    from timm_ghn.finetune import FinetuneOptions, finetune
 
     options = options_of(args, FinetuneOptions)
-    from timm_ghn.finetune.loop import finetune  # loads accelerate, so after the options are known to be right
-
     with log_to_stderr():
         result = finetune(options)
     _print_once(result.output, result.pushed)
@@ -45,11 +43,9 @@ def finetune_model(args: argparse.Namespace) -> int:
 
 def train_ghn(args: argparse.Namespace) -> int:
     """Train a GHN."""
-    from timm_ghn.train.options import TrainOptions
+    from timm_ghn.train import TrainOptions, train
 
     options = options_of(args, TrainOptions)
-    from timm_ghn.train.loop import train
-
     with log_to_stderr():
         result = train(options)
     _print_once(result.output)
@@ -62,15 +58,15 @@ def evaluate_ghn(args: argparse.Namespace) -> int:
 
     options = options_of(args, EvaluateOptions)
     rows = evaluate(options)
-    if options.deepnets_splits:
-        lines = [
+    if options.split:
+        header: tuple[str, ...] = ('split', 'networks', 'mean accuracy, %', 'standard error', 'maximum')
+        cells: list[tuple[str, ...]] = [
             (row.split, f'{row.networks:,}', f'{row.mean:.2f}', f'{row.standard_error:.2f}', f'{row.maximum:.2f}')
             for row in summaries(rows)
         ]
-        print('\n'.join(aligned(('split', 'networks', 'mean accuracy, %', 'standard error', 'maximum'), lines)))
-        return 0
-    cells = [(row.family, row.name, f'{row.parameters:,}', f'{row.top1:.2f}', f'{row.loss:.3f}') for row in rows]
-    header = ('family', 'architecture', 'parameters', 'accuracy, %', 'cross-entropy')
+    else:
+        header = ('family', 'architecture', 'parameters', 'accuracy, %', 'cross-entropy')
+        cells = [(row.family, row.name, f'{row.parameters:,}', f'{row.top1:.2f}', f'{row.loss:.3f}') for row in rows]
     print('\n'.join(aligned(header, cells)))
     return 0
 

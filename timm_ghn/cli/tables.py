@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
     rows = []
     for comparison in comparisons:
         measured = comparison.weights
-        row = [f'{comparison.number}{"*" if comparison.processed else ""}', comparison.name, _shape(comparison.shape)]
+        row = [f'{comparison.number}{"*" if comparison.processed else ""}', comparison.name, 'x'.join(map(str, comparison.shape))]
         row += [f'{100 * layer.duplicates:.0f}%' for layer in measured.values()]
         row += [f'{layer.stable_rank:.1f}' for layer in measured.values()]
         row += [f'{layer.effective_rank:.1f}' for layer in measured.values()]
@@ -47,11 +48,4 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[st
 
 
 def _is_number(text: str) -> bool:
-    return (
-        text == '-'
-        or text.removesuffix('%').removesuffix('*').replace(',', '').replace('.', '', 1).lstrip('+-').isdigit()
-    )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return 'x'.join(map(str, shape))
+    return text == '-' or re.fullmatch(r'[+-]?[\d,]*\.?\d+[*%]?', text) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from datasets import Image
 from PIL import Image as PILImage
 from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
@@ -30,11 +30,7 @@ _decoder = Image()
 
 
 def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Callable[[PILImage.Image], Tensor]:
-    """Transform of training images, by ``timm.data.create_transform``.
-
-    Args:
-        config: Data config of the model, of ``timm.data.resolve_data_config``: input_size, mean, std, interpolation.
-        options: The augmentation.
+    """Transform of training images, by ``timm.data.create_transform``, for a data config of a model.
 
     Raises:
         ConfigError: if timm refuses the options.
@@ -62,7 +58,11 @@ def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Cal
         raise ConfigError(f'timm cannot build the augmentation as asked: {error or type(error).__name__}') from error
     steps = [*primary.transforms, *secondary.transforms, *final.transforms]
     if options.train_crop_mode == 'pad':
-        steps[:1] = _padded_crop(config)
+        # Resize to the input size, and crop at random out of a margin of zeros.
+        size = tuple(config['input_size'][1:])
+        margin = tuple(max(1, side // 8) for side in reversed(size))
+        resize = transforms.Resize(size, interpolation=str_to_interp_mode(config['interpolation']))
+        steps[:1] = [resize, transforms.RandomCrop(size, padding=margin)]
     composed: Callable[[PILImage.Image], Tensor] = transforms.Compose(steps)
     return composed
 
@@ -81,28 +81,12 @@ def eval_transform(config: Mapping[str, Any]) -> Callable[[PILImage.Image], Tens
     return chosen
 
 
-def _padded_crop(config: Mapping[str, Any]) -> list[Callable[[Any], Any]]:
-    """Resize to the input size, and crop at random out of a margin of zeros."""
-    size = tuple(config['input_size'][1:])
-    modes = {'bicubic': transforms.InterpolationMode.BICUBIC, 'bilinear': transforms.InterpolationMode.BILINEAR}
-    mode = modes.get(config['interpolation'], transforms.InterpolationMode.BICUBIC)
-    margin = tuple(max(1, side // 8) for side in reversed(size))
-    return [transforms.Resize(size, interpolation=mode), transforms.RandomCrop(size, padding=margin)]
-
-
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """Images of a split, as (image tensor, label, number of damaged images met).
 
     What is random about an image depends on the seed, the epoch and its row alone: not on the number of processes or
     workers, nor on where a run was resumed. A damaged training image gives way to the next one that can be read;
-    when evaluating it is an empty one with :data:`NO_LABEL`.
-
-    Args:
-        split: The rows.
-        transform: From an image to a tensor.
-        channels: Of the model: 1 reads the images as grey, 3 as RGB.
-        seed: Of what the transform draws.
-        training: Whether to replace damaged images.
+    when evaluating it is an empty one with :data:`NO_LABEL`. Images are read as grey for one channel, else as RGB.
     """
 
     def __init__(
@@ -152,39 +136,18 @@ def decoded(value: Any, mode: str) -> PILImage.Image | None:
     try:
         image: PILImage.Image = _decoder.decode_example(value)
         image.load()
-        if image.mode.startswith(('I', 'F')):
-            image = _in_bytes(image)
+        if image.mode.startswith('I'):
+            # 16 bits, which PIL would cut off at 255.
+            image = image.convert('I').point(lambda value: value * (1 / 257)).convert('L')
         return image.convert(mode)
     except (OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, PILImage.DecompressionBombError):
         return None
-
-
-def _in_bytes(image: PILImage.Image) -> PILImage.Image:
-    """An image of 16 bits, or of floats, in 8 bits; PIL would cut its values off at 255 instead of scaling them.
-
-    The range is that of the fewest bits that hold its largest value, as 12 in a file of 16; or 0 to 1, for floats. So
-    images of one kind get one scale.
-
-    Raises:
-        ValueError: if a value is not finite.
-    """
-    values = np.asarray(image, dtype=np.float64)
-    peak = float(np.max(values))
-    if not np.isfinite(values).all():
-        raise ValueError('expected finite values')
-    unit = image.mode == 'F' and peak <= 1
-    scale = 1.0 if unit else 2.0 ** max(8, math.ceil(math.log2(max(peak, 1) + 1))) - 1
-    return PILImage.fromarray((values.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
 
 
 class EpochSampler(Sampler[int]):
     """Every row once per epoch, in an order that depends on the seed and the epoch alone.
 
     Keys are epoch * rows + row, so that workers that live for many epochs know the epoch too.
-
-    Args:
-        rows: Number of rows.
-        seed: Of the order.
     """
 
     def __init__(self, rows: int, *, seed: int = 0) -> None:

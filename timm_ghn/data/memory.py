@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,12 +46,7 @@ class ImageTensors:
 
 
 def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = False) -> ImageTensors:
-    """Decode all images of a split.
-
-    Args:
-        split: The rows.
-        size: (channels, height, width); images are resized to it and cut at the centre.
-        progress: Whether to show a bar.
+    """Decode all images of a split, resized to (channels, height, width) and cut at the centre.
 
     Raises:
         DataError: if none can be read, or if they need more memory than there is.
@@ -61,12 +55,9 @@ def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = Fa
     mode = 'L' if size[0] == 1 else 'RGB'
     try:
         images = torch.empty((len(split), *size), dtype=torch.uint8)
-    except (RuntimeError, TypeError) as error:
-        # Out of memory, or more elements than torch can count.
-        gigabytes = len(split) * math.prod(size) / 1e9
+    except RuntimeError as error:
         raise DataError(
-            f'{len(split):,} images of {"x".join(map(str, size))} need {gigabytes:,.0f} GB of memory, which cannot be '
-            'had; choose a smaller image_size'
+            f'{len(split):,} images of {"x".join(map(str, size))} do not fit into memory; choose a smaller image_size'
         ) from error
     good = np.zeros(len(split), dtype=bool)
     values = split.rows[split.image_column]
@@ -78,9 +69,9 @@ def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = Fa
     if not good.any():
         raise DataError(f'none of the {len(split)} images can be read')
     kept = torch.from_numpy(good)
-    if not good.all():
-        images = images[kept]
-    return ImageTensors(images, torch.from_numpy(split.labels)[kept], int((~good).sum()))
+    return ImageTensors(
+        images if good.all() else images[kept], torch.from_numpy(split.labels)[kept], int((~good).sum())
+    )
 
 
 def normalised(images_nchw: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -92,13 +83,7 @@ def normalised(images_nchw: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def augmented(images_nchw: Tensor, rng: np.random.Generator, *, crop: bool = True) -> Tensor:
-    """Horizontal flips, and random crops out of images with an eighth of their side around them; bytes stay bytes.
-
-    Args:
-        images_nchw: uint8 (n, channels, side, side).
-        rng: Draws where to crop and what to flip.
-        crop: Whether to crop.
-    """
+    """Horizontal flips, and random crops out of images with an eighth of their side around them; bytes stay bytes."""
     count, _, height, width = images_nchw.shape
     flipped_n = torch.from_numpy(rng.random(count) < 0.5).to(images_nchw.device)
     images_nchw = torch.where(flipped_n[:, None, None, None], images_nchw.flip(3), images_nchw)
@@ -119,13 +104,7 @@ def training_batch(
 ) -> tuple[Tensor, Tensor]:
     """The images of a step: they depend on the seed and the step alone. Each epoch has an order of its own.
 
-    Args:
-        data: All images.
-        step: Number of the step.
-        batch_size: Images in a step.
-        seed: Of the order and the augmentation.
-        config: With the mean and std to normalise with.
-        augment: One of :data:`AUGMENTATIONS`.
+    ``config`` has the mean and std to normalise with; ``augment`` is one of :data:`AUGMENTATIONS`.
     """
     per_epoch = max(1, len(data) // batch_size)
     epoch, place = divmod(step, per_epoch)

@@ -14,18 +14,7 @@ CROP_MODES = ('rrc', 'rkrc', 'rkrr', 'pad')
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(Options):
-    """Which data set to read, and what of it. Every field is an option of the command line and a key of a recipe.
-
-    Attributes:
-        dataset: Name on the Hub, a folder (parquet files, a folder per class, or what ``save_to_disk`` wrote), or a
-            parquet file.
-        subset: Configuration of a data set that has several.
-        train_split: Split to train on, in the notation of datasets: 'train', 'train[:90%]'.
-        val_split: Split to validate on, or the share of the training split to hold out. 'auto': the validation split if
-            there is one, else a tenth of the training split; never the test split.
-        image_column: Column of images; None finds it by its type.
-        label_column: Column of labels; None finds it by its type and name.
-        seed: Of the images that are held out, and of all else that is drawn.
+    """Which data set to read, and what of it.
 
     Raises:
         ConfigError: if there is no data set, or a share that leaves nothing.
@@ -61,11 +50,7 @@ class DataOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class TransformOptions(Options):
-    """How training images become tensors; the names are timm's. Every field is an option and a key of a recipe.
-
-    Raises:
-        ConfigError: if an option makes no sense.
-    """
+    """How training images become tensors; the names are timm's."""
 
     no_aug: bool = option(False, 'train without augmentation')
     train_crop_mode: str = option('rrc', 'rrc, rkrc, rkrr (see timm) or pad (crop out of a padded image)',
@@ -80,7 +65,6 @@ class TransformOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ('scale', 'ratio'):
-            values = getattr(self, name)
-            if values is not None and not values[0] <= values[1]:
-                raise ConfigError(f'expected {name} to be two ascending numbers (got {values})')
+        for values in (self.scale, self.ratio):
+            if values is not None and values[0] > values[1]:
+                raise ConfigError(f'expected two ascending numbers for scale and ratio (got {values})')

@@ -6,27 +6,21 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import (
-    ClassLabel,
-    Dataset,
-    Image,
-    ReadInstruction,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import ClassLabel, Dataset, Image, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 
 from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import DataError
 
 #: Names under which labels stand, the first that exists wins; a single column of class labels is found by its type.
 LABEL_COLUMNS = ('label', 'labels', 'class', 'target', 'category')
+
+#: How the types of labels begin that are no class labels.
+_LABEL_TYPES = ('int', 'uint', 'bool', 'string', 'large_string')
 
 #: Splits that are validated on where none is named, the first that exists wins.
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'dev')
@@ -96,68 +90,70 @@ def load_splits(options: DataOptions, *, shots: int | None = None, shots_seed: i
         DataError: if the data set cannot be had, or lacks something.
     """
     parts = _load(options)
-    train, val, share, names = _choose(parts, options)
-    image_column = _image_column(train, options.image_column)
-    label_column = _label_column(train, options.label_column, image_column)
+    train = _part(parts, options.train_split, 'train_split')
+    val_name, share = options.val_split, options.val_share
+    if val_name == 'auto':
+        trained = _named(options.train_split)
+        val_name = next((name for name in VALIDATION_SPLITS if name in parts and name not in trained), '')
+        share = None if val_name else HELD_OUT
+    if share is not None:
+        val_name = f'{share:g} of {options.train_split}'
+    image_column = _column(train, options.image_column, 'image_column', lambda _, feature: isinstance(feature, Image))
+    label_column = _label_column(train, options.label_column)
     classes = _classes(train, label_column)
 
     def read(part: Dataset, name: str) -> Split:
-        missing = [column for column in (image_column, label_column) if column not in part.column_names]
-        if missing:
-            raise DataError(f'split {name!r} has no column {missing[0]!r} (it has {", ".join(part.column_names)})')
-        labels = _labels(part, label_column, classes, name)
-        if not len(part):
-            raise DataError(f'split {name!r} of {options.dataset!r} has no images')
-        return Split(_undecoded(part, image_column), image_column, labels)
+        missing = {image_column, label_column} - set(part.column_names)
+        if missing or not len(part):
+            what = f'column {min(missing)!r}' if missing else 'images'
+            raise DataError(f'split {name!r} of {options.dataset!r} has no {what}')
+        # Only the images, as bytes: a damaged one must not end the run.
+        rows = part.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+        return Split(rows, image_column, _labels(part, label_column, classes, name))
 
-    whole = read(train, names[0])
-    _check_classes(whole.labels, classes, names[0])
+    whole = read(train, options.train_split)
     chosen = np.arange(len(whole))
     if shots is not None:
         chosen = first_shots(whole.labels, shots, shots_seed)
-        _check_shots(whole.labels, chosen, shots, classes)
+        counts = np.bincount(whole.labels[chosen], minlength=len(classes))
+        if min(counts) < shots:
+            few = int(np.argmin(counts))
+            raise DataError(
+                f'expected {shots} images of each class, but {classes[few]!r} has {counts[few]}; ask for fewer shots'
+            )
     if share is None:
-        held_out = None
+        val = read(_part(parts, val_name, 'val_split'), val_name)
     else:
-        held_out = _held_out(whole.labels, share, options.seed, np.array([]) if shots is None else chosen, names[0])
-        chosen = np.setdiff1d(chosen, held_out)
-        _check_classes(whole.labels[chosen], classes, names[0])
-    return Splits(
-        train=whole.select(chosen),
-        val=read(val, names[1]) if held_out is None else whole.select(held_out),
-        test=_test_split(parts, options, names, read),
-        classes=classes,
-        names=names,
-    )
+        held_out = _held_out(whole.labels, share, options.seed, np.array([]) if shots is None else chosen)
+        val, chosen = whole.select(held_out), np.setdiff1d(chosen, held_out)
+    labels = np.unique(whole.labels[chosen])
+    if len(labels) < 2:
+        raise DataError(
+            f'split {options.train_split!r} has only the class {classes[labels[0]]!r}; expected at least two'
+        )
+    test = None
+    # Not where it is used for something else.
+    if TEST_SPLIT in parts and TEST_SPLIT not in _named(options.train_split) | _named(val_name):
+        try:
+            test = read(parts[TEST_SPLIT], TEST_SPLIT)
+        except DataError as error:  # of some, the labels are secret
+            warnings.warn(f'the test split is left out: {error}', stacklevel=2)
+    return Splits(whole.select(chosen), val, test, classes, (options.train_split, val_name))
 
 
-def _test_split(
-    parts: Mapping[str, Dataset], options: DataOptions, names: tuple[str, str], read: Callable[[Dataset, str], Split]
-) -> Split | None:
-    """The test split, unless it is used for something else, or cannot be used: of some, the labels are secret."""
-    if TEST_SPLIT not in parts or TEST_SPLIT in _named(options.train_split) | _named(names[1]):
-        return None
-    try:
-        return read(parts[TEST_SPLIT], TEST_SPLIT)
-    except DataError as error:
-        warnings.warn(f'the test split is left out: {error}', stacklevel=3)
-        return None
-
-
-def _held_out(labels: np.ndarray, share: float, seed: int, shots: np.ndarray, name: str) -> np.ndarray:
+def _held_out(labels: np.ndarray, share: float, seed: int, shots: np.ndarray) -> np.ndarray:
     """Rows to validate on: a share of all rows, out of those that are no shots.
 
     They are drawn by systematic sampling of the rows in the order of their classes, so that each class has its share
     but for a fraction of an image.
     """
     rows = np.setdiff1d(np.arange(len(labels)), shots)
-    if len(labels) < 2 or not len(rows):
-        what = 'all of them are shots: ask for fewer' if len(labels) > 1 else 'too few'
-        raise DataError(
-            f'split {name!r} has {len(labels)} images, of which none can be held out for validation ({what}); or name '
-            'a split to validate on with val_split'
-        )
     count = min(math.ceil(share * len(labels)), len(rows) if len(shots) else len(rows) - 1)
+    if count < 1:
+        raise DataError(
+            f'of {len(labels)} training images none can be held out for validation: ask for fewer shots, or name a '
+            'split to validate on with val_split'
+        )
     rng = np.random.default_rng(seed)
     rows = rng.permutation(rows)
     rows = rows[np.argsort(labels[rows], kind='stable')]
@@ -166,12 +162,9 @@ def _held_out(labels: np.ndarray, share: float, seed: int, shots: np.ndarray, na
 
 
 def first_shots(labels: np.ndarray, shots: int, seed: int | None = None) -> np.ndarray:
-    """Rows of N images of each class, in the order of the data set.
+    """Rows of so many images of each class, or of all that a class has.
 
-    Args:
-        labels: Class of each row.
-        shots: N. A class with fewer images gives all that it has.
-        seed: Draw them; None takes the first of each class, as arXiv 2207.10049 does.
+    They are the first in the order of the data set, as in arXiv 2207.10049, or drawn with a seed.
     """
     order = np.arange(len(labels))
     if seed is not None:
@@ -185,39 +178,18 @@ def _load(options: DataOptions) -> Mapping[str, Dataset]:
     place = Path(os.path.expanduser(options.dataset))  # an unknown user's ~ stays as it is
     try:
         if place.is_file():
-            kind = {'.parquet': 'parquet', '.arrow': 'arrow'}.get(place.suffix.lower())
-            if kind is None:
-                raise DataError(f'expected a folder or a .parquet file (got the file {options.dataset!r})')
-            loaded = load_dataset(kind, data_files=str(place))
-        elif place.is_dir() and any((place / name).is_file() for name in ('state.json', 'dataset_dict.json')):
+            loaded = load_dataset('parquet', data_files=str(place))
+        elif (place / 'state.json').is_file() or (place / 'dataset_dict.json').is_file():
             loaded = load_from_disk(str(place))
         else:
             loaded = load_dataset(str(place) if place.is_dir() else options.dataset, options.subset)
-    except DataError:
-        raise
     except Exception as error:
         # Anything can come out of the readers of datasets, from errors of the network to those of pyarrow.
-        cause = ' '.join(str(error).split())[:400] or type(error).__name__
         raise DataError(
-            f'the data set {options.dataset!r} cannot be loaded: {cause}; expected a name on the Hub (and a network), '
-            'a folder of parquet files or of one folder per class, or a parquet file'
+            f'the data set {options.dataset!r} cannot be loaded: {str(error)[:400] or type(error).__name__}; expected '
+            'a name on the Hub (and a network), a folder of parquet files or of one folder per class, or a parquet file'
         ) from error
     return {'train': loaded} if isinstance(loaded, Dataset) else dict(loaded)
-
-
-def _choose(
-    parts: Mapping[str, Dataset], options: DataOptions
-) -> tuple[Dataset, Dataset, float | None, tuple[str, str]]:
-    """Training rows, validation rows or the share of the training rows that they are, and the names of both."""
-    train = _part(parts, options.train_split, 'train_split')
-    wanted, share = options.val_split, options.val_share
-    if wanted == 'auto':
-        trained = _named(options.train_split)
-        others = [name for name in VALIDATION_SPLITS if name in parts and name not in trained]
-        wanted, share = (others[0], None) if others else (wanted, HELD_OUT)
-    if share is None:
-        return train, _part(parts, wanted, 'val_split'), None, (options.train_split, wanted)
-    return train, train, share, (options.train_split, f'{share:g} of {options.train_split}')
 
 
 def _named(spec: str) -> set[str]:
@@ -227,8 +199,6 @@ def _named(spec: str) -> set[str]:
 
 def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
     """A split, or slices of splits, as datasets writes them."""
-    if spec in parts:
-        return parts[spec]
     sizes = {name: len(part) for name, part in parts.items()}
     try:
         slices = ReadInstruction.from_spec(spec).to_absolute(sizes)
@@ -242,49 +212,26 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
     return concatenate_datasets([parts[name].select(chosen or []) for name, chosen in rows])
 
 
-def _image_column(part: Dataset, named: str | None) -> str:
-    features = part.features
-    images = [str(name) for name, feature in features.items() if isinstance(feature, Image)]
+def _column(part: Dataset, named: str | None, option: str, fits: Callable[[str, Any], bool]) -> str:
+    """The column of a name, or the only one that fits."""
+    found = [str(name) for name, feature in part.features.items() if fits(str(name), feature)]
     if named is not None:
-        return _named_column(features, named, named in images, 'images')
-    if len(images) == 1:
-        return images[0]
-    if images:
-        raise DataError(f'several columns hold images ({", ".join(images)}): name one with image_column')
-    kinds = ', '.join(f'{name}: {_type(feature)}' for name, feature in features.items())
-    raise DataError(f'no column holds images ({kinds}); expected a data set for image classification')
+        found = [named] if named in found else []
+    if len(found) != 1:
+        columns = ', '.join(part.column_names)
+        raise DataError(f'expected {option} to name one column of that kind (got {named!r}; there are {columns})')
+    return found[0]
 
 
-def _label_column(part: Dataset, named: str | None, image_column: str) -> str:
-    features = part.features
-    if named is not None:
-        return _named_column(features, named, named in features and _is_label(features[named]), 'class labels')
-    usual = [name for name in LABEL_COLUMNS if name in features and _is_label(features[name])]
-    labelled = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if usual or len(labelled) == 1:
-        return (usual or labelled)[0]
-    others = ', '.join(name for name in features if name != image_column) or 'none'
-    raise DataError(f'no column is known to hold the labels: name one of these with label_column: {others}')
+def _label_column(part: Dataset, named: str | None) -> str:
+    def is_label(name: str, feature: Any) -> bool:
+        return isinstance(feature, ClassLabel) or str(getattr(feature, 'dtype', '')).startswith(_LABEL_TYPES)
 
-
-def _named_column(features: Mapping[str, Any], name: str, fits: bool, expected: str) -> str:
-    if name not in features:
-        raise DataError(f'there is no column {name!r} (there are {", ".join(features)})')
-    if not fits:
-        raise DataError(f'column {name!r} holds {_type(features[name])}, expected {expected}')
-    return name
-
-
-def _is_label(feature: Any) -> bool:
-    if isinstance(feature, ClassLabel):
-        return True
-    return isinstance(feature, Value) and (
-        feature.dtype.startswith(('int', 'uint', 'bool')) or 'string' in feature.dtype
-    )
-
-
-def _type(feature: Any) -> str:
-    return str(getattr(feature, 'dtype', '')) if isinstance(feature, Value) else type(feature).__name__
+    usual = [name for name in LABEL_COLUMNS if name in part.features and is_label(name, part.features[name])]
+    if named is None and usual:
+        return usual[0]
+    fits = is_label if named is not None else lambda name, feature: isinstance(feature, ClassLabel)
+    return _column(part, named, 'label_column', fits)
 
 
 def _classes(train: Dataset, column: str) -> tuple[str, ...]:
@@ -292,8 +239,7 @@ def _classes(train: Dataset, column: str) -> tuple[str, ...]:
     feature = train.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    values = {value for value in train.unique(column) if value is not None}
-    return tuple(map(str, sorted(values)))
+    return tuple(map(str, sorted(value for value in train.unique(column) if value is not None)))
 
 
 def _labels(part: Dataset, column: str, classes: tuple[str, ...], name: str) -> np.ndarray:
@@ -302,9 +248,7 @@ def _labels(part: Dataset, column: str, classes: tuple[str, ...], name: str) -> 
     feature = part.features[column]
     if isinstance(feature, ClassLabel):
         if tuple(feature.names) != classes:
-            raise DataError(
-                f'split {name!r} has other classes ({_some(feature.names)}) than the first ({_some(classes)})'
-            )
+            raise DataError(f'split {name!r} has other classes ({", ".join(feature.names[:5])}, ...) than the first')
         labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
     else:
         known = {label: index for index, label in enumerate(classes)}
@@ -313,31 +257,6 @@ def _labels(part: Dataset, column: str, classes: tuple[str, ...], name: str) -> 
     if len(wrong):
         raise DataError(
             f'{len(wrong)} of {len(labels)} rows of split {name!r} have no known label (row {wrong[0]}: '
-            f'{values[int(wrong[0])]!r}; classes: {_some(classes)})'
+            f'{values[int(wrong[0])]!r})'
         )
     return labels
-
-
-def _check_classes(labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
-    found = np.unique(labels)
-    if len(found) < 2:
-        what = f'only the class {classes[int(found[0])]!r}' if len(found) else 'no images'
-        raise DataError(f'split {name!r} has {what}; expected at least two classes')
-
-
-def _check_shots(labels: np.ndarray, chosen: np.ndarray, shots: int, classes: tuple[str, ...]) -> None:
-    """A class without an image would never be learnt, one with fewer than asked is no few-shot problem as asked."""
-    counts = np.bincount(labels[chosen], minlength=len(classes))
-    few = [f'{classes[index]!r} has {count}' for index, count in enumerate(counts) if count < shots]
-    if few:
-        raise DataError(f'expected {shots} images of each class, but {_some(few)}; ask for fewer shots')
-
-
-def _undecoded(part: Dataset, column: str) -> Dataset:
-    """Only the images, as bytes: a damaged one must not end the run."""
-    return part.select_columns([column]).cast_column(column, Image(decode=False))
-
-
-def _some(values: Iterable[Any], most: int = 5) -> str:
-    values = list(values)
-    return ', '.join(map(str, values[:most])) + (f' and {len(values) - most} more' if len(values) > most else '')

@@ -29,24 +29,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from timm_ghn.contexts import seed_rng
-from timm_ghn.data.images import NO_LABEL, EpochSampler
+from timm_ghn.data.images import NO_LABEL
 from timm_ghn.data.splits import load_splits
 from timm_ghn.errors import ConfigError, DataError, PredictionError
 from timm_ghn.files import write_state_dict
 from timm_ghn.finetune.options import RACE, FinetuneOptions
-from timm_ghn.finetune.push import check_start, check_target, push_when_done
-from timm_ghn.finetune.setup import (
-    Batch,
-    build,
-    loaders,
-    loss_of,
-    optimizer_of,
-    race,
-    scheduler_of,
-)
+from timm_ghn.finetune.push import check_start, push_when_done
+from timm_ghn.finetune.setup import Batch, build, loaders, loss_of, optimizer_of, race, scheduler_of
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
-from timm_ghn.runs.run import Progress, Run, session
+from timm_ghn.publish.push import api_of, check_access
+from timm_ghn.runs.run import Progress, Result, Run, session
 
 WEIGHTS = 'model.safetensors'
 BEST_WEIGHTS = 'model_best.safetensors'
@@ -77,28 +70,6 @@ class FinetuneProgress(Progress):
     best: float = -1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came out of a run.
-
-    Attributes:
-        output: Folder with results.jsonl, curves.png, checkpoints and weights.
-        epochs: The metrics after each epoch; those of epoch 0 are from before the training.
-        steps: Optimiser steps done.
-        finished: Whether all epochs are done; else the run can go on with ``resume``.
-        test_top1: Accuracy of the best weights on the test split, in percent; None where the data set has none, where
-            it was used to train or validate on, or where the run is not finished.
-        pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
-    """
-
-    output: Path
-    epochs: tuple[dict[str, Any], ...]
-    steps: int
-    finished: bool
-    test_top1: float | None = None
-    pushed: str | None = None
-
-
 def finetune(options: FinetuneOptions) -> Result:
     """Fine-tune a model; in several processes where ``accelerate launch`` started them.
 
@@ -109,22 +80,22 @@ def finetune(options: FinetuneOptions) -> Result:
     """
     with session(
         options,
-        'timm_ghn.finetune',
         gradient_accumulation_steps=options.grad_accum_steps,
         dynamo_backend='inductor' if options.torchcompile else None,
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         step_scheduler_with_optimizer=False,
     ) as accelerator:
-        run = FinetuneRun(options, accelerator)
-        log = run.run()
-        pushed = push_when_done(options, finished=run.finished) if accelerator.is_main_process else None
-    epochs = tuple(line for line in log if line['kind'] == 'epoch')
-    return Result(options.output, epochs, run.progress.step, run.finished, log[-1].get('test_top1'), pushed)
+        result = FinetuneRun(options, accelerator).run()
+        if accelerator.is_main_process:
+            result = dataclasses.replace(result, pushed=push_when_done(options, finished=result.finished))
+        return result
 
 
-class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
+class FinetuneRun(Run):
     """A fine-tuning run."""
 
+    options: FinetuneOptions
+    progress: FinetuneProgress
     ordered_by = 'epoch'
     may_change = (
         'output', 'resume', 'max_steps', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with', 'workers',
@@ -135,19 +106,18 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
 
     def __init__(self, options: FinetuneOptions, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator, FinetuneProgress())
-        if accelerator.is_main_process:
-            check_target(options)
+        if accelerator.is_main_process and options.target is not None:
+            # Before hours go into a model that could not be pushed.
+            check_access(options.target, api_of(None))
         with accelerator.main_process_first():
             splits = load_splits(options, shots=options.shots, shots_seed=options.shots_seed)
-        self.num_classes = len(splits.classes)
-        with accelerator.main_process_first():
+            self.num_classes = len(splits.classes)
             start = build(options, self.num_classes)
         if accelerator.is_main_process:
             check_start(options, start)
         train, val, test = loaders(options, splits, start.data_config, accelerator.num_processes)
-        if not isinstance(train.sampler, EpochSampler):
-            raise TypeError('expected a loader with an EpochSampler')
-        self.images, self.sampler = train.dataset, train.sampler
+        self.images: Any = train.dataset
+        self.sampler: Any = train.sampler
         self.loss, self.mixup = loss_of(options, self.num_classes)
         lr = options.lr
         if options.init == RACE:
@@ -194,30 +164,28 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         """Whether all epochs are done."""
         return self.progress.epoch >= self.options.epochs
 
-    def begin(self) -> None:
-        """Evaluate the start."""
-        self._calibrate()
-        if self.scheduler is not None and self.options.sched_on_updates:
-            self.scheduler.step_update(num_updates=0)
-        elif self.scheduler is not None:
-            self.scheduler.step(0)
-        self._validate(0)
-
     def train(self) -> None:
-        """Train the epochs that are left, unless a limit is met."""
+        """Evaluate the start, and train the epochs that are left, unless a limit is met."""
+        if self.progress.best < 0:
+            self._calibrate()
+            self._schedule(update=0, epoch=0)
+            self._validate(0)
         while not self.finished and not self.should_stop():
             self._train_epoch()
 
+    def _schedule(self, *, update: int | None = None, epoch: int | None = None) -> None:
+        """Set the learning rate after a step or an epoch, as the options say."""
+        if self.scheduler is not None and self.options.sched_on_updates and update is not None:
+            self.scheduler.step_update(num_updates=update)
+        elif self.scheduler is not None and not self.options.sched_on_updates and epoch is not None:
+            self.scheduler.step(epoch)
+
     def finish(self) -> dict[str, Any]:
         """Write the weights; test the best ones if all epochs are done."""
-        progress = self.progress
-        if not self.finished and self._out_of_steps():
-            # To look at. The run that goes on knows nothing of it, so it keeps no weights either.
-            self._validate(round(progress.epoch + progress.batch / len(self.batches), 3), keep=False)
         self._write(self.trained, WEIGHTS)
         if self.average is not None:
             self._write(self.average.module, AVERAGED_WEIGHTS)
-        return {'steps': progress.step, **(self._test() if self.finished else {})}
+        return {'steps': self.progress.step, **(self._test() if self.finished else {})}
 
     def plot(self, log: list[dict[str, Any]], path: Path) -> None:
         """Draw loss and accuracy over the epochs."""
@@ -228,10 +196,8 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
 
     def should_stop(self) -> bool:
         """Whether a limit is met, of steps or of time, or the process is to end; all processes agree."""
-        return self._out_of_steps() or super().should_stop()
-
-    def _out_of_steps(self) -> bool:
-        return self.options.max_steps is not None and self.progress.step >= self.options.max_steps
+        steps = self.options.max_steps
+        return (steps is not None and self.progress.step >= steps) or super().should_stop()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint; all processes call it."""
@@ -239,10 +205,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         super().save_checkpoint()
 
     def _test(self) -> dict[str, Any]:
-        """Metrics of the best weights on the test split, by which nothing is chosen; none where there is no such split.
-
-        The model has the best weights afterwards.
-        """
+        """Metrics of the best weights, which the model has afterwards, on the test split, if there is one."""
         self.accelerator.wait_for_everyone()
         best = self.options.output / BEST_WEIGHTS
         if self.test is None or not best.is_file():
@@ -292,8 +255,7 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
         }
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss, progress.images, progress.damaged = 0.0, 0, 0
-        if self.scheduler is not None and not self.options.sched_on_updates:
-            self.scheduler.step(progress.epoch)
+        self._schedule(epoch=progress.epoch)
         self._validate(progress.epoch, **metrics)
         self.save_checkpoint()
 
@@ -330,10 +292,9 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
             self.expect_finite_loss(float(loss))
         if self.average is not None:
             self.average.update(self.trained, step=self.progress.step)
-        if self.scheduler is not None and self.options.sched_on_updates:
-            self.scheduler.step_update(num_updates=self.progress.step)
+        self._schedule(update=self.progress.step)
 
-    def _validate(self, epoch: float, *, keep: bool = True, **metrics: Any) -> None:
+    def _validate(self, epoch: int, **metrics: Any) -> None:
         """Validate, write down what comes out, and keep the best weights."""
         if self.accelerator.num_processes > 1:
             for module in self.weights:
@@ -347,12 +308,12 @@ class FinetuneRun(Run[FinetuneOptions, FinetuneProgress]):
             values |= {f'ema_{key}': averaged[key] for key in ('loss', 'top1', 'top5')}
             if averaged['top1'] > best:
                 best, source = averaged['top1'], self.average.module
-        if keep and best > self.progress.best:
+        if best > self.progress.best:
             self.progress.best = best
             self._write(source, BEST_WEIGHTS, epoch=epoch, top1=best)
         self.record_metrics('epoch', {**values, 'best_top1': self.progress.best})
         shown = ('train_loss', 'val_loss', 'val_top1', 'ema_top1')
-        self.say('epoch %g: %s', epoch, ', '.join(f'{key} {values[key]:.4g}' for key in shown if key in values))
+        self.say('epoch %d: %s', epoch, ', '.join(f'{key} {values[key]:.4g}' for key in shown if key in values))
 
     @torch.no_grad()
     def _evaluate(self, model: nn.Module, batches: DataLoader[Batch], split: str) -> dict[str, Any]:

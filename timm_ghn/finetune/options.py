@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,26 +19,25 @@ from timm_ghn.runs.recipes import (
     POSITIVE,
     POSITIVE_PROPORTION,
     RunOptions,
+    converted,
     option,
     read_yaml,
 )
 
-#: Values of ``small_stem``.
-SMALL_STEM = ('auto', 'on', 'off')
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'model': 'start', 'image_size': 'images',
           'epochs': 'training', 'lr': 'training', 'seed': 'run', 'output': 'run', 'workers': 'run',
           'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
+STEMS = ('auto', 'on', 'off')
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
 #: The init that lets several starts race.
 RACE = 'race'
-_OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
-    """What to train, on what, and how. Every field is an option of the command line and a key of a recipe.
+    """What to train, on what, and how.
 
     Raises:
         ConfigError: if options contradict themselves.
@@ -66,7 +64,9 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
     model_args: Any = option(None, "more arguments of timm.create_model, as in 'drop_path_rate=0.1,act_layer=gelu'")
 
     image_size: int | None = option(None, "side of the images in pixels (default: the model's own)", within=POSITIVE)
-    small_stem: str = option('auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=SMALL_STEM)
+    small_stem: str = option(
+        'auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=('auto', 'on', 'off')
+    )
     crop_pct: float | None = option(
         None,
         "share of the side the centre crop keeps (default: the model's; 1 if small)",
@@ -119,8 +119,15 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         super().__post_init__()
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
-        # Their own checks.
-        _ = self.post('orth'), self.arguments, self.target
+        of_target = (self.hub_private, self.hub_revision, self.hub_create_pr, self.hub_license)
+        if self.push_to_hub is None and any(of_target):
+            raise ConfigError('hub_private and the like are about the repository of push_to_hub, which is not given')
+        _ = self.post('orth'), self.arguments, self.target  # their own checks
+
+    @property
+    def mixed(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def post(self, recommended: str = 'none') -> PostProcess | None:
         """The post-processing of the initial weights.
@@ -130,52 +137,31 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         """
         name, *changes = (part.strip() for part in self.postprocess.split(','))
         chosen = PostProcess.of(name, seed=self.seed, auto=recommended)
-        if not changes:
+        if chosen is None or not changes:
             return chosen
-        if chosen is None:
-            raise ConfigError(f'there is nothing to change about no post-processing (got {self.postprocess!r})')
-        return dataclasses.replace(chosen, **_pairs(', '.join(changes), 'postprocess', PostProcess))
+        return dataclasses.replace(chosen, **converted(PostProcess, _pairs(','.join(changes), 'postprocess')))
 
-    @functools.cached_property
+    @property
     def target(self) -> Target | None:
         """Where the model is pushed to; None if it is not."""
-        if self.push_to_hub is not None:
-            return Target(self.push_to_hub, self.hub_private or None, self.hub_revision, self.hub_create_pr)
-        given = [name for name in _OF_TARGET if getattr(self, name)]
-        if given:
-            raise ConfigError(f'{given[0]} is about the repository of push_to_hub, which is not given')
-        return None
+        if self.push_to_hub is None:
+            return None
+        return Target(self.push_to_hub, self.hub_private or None, self.hub_revision, self.hub_create_pr)
 
-    @functools.cached_property
+    @property
     def arguments(self) -> dict[str, Any]:
         """More arguments of ``timm.create_model``."""
         given = self.model_args or {}
-        found = dict(given) if isinstance(given, Mapping) else _pairs(str(given), 'model_args')
-        try:
-            json.dumps(found, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f'expected model_args that JSON can write, for the results: {error}') from error
-        return found
+        return dict(given) if isinstance(given, Mapping) else _pairs(str(given), 'model_args')
 
 
-def _pairs(text: str, option: str, kind: type | None = None) -> dict[str, Any]:
-    """``'a=1,b=x'`` as a dictionary; values are read as YAML reads them."""
-    known = [field.name for field in dataclasses.fields(kind)] if kind is not None else None
+def _pairs(text: str, option: str) -> dict[str, Any]:
+    """``'a=1,b=x'`` as a dictionary; values are read as YAML reads them, but 3e-5 as a number too."""
     found = {}
-    for pair in filter(None, (part.strip() for part in text.split(','))):
+    for pair in filter(None, map(str.strip, text.split(','))):
         key, equals, value = pair.partition('=')
-        if not equals or (known is not None and key not in known):
-            words = f'one of {", ".join(known)}' if known else 'a name'
-            raise ConfigError(f'expected {option} to have parts like {words} = value (got {pair!r})')
-        found[key] = _scalar(value, option)
+        if not equals:
+            raise ConfigError(f'expected {option} to have parts like name=value (got {pair!r})')
+        number = re.fullmatch(r'[+-]?\d+e[+-]?\d+', value)
+        found[key] = float(value) if number else read_yaml(value, f'{option} {value!r}')
     return found
-
-
-def _scalar(text: str, option: str) -> Any:
-    """A number where it reads as one (YAML takes 3e-5 for text), else what YAML makes of it."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return read_yaml(text, f'{option} {text!r}')

@@ -8,20 +8,9 @@ import shlex
 from timm_ghn.errors import GHNError, HubError, UnsupportedModelError
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import Start
-from timm_ghn.publish.push import Target, api_of, check_access, check_pushable, push_path
+from timm_ghn.publish.push import check_pushable, push_path
 
 _logger = logging.getLogger('timm_ghn.finetune')
-
-
-def check_target(options: FinetuneOptions) -> None:
-    """Refuse a repository that could not be pushed to before hours go into the model; nothing is made there.
-
-    Raises:
-        ConfigError: if it is public where a private one was asked for, or holds pickled files.
-        HubError: if the Hub cannot be reached, if nobody is logged in, or if that user may not write there.
-    """
-    if options.target is not None:
-        check_access(options.target, api_of(None))
 
 
 def check_start(options: FinetuneOptions, start: Start) -> None:
@@ -29,7 +18,6 @@ def check_start(options: FinetuneOptions, start: Start) -> None:
 
     Raises:
         UnsupportedModelError: if its stem was changed, or if timm builds another model from its configuration.
-        GHNError: if it cannot be written.
     """
     if options.target is None:
         return
@@ -42,14 +30,7 @@ def check_start(options: FinetuneOptions, start: Start) -> None:
 
 
 def push_when_done(options: FinetuneOptions, *, finished: bool) -> str | None:
-    """Push the best weights of a run.
-
-    Args:
-        options: Of the run.
-        finished: Whether all epochs are done; if not, nothing is pushed.
-
-    Returns:
-        Address of the commit or of the pull request, if there is one.
+    """Push the best weights of a run if it is finished; gives the address of the commit or of the pull request.
 
     Raises:
         HubError: if it fails; it says with which command to go on, since the weights stay where they are.
@@ -63,19 +44,14 @@ def push_when_done(options: FinetuneOptions, *, finished: bool) -> str | None:
     try:
         commit = push_path(options.output, target, license=options.hub_license)
     except (GHNError, OSError) as error:
+        words = ['timm-ghn', 'push', str(options.output), target.repo_id]
+        words += ['--private'] if target.private else []
+        words += ['--revision', target.revision] if target.revision else []
+        words += ['--create-pr'] if target.create_pr else []
+        words += ['--license', options.hub_license] if options.hub_license else []
         raise HubError(
             f'{str(error).rstrip(".")}. The trained model is in {str(options.output)!r}; to push it: '
-            f'{push_command(options, target)}'
+            f'{shlex.join(words)}'
         ) from error
     _logger.info('pushed to %s', target.repo_id)
     return commit.pr_url or commit.commit_url
-
-
-def push_command(options: FinetuneOptions, target: Target) -> str:
-    """The command that pushes what a run wrote."""
-    words = ['timm-ghn', 'push', str(options.output), target.repo_id]
-    words += ['--private'] if target.private else []
-    words += ['--revision', target.revision] if target.revision else []
-    words += ['--create-pr'] if target.create_pr else []
-    words += ['--license', options.hub_license] if options.hub_license else []
-    return shlex.join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup, resolve_data_config
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -25,7 +26,6 @@ from timm_ghn.finetune.options import OTHER_INITS, RACE, FinetuneOptions
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.prediction.postprocess import postprocess_
 from timm_ghn.prediction.predict import initialise
-from timm_ghn.runs.checkpoints import to_plain
 from timm_ghn.transfer.race import Race
 from timm_ghn.transfer.start import candidate, choose_init
 
@@ -59,28 +59,33 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         GHNError: if the prediction fails.
     """
     check_model_name(options.model, ghn_option='--init')
-    small = options.small_stem == 'on' or (
-        options.small_stem == 'auto' and options.image_size is not None and options.image_size <= SMALL_IMAGE
-    )
+    side = options.image_size
+    small = options.small_stem == 'on' or (options.small_stem == 'auto' and side is not None and side <= SMALL_IMAGE)
     arguments: dict[str, Any] = {'num_classes': num_classes}
-    if options.image_size is not None:
-        check_side(options.image_size)
-        arguments |= size_arguments(options.model, options.image_size, small=small)
+    if side is not None:
+        check_side(side)
+        arguments |= size_arguments(options.model, side, small=small)
     arguments |= options.arguments
     model = build_timm_model(
         options.model, arguments, seed=options.seed, pretrained=options.init == 'pretrained', ghn_option='--init'
     )
     config = _data_config(options, model)
-    outputs = getattr(model, 'num_classes', None)
-    if outputs != num_classes:
-        ends = 'has no classifier' if outputs is None else f'ends in {outputs} outputs'
-        raise ConfigError(f'{options.model!r} with {arguments} {ends}; expected one of {num_classes} classes')
+    if getattr(model, 'num_classes', None) != num_classes:
+        raise ConfigError(f'{options.model!r} with {arguments} has no classifier of {num_classes} classes')
+    size = config['input_size']
     edits: tuple[str, ...] = ()
     if small and 'patch_size' not in arguments:
-        side = config['input_size'][-1]
-        edits = adapt_to_small_images_(model, side, in_chans=config['input_size'][0])
-    check_reads(model, config['input_size'])
-    facts = _initialise(model, options, config)
+        edits = adapt_to_small_images_(model, size[-1], in_chans=size[0])
+    check_reads(model, size)
+    facts = None
+    if options.init.startswith('donor:'):
+        candidate(options.init, input_size=size, seed=options.seed)(model)
+    if options.init in (*OTHER_INITS, RACE) or options.init.startswith('donor:'):
+        postprocess_(model, options.post(), input_size=size)
+    else:
+        ghn = shared_ghn(options.init)
+        post = options.post(ghn.config.postprocess)
+        facts = initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Start(model, config, arguments, edits, facts)
@@ -103,19 +108,6 @@ def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _initialise(model: nn.Module, options: FinetuneOptions, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Write the start into the model; gives facts about the prediction, if it is one."""
-    size = config['input_size']
-    if options.init.startswith('donor:'):
-        candidate(options.init, input_size=size, seed=options.seed)(model)
-    if options.init in (*OTHER_INITS, RACE) or options.init.startswith('donor:'):
-        postprocess_(model, options.post(), input_size=size)
-        return None
-    ghn = shared_ghn(options.init)
-    post = options.post(ghn.config.postprocess)
-    return initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
-
-
 #: Learning rates of a race, as multiples of the one that was asked for.
 _RACE_LRS = (1 / 3, 1.0, 3.0)
 
@@ -127,14 +119,9 @@ def race(
     identity: Mapping[str, Any],
     device: torch.device,
 ) -> Race:
-    """Let starts race on the data; the model has the winner's weights afterwards.
+    """Let starts race on batches to train on and to compare on; the model has the winner's weights afterwards.
 
-    Args:
-        options: Of the run.
-        start: The model, with timm's initialisation.
-        batches: To train on, and to compare on.
-        identity: What tells the run from others.
-        device: Where the race takes place.
+    ``identity`` tells the run from others.
     """
     return choose_init(
         start.model.to(device),
@@ -146,7 +133,7 @@ def race(
         minutes=options.race_minutes,
         optimizer=lambda model, lr: optimizer_of(dataclasses.replace(options, lr=lr), model),
         folder=options.output / 'race',
-        identity=to_plain(identity),
+        identity=identity,
         input_size=start.data_config['input_size'],
         seed=options.seed,
     )
@@ -158,27 +145,20 @@ def loaders(
     """Batches to train on, to validate on and to test on, before they are shared among processes."""
     channels = config['input_size'][0]
     train = ImageDataset(
-        splits.train,
-        train_transform(config, options),
-        channels=channels,
-        seed=options.seed,
-        training=True,
+        splits.train, train_transform(config, options), channels=channels, seed=options.seed, training=True
     )
+    whole = len(train) >= options.batch_size * processes
     # With mixup each batch of an even size is mixed with itself in reverse.
-    mixed = options.mixup > 0 or options.cutmix > 0
-    if mixed and options.batch_size % 2:
-        raise ConfigError(f'expected an even batch_size for mixup and cutmix (got {options.batch_size})')
+    if options.mixed and (options.batch_size % 2 or not whole):
+        raise ConfigError(
+            f'mixup and cutmix need whole batches of an even size (got batch_size {options.batch_size} in {processes} '
+            f'processes, {len(train)} training images)'
+        )
     common: dict[str, Any] = {
         'num_workers': options.workers,
         'persistent_workers': options.workers > 0,
         'pin_memory': torch.cuda.is_available(),
     }
-    whole = len(train) >= options.batch_size * processes
-    if mixed and not whole:
-        raise ConfigError(
-            f'there are {len(train)} training images, fewer than the {options.batch_size * processes} of a batch: '
-            'mixup and cutmix need whole batches'
-        )
     sampler = EpochSampler(len(train), seed=options.seed)
     # A last batch of a few images would be noise; but few-shot sets may have no whole batch at all.
     # The collation makes tensors of the labels and counts.
@@ -192,11 +172,7 @@ def loaders(
 
 
 def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser.
-
-    Raises:
-        ConfigError: if timm has none of this name, or refuses its options.
-    """
+    """timm's optimiser; a ConfigError if timm has none of this name, or refuses its options."""
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model,
@@ -209,18 +185,11 @@ def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Opti
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'timm has no optimiser as asked ({options.opt!r}): {error}') from error
-    if getattr(optimizer, 'is_second_order', False):
-        raise ConfigError(f'the optimiser {options.opt!r} needs second derivatives, which are not computed here')
     return optimizer
 
 
 def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, batches: int) -> Scheduler | None:
-    """timm's schedule; None for a constant rate.
-
-    Args:
-        options: Of the run.
-        optimizer: Whose rate it sets.
-        batches: Batches in an epoch; the last step may sum fewer of them.
+    """timm's schedule for epochs of so many batches; None for a constant rate.
 
     Raises:
         ConfigError: if timm has none of this name.
@@ -234,7 +203,8 @@ def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, bat
             f'expected warmup_epochs below epochs (got {options.warmup_epochs} of {options.epochs}): '
             'the rate would never be reached'
         )
-    try:
+    scheduler: Scheduler | None = None
+    with contextlib.suppress(ValueError):
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=options.sched,
@@ -245,17 +215,14 @@ def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, bat
             step_on_epochs=not options.sched_on_updates,
             updates_per_epoch=math.ceil(batches / options.grad_accum_steps),
         )
-    except (AssertionError, TypeError, ValueError, UnboundLocalError) as error:
-        raise ConfigError(f'timm has no schedule {options.sched!r}: {error}') from error
     if scheduler is None:
         raise ConfigError(f'timm has no schedule {options.sched!r}')
-    found: Scheduler = scheduler
-    return found
+    return scheduler
 
 
 def loss_of(options: FinetuneOptions, num_classes: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Mixup | None]:
     """Training loss, and what mixes the batches."""
-    if options.mixup > 0 or options.cutmix > 0:
+    if options.mixed:
         mixup = Mixup(
             mixup_alpha=options.mixup,
             cutmix_alpha=options.cutmix,
@@ -263,6 +230,4 @@ def loss_of(options: FinetuneOptions, num_classes: int) -> tuple[Callable[[Tenso
             num_classes=num_classes,
         )
         return SoftTargetCrossEntropy(), mixup
-    if options.smoothing > 0:
-        return LabelSmoothingCrossEntropy(options.smoothing), None
-    return nn.CrossEntropyLoss(), None
+    return nn.CrossEntropyLoss(label_smoothing=options.smoothing), None

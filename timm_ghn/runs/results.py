@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,10 +25,8 @@ def versions() -> dict[str, str]:
     """Versions of what a result may depend on."""
     found = {'python': platform.python_version(), 'timm_ghn': __version__}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -46,7 +44,8 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         kept = []
         if resume is not None and self.path.exists():
-            kept = [line for line in read_results(self.path) if _before(line, *resume)]
+            entry, reached = resume
+            kept = [line for line in read_results(self.path) if line.get(entry, 0) <= reached and line['kind'] != 'end']
         with atomic_write(self.path) as part:
             part.write_text(''.join(to_json(line) + '\n' for line in kept), encoding='utf-8')
 
@@ -71,33 +70,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _before(line: dict[str, Any], entry: str, reached: float) -> bool:
-    place = line.get(entry)
-    done = isinstance(place, int | float) and place <= reached
-    return bool(line['kind'] == 'run' or (line['kind'] != 'end' and done))
-
-
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Lines of a results file: objects with a ``kind``.
-
-    One at the end that a killed process left unfinished is dropped; any other that is no such object is passed over
-    with a warning.
-    """
-    lines, wrong = [], []
-    texts = path.read_bytes().split(b'\n')
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text.decode('utf-8'))
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and isinstance(line.get('kind'), str):
-            lines.append(line)
-        elif number < len(texts) and text.strip():
-            wrong.append(number)
-    if wrong:
-        warnings.warn(
-            f'{str(path)!r} has {len(wrong)} lines that are no results and are passed over (the first is line '
-            f'{wrong[0]})',
-            stacklevel=2,
-        )
+    """Lines of a results file: objects with a ``kind``. One that a killed process left unfinished is dropped."""
+    lines = []
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get('kind'), str):
+                lines.append(line)
     return lines

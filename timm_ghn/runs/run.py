@@ -9,7 +9,6 @@ import abc
 import contextlib
 import dataclasses
 import datetime
-import errno
 import logging
 import math
 import os
@@ -17,11 +16,10 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +31,7 @@ from tqdm import tqdm
 
 from timm_ghn.contexts import restore_global_state
 from timm_ghn.errors import ConfigError, TrainingError
-from timm_ghn.runs.checkpoints import CHECKPOINTS, Checkpoints, any_process, checkpoints_in
+from timm_ghn.runs.checkpoints import CHECKPOINTS, any_process, checkpoints_in, load_checkpoint, save_checkpoint
 from timm_ghn.runs.recipes import RunOptions
 from timm_ghn.runs.results import CURVES, RESULTS, Results, read_results, versions
 
@@ -47,9 +45,7 @@ _LOCK = '.lock'
 _PATIENCE = datetime.timedelta(days=1)
 #: Steps between two times that processes on GPUs ask one another whether to stop, for which they wait for the GPU.
 _ASK_STEPS = 16
-
-OptionsType = TypeVar('OptionsType', bound=RunOptions)
-ProgressType = TypeVar('ProgressType', bound='Progress')
+_WAY_OUT = 'begin again with a smaller --lr or --clip-grad, or from another start'
 
 
 @dataclasses.dataclass
@@ -65,14 +61,47 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of a run.
+
+    Attributes:
+        output: Folder with results.jsonl, curves.png, checkpoints and weights.
+        steps: Optimiser steps done.
+        finished: Whether all are; else the run can go on with ``resume``.
+        log: The lines of results.jsonl.
+        pushed: Address of the commit, or of the pull request, on the Hub, in the process that made it.
+    """
+
+    output: Path
+    steps: int
+    finished: bool
+    log: tuple[dict[str, Any], ...]
+    pushed: str | None = None
+
+    @property
+    def epochs(self) -> tuple[dict[str, Any], ...]:
+        """The metrics after each epoch of fine-tuning; those of epoch 0 are from before the training."""
+        return tuple(line for line in self.log if line['kind'] == 'epoch')
+
+    @property
+    def evaluations(self) -> tuple[dict[str, Any], ...]:
+        """The metrics of each evaluation of a GHN in training."""
+        return tuple(line for line in self.log if line['kind'] == 'eval')
+
+    @property
+    def test_top1(self) -> float | None:
+        """Accuracy of the best weights on the test split in percent, if there is one and the run is finished."""
+        return self.log[-1].get('test_top1')
+
+
 @contextlib.contextmanager
-def session(options: RunOptions, module: str, **arguments: Any) -> Iterator[Accelerator]:
+def session(options: RunOptions, **arguments: Any) -> Iterator[Accelerator]:
     """The accelerator of a run, which has its output folder for itself and leaves the process as it finds it.
 
     Args:
         options: Of the run.
-        module: What ``accelerate launch`` starts.
-        **arguments: More of accelerate's. Settings of an accelerator that the caller made before hold for the run.
+        **arguments: More of accelerate's.
 
     Raises:
         ConfigError: if accelerate refuses the options, if the tracker is not installed, if another run is at work in
@@ -81,7 +110,7 @@ def session(options: RunOptions, module: str, **arguments: Any) -> Iterator[Acce
     own = not is_initialized()
     try:
         with restore_global_state():
-            accelerator = _build_accelerator(options, module, arguments)
+            accelerator = _build_accelerator(options, arguments)
             with _locked(options.output) if accelerator.is_main_process else contextlib.nullcontext():
                 if not options.resume and checkpoints_in(options.output / CHECKPOINTS):
                     raise ConfigError(
@@ -94,13 +123,7 @@ def session(options: RunOptions, module: str, **arguments: Any) -> Iterator[Acce
             AcceleratorState._reset_state()
 
 
-def _build_accelerator(options: RunOptions, module: str, arguments: dict[str, Any]) -> Accelerator:
-    if _lost_processes():
-        warnings.warn(
-            'accelerate launch starts one process on a CPU, whatever --num_processes says, unless MPI starts them; '
-            f"'accelerate launch --multi_gpu --num_processes N -m {module}' starts N, on a CPU too",
-            stacklevel=5,
-        )
+def _build_accelerator(options: RunOptions, arguments: dict[str, Any]) -> Accelerator:
     cpu = not torch.accelerator.is_available()
     # NCCL refuses several processes on one GPU, which a GHN for small networks needs to keep it busy.
     shared_gpu = 0 < torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -122,47 +145,24 @@ def _build_accelerator(options: RunOptions, module: str, arguments: dict[str, An
     return accelerator
 
 
-def _lost_processes() -> bool:
-    """Whether accelerate launch was asked for several processes on a CPU and started this one alone."""
-    ranks = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
-    on_cpu = os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes')
-    return on_cpu and 'MASTER_PORT' in os.environ and not any(name in os.environ for name in ranks)
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder: lock a file in it until the context or the process ends, however that ends.
-
-    Where the system has no such locks (Windows, some network file systems), nothing is locked.
-    """
-    if sys.platform == 'win32':
-        yield
-        return
+    """Lock a file in a folder until the context or the process ends, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
     # A lock of the process, which workers that are forked do not share: they may outlive it by seconds.
     with (folder / _LOCK).open('w') as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+        if sys.platform != 'win32':
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
                 raise ConfigError(
                     f'another run is at work in {str(folder)!r}: wait for its end, or choose another --output'
                 ) from error
         yield
 
 
-def _local_arguments(arguments: dict[str, Any]) -> list[str]:
-    """Which arguments name files or folders of this machine: those who read the results elsewhere cannot tell."""
-    named = {name: arguments.get(name) for name in ('dataset', 'init')}
-    return [name for name, value in named.items() if value and os.path.exists(os.path.expanduser(str(value)))]
-
-
-class Run(abc.ABC, Generic[OptionsType, ProgressType]):
+class Run(abc.ABC):
     """A run of training in one or several processes.
-
-    Args:
-        options: Of the run.
-        accelerator: Its processes, see :func:`session`.
 
     Attributes:
         progress: Where the run stands.
@@ -170,20 +170,24 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         average: Exponential moving average of the weights, if there is one.
     """
 
+    options: RunOptions
+    progress: Progress
     #: Entry of the progress and of the lines of the log by which they are ordered.
     ordered_by: ClassVar[str]
     #: Options that may change when a run goes on.
     may_change: ClassVar[tuple[str, ...]]
     logger: ClassVar[logging.Logger]
 
-    def __init__(self, options: OptionsType, accelerator: Accelerator, progress: ProgressType) -> None:
+    def __init__(self, options: RunOptions, accelerator: Accelerator, progress: Progress) -> None:
         self.options = options
         self.accelerator = accelerator
         self.progress = progress
         self.average: ModelEmaV3 | None = None
+        arguments = options.to_dict()
         self.facts: dict[str, Any] = {
-            'arguments': options.to_dict(),
-            'local': _local_arguments(options.to_dict()),
+            'arguments': arguments,
+            # What names a file or a folder of this machine: those who read the results elsewhere cannot tell.
+            'local': [name for name in ('dataset', 'init') if os.path.exists(os.path.expanduser(str(arguments[name])))],
             'processes': accelerator.num_processes,
             'versions': versions(),
             'device': accelerator.device.type,
@@ -217,9 +221,6 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
     def plot(self, log: list[dict[str, Any]], path: Path) -> None:
         """Draw the curves; a :class:`ConfigError` without matplotlib."""
 
-    def begin(self) -> None:
-        """What comes before the first step."""
-
     @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same when the run goes on."""
@@ -227,14 +228,11 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
 
     # What every run does.
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Result:
         """Go on from the last good checkpoint, or begin; train until all is done or a limit is met.
 
         SIGTERM, by which schedulers announce the end of a job, stops the run with a checkpoint; then the process ends
         by it.
-
-        Returns:
-            The log.
         """
         with self._stop_at_sigterm():
             try:
@@ -247,7 +245,10 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
 
     def _start(self) -> None:
         options, key = self.options, self.ordered_by
-        found = self._checkpoints.load() if options.resume else None
+        found = None
+        if options.resume:
+            place = options.output / CHECKPOINTS
+            found = load_checkpoint(place, self.accelerator, identity=self.identity, average=self.average)
         if found is not None:
             self.progress = type(self.progress)(**found)
             self._saved_step = self.progress.step
@@ -259,11 +260,10 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
             self.accelerator.init_trackers('timm_ghn', config=config)
         if found is None:
             self.record('run', self.facts)
-            self.begin()
         else:
             self.say('going on from step %d', self.progress.step)
 
-    def _end(self) -> list[dict[str, Any]]:
+    def _end(self) -> Result:
         output = self.options.output
         if self._saved_step != self.progress.step:
             self.save_checkpoint()
@@ -273,12 +273,10 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         values = self.finish()
         self.record('end', {**values, 'finished': self.finished, 'seconds': self.seconds})
         if self.accelerator.is_main_process:
-            try:
+            with contextlib.suppress(ConfigError):  # no matplotlib
                 self.plot(read_results(output / RESULTS), output / CURVES)
-            except ConfigError:
-                self.say('no picture of the curves: matplotlib is not installed')
         self.accelerator.wait_for_everyone()
-        return read_results(output / RESULTS)
+        return Result(output, self.progress.step, self.finished, tuple(read_results(output / RESULTS)))
 
     @property
     def seconds(self) -> float:
@@ -290,16 +288,17 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         """What has weights that are written: the network, and its average."""
         return [self.trained, *([self.average.module] if self.average is not None else [])]
 
-    @property
-    def _checkpoints(self) -> Checkpoints:
-        options = self.options
-        folder = options.output / CHECKPOINTS
-        return Checkpoints(folder, self.accelerator, self.identity, self.average, keep=options.checkpoint_hist)
-
     def save_checkpoint(self) -> None:
         """Write a checkpoint, unless weights are not finite; all processes call it."""
         self.expect_finite_weights()
-        self._checkpoints.save({**dataclasses.asdict(self.progress), 'seconds': self.seconds})
+        save_checkpoint(
+            self.options.output / CHECKPOINTS,
+            self.accelerator,
+            {**dataclasses.asdict(self.progress), 'seconds': self.seconds},
+            identity=self.identity,
+            average=self.average,
+            keep=self.options.checkpoint_hist,
+        )
         self._saved_step = self.progress.step
 
     def should_stop(self) -> bool:
@@ -322,23 +321,12 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
         # Constant buffers may be masks of minus infinity.
         finite += [(b < math.inf).all() for module in self.weights for b in module.buffers() if b.is_floating_point()]
         if any_process(self.accelerator, not bool(torch.stack(finite).all())):
-            raise self._lost(f'weights are not finite after step {self.progress.step}')
+            raise TrainingError(f'weights are not finite after step {self.progress.step}; {_WAY_OUT}')
 
     def expect_finite_loss(self, loss: float) -> None:
-        """Refuse to go on with a loss that is not finite.
-
-        Raises:
-            TrainingError: if it is not.
-        """
+        """Refuse to go on with a loss that is not finite, by a :class:`TrainingError`."""
         if not math.isfinite(loss):
-            raise self._lost(f'the loss is {loss} by step {self.progress.step}')
-
-    def _lost(self, what: str) -> TrainingError:
-        left = checkpoints_in(self.options.output / CHECKPOINTS)
-        return TrainingError(
-            f'{what}; begin again with a smaller --lr or --clip-grad, or from another start'
-            + ('. The checkpoints before it are in the output folder' if left else '')
-        )
+            raise TrainingError(f'the loss is {loss} by step {self.progress.step}; {_WAY_OUT}')
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Append a line to the log."""
@@ -365,16 +353,14 @@ class Run(abc.ABC, Generic[OptionsType, ProgressType]):
     @contextlib.contextmanager
     def _stop_at_sigterm(self) -> Iterator[None]:
         """Let SIGTERM be noted until the context ends, and end the process by it then."""
-        previous = signal.getsignal(signal.SIGTERM)
-        if previous is None or threading.current_thread() is not threading.main_thread():
-            # A handler that Python cannot put back, or a thread that may not set one.
-            yield
+        if threading.current_thread() is not threading.main_thread():
+            yield  # another one may set no handler
             return
 
         def note(number: int, frame: FrameType | None) -> None:
             self._terminated = True
 
-        signal.signal(signal.SIGTERM, note)
+        previous = signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
@@ -25,9 +24,6 @@ from timm_ghn.graph.graph import Graph, graph_from_dict, graph_to_dict
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, plan_parameters
 from timm_ghn.version import __version__
-
-#: Blueprints that are kept in memory.
-_KEPT = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +52,13 @@ class Blueprint:
 
 
 class Blueprints:
-    """Blueprints of architectures: traced once, then read from a folder.
-
-    Args:
-        config: Of the GHN that predicts.
-        folder: Where they are kept, one file for each architecture; None keeps them in memory only.
-    """
+    """Blueprints of architectures for a GHN: traced once, then read from a folder, if there is one."""
 
     def __init__(self, config: GHNConfig, folder: Path | None = None) -> None:
         self.config = config
         self.folder = folder
-        self._memory: collections.OrderedDict[str, Blueprint] = collections.OrderedDict()
+        # Those in use are kept in memory.
+        self._made = functools.lru_cache(maxsize=2000)(self._make)
 
     def __call__(self, architecture: Architecture) -> Blueprint:
         """The blueprint of an architecture.
@@ -74,11 +66,10 @@ class Blueprints:
         Raises:
             UnsupportedModelError: if it cannot be traced.
         """
-        key = architecture.key
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return self._memory[key]
-        path = None if self.folder is None else self.folder / f'{key}.safetensors'
+        return self._made(architecture)
+
+    def _make(self, architecture: Architecture) -> Blueprint:
+        path = None if self.folder is None else self.folder / f'{architecture.key}.safetensors'
         found = None if path is None else _read(path, self.config.rules)
         if found is None:
             found = _examine(architecture, self.config.rules)
@@ -86,13 +77,8 @@ class Blueprints:
                 _write(path, self.config.rules, *found)
         graph, fixed = found
         plan = plan_parameters(graph, self.config, head='predict')
-        network = architecture.build('meta').eval().requires_grad_(False)
-        use_batch_statistics_(network)
-        blueprint = Blueprint(architecture, graph, plan, network, fixed)
-        self._memory[key] = blueprint
-        if len(self._memory) > _KEPT:
-            self._memory.popitem(last=False)
-        return blueprint
+        network = use_batch_statistics_(architecture.build('meta').eval().requires_grad_(False))
+        return Blueprint(architecture, graph, plan, network, fixed)
 
 
 def use_batch_statistics_(network: nn.Module) -> nn.Module:
@@ -136,7 +122,7 @@ def _read(path: Path, rules: str) -> tuple[Graph, dict[str, Tensor]] | None:
 
 
 def _write(path: Path, rules: str, graph: Graph, fixed: Mapping[str, Tensor]) -> None:
-    """Keep what :func:`_examine` found, with the rules that were asked for: those of the graph may be others."""
+    # With the rules that were asked for: those of the graph may be others.
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {'stamp': _stamp(), 'rules': rules, 'graph': json.dumps(graph_to_dict(graph))}
     with atomic_write(path) as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import statistics
@@ -33,7 +32,7 @@ from timm_ghn.train.step import accuracies_of
 
 #: Headings of the help, by the option that each begins with.
 GROUPS = {'dataset': 'data', 'image_size': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'seed': 'run',
-          'batch_size': 'run', 'count': 'architectures', 'plot': 'run'}  # fmt: skip
+          'batch_size': 'run', 'count': 'architectures'}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +52,12 @@ class NetworkOptions(DataOptions):
 
     ghn: str = option('ghn', 'name or path of a GHN')
 
-    archs: str = option(
-        'families', "'families': drawn test architectures of each family; else names of timm models, comma-separated"
+    archs: tuple[str, ...] = option(
+        ('families',), "'families': drawn test architectures of each family; else names of timm models, comma-separated"
     )
-    families: str = option('all', "'all', or some of the families, comma-separated")
-    split: str | None = option(
-        None,
+    families: tuple[str, ...] = option(('all',), "'all', or some of the families, comma-separated")
+    split: tuple[str, ...] = option(
+        (),
         'networks of splits of DeepNets-1M instead, comma-separated: test, wide, deep, dense, bnfree, val, search',
     )
     file: Path | None = option(
@@ -72,31 +71,23 @@ class NetworkOptions(DataOptions):
     batch_size: int = option(64, 'images whose statistics batch normalisation uses', within=POSITIVE)
     device: str = option('cpu', "where to compute, e.g. 'cuda'")
     cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
+    plot: Path | None = option(None, 'also draw the accuracy into this file', metavar='FILE')
     json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.chosen_families
-        for split in self.deepnets_splits:
+        unknown = [name for name in self.chosen_families if name not in FAMILIES]
+        if unknown:
+            raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
+        for split in self.split:
             ranges_of(split)
-        if self.file is not None and not self.deepnets_splits:
+        if self.file is not None and not self.split:
             raise ConfigError('expected a split of the file of networks (name it with --split)')
 
     @property
-    def deepnets_splits(self) -> tuple[str, ...]:
-        """Splits of DeepNets-1M."""
-        return tuple(name.strip() for name in self.split.split(',')) if self.split else ()
-
-    @functools.cached_property
     def chosen_families(self) -> tuple[str, ...]:
         """Families to draw from."""
-        if self.families == 'all':
-            return tuple(FAMILIES)
-        chosen = tuple(name.strip() for name in self.families.split(','))
-        unknown = [name for name in chosen if name not in FAMILIES]
-        if unknown:
-            raise ConfigError(f'expected families among {", ".join(FAMILIES)} (got {", ".join(unknown)})')
-        return chosen
+        return tuple(FAMILIES) if self.families == ('all',) else self.families
 
     def sampler(self, num_classes: int) -> TimmSampler:
         """Draws networks of the families."""
@@ -110,8 +101,7 @@ class NetworkOptions(DataOptions):
 
     def named(self, num_classes: int) -> tuple[Architecture, ...]:
         """The models of timm that ``archs`` names."""
-        names = tuple(name.strip() for name in self.archs.split(','))
-        named = NamesSampler(names, image_size=self.image_size, num_classes=num_classes, small_stem=self.small_stem)
+        named = NamesSampler(self.archs, image_size=self.image_size, num_classes=num_classes, small_stem=self.small_stem)
         return tuple(named.architecture(name) for name in named.models)
 
     def deepnets(self, split: str, num_classes: int) -> Iterable[Architecture]:
@@ -124,22 +114,21 @@ class EvaluateOptions(NetworkOptions):
     """Which GHN to evaluate, on which networks and images."""
 
     count: int = option(4, 'architectures of each family, or networks of each split', within=POSITIVE)
-    plot: Path | None = option(None, 'also draw the accuracy by family into this file', metavar='FILE')
 
     def architectures(self, num_classes: int) -> list[tuple[str, Architecture]]:
         """What to evaluate, each with its family or its split of DeepNets-1M."""
-        if self.deepnets_splits:
+        if self.split:
             found = [
                 (split, network)
-                for split in self.deepnets_splits
+                for split in self.split
                 for network in itertools.islice(self.deepnets(split, num_classes), self.count)
             ]
-            if self.file is not None and len(found) < self.count * len(self.deepnets_splits):
+            if self.file is not None and len(found) < self.count * len(self.split):
                 raise ConfigError(f'expected {self.count:,} networks of each split in {self.file} (got {len(found):,})')
             return found
         networks = (
             evaluation_set(self.sampler(num_classes), seed=self.seed, count=self.count, split='test')
-            if self.archs == 'families'
+            if self.archs == ('families',)
             else self.named(num_classes)
         )
         return [(network.family, network) for network in networks]
@@ -147,15 +136,7 @@ class EvaluateOptions(NetworkOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A predicted network that was never trained.
-
-    Attributes:
-        family: Of the network; its split if it is one of DeepNets-1M.
-        name: Its key, or its name in timm.
-        parameters: Their number.
-        top1: Accuracy in percent.
-        loss: Cross-entropy.
-    """
+    """A predicted network that was never trained: family (or split of DeepNets-1M), name, size, accuracy in %."""
 
     family: str
     name: str
@@ -166,15 +147,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Accuracy over the networks of a split, as the papers report it.
-
-    Attributes:
-        split: Of DeepNets-1M, or a family.
-        networks: Their number.
-        mean: Mean accuracy in percent.
-        standard_error: Standard deviation of the accuracy, divided by the root of the number of networks.
-        maximum: The best accuracy.
-    """
+    """Accuracy in percent over the networks of a split or family; the error is that of the mean."""
 
     split: str
     networks: int
@@ -185,22 +158,21 @@ class Summary:
 
 def summaries(rows: Iterable[Evaluation]) -> tuple[Summary, ...]:
     """Mean, standard error and maximum of the accuracy of each family or split, in the order of the rows."""
-    accuracies: dict[str, list[float]] = {}
-    for row in rows:
-        accuracies.setdefault(row.family, []).append(row.top1)
     return tuple(
         Summary(name, len(top1), statistics.fmean(top1), statistics.pstdev(top1) / math.sqrt(len(top1)), max(top1))
-        for name, top1 in accuracies.items()
+        for name, top1 in _by_family(rows).items()
     )
 
 
-def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
-    """Load a GHN and a data set.
+def _by_family(rows: Iterable[Evaluation]) -> dict[str, list[float]]:
+    accuracies: dict[str, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.family, []).append(row.top1)
+    return accuracies
 
-    Raises:
-        ConfigError: if the GHN was trained for another number of classes than the data set has.
-        GHNError: if the GHN or the data cannot be had.
-    """
+
+def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
+    """Load a GHN and a data set; a ConfigError if the GHN was trained for another number of classes."""
     ghn = load_ghn(options.ghn, device=options.device)
     splits = load_splits(options)
     if ghn.config.num_classes != len(splits.classes):
@@ -219,19 +191,23 @@ def batches_of(options: NetworkOptions, ghn: GHN, data: ImageTensors) -> list[tu
     )
 
 
-def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
-    """Predict networks and measure them; batch normalisation uses the statistics of each batch.
-
-    Raises:
-        ConfigError: if the GHN was trained for another number of classes than the data set has.
-        GHNError: if the GHN, the data or an architecture cannot be had.
-    """
+def check_outputs(options: NetworkOptions) -> None:
+    """Refuse files that cannot be written before minutes go into what they are to hold."""
     if options.json is not None:
         check_output(options.json, ('.json',))
     if options.plot is not None:
         from timm_ghn.plots import SUFFIXES
 
         check_output(options.plot, SUFFIXES)
+
+
+def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
+    """Predict networks and measure them; batch normalisation uses the statistics of each batch.
+
+    Raises:
+        GHNError: if the GHN, the data or an architecture cannot be had, or the classes differ in number.
+    """
+    check_outputs(options)
     ghn, splits = load_ghn_and_splits(options)
     evaluated = splits.val if options.val_split != 'auto' or splits.test is None else splits.test
     data = load_images(evaluated, (3, options.image_size, options.image_size), progress=True).to(ghn.device)
@@ -256,8 +232,5 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
     if options.plot is not None:
         from timm_ghn.plots import plot_families
 
-        families: dict[str, list[float]] = {}
-        for row in rows:
-            families.setdefault(row.family, []).append(row.top1)
-        plot_families(families, options.plot, chance=100 / len(splits.classes))
+        plot_families(_by_family(rows), options.plot, chance=100 / len(splits.classes))
     return tuple(rows)

@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import logging
 import math
+import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.pool import Pool
@@ -33,7 +35,7 @@ from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.nn.precision import sum_dtype
-from timm_ghn.runs.run import Progress, Run, session
+from timm_ghn.runs.run import Progress, Result, Run, session
 from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.options import OF_CONFIG, TrainOptions
 from timm_ghn.train.step import accuracies_of, sum_gradients, train_step
@@ -63,34 +65,14 @@ class TrainProgress(Progress):
     window: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came out of a run.
-
-    Attributes:
-        output: Folder with results.jsonl, curves.png, checkpoints, and the GHN in ``ghn``.
-        steps: Steps done.
-        finished: Whether all are; else the run can go on with ``resume``.
-        evaluations: Metrics of each evaluation.
-    """
-
-    output: Path
-    steps: int
-    finished: bool
-    evaluations: tuple[dict[str, Any], ...]
-
-
 def train(options: TrainOptions) -> Result:
     """Train a GHN; in several processes where ``accelerate launch`` started them.
 
     Raises:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
-    with session(options, 'timm_ghn.train') as accelerator:
-        run = TrainRun(options, accelerator)
-        log = run.run()
-    evaluations = tuple(line for line in log if line['kind'] == 'eval')
-    return Result(options.output, run.progress.step, run.finished, evaluations)
+    with session(options) as accelerator:
+        return TrainRun(options, accelerator).run()
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
@@ -109,9 +91,7 @@ def _ghn(options: TrainOptions, num_classes: int) -> GHN:
     if differs:
         raise ConfigError(f'{options.init!r} is another GHN than the options describe: {"; ".join(differs)}')
     state = found.state_dict()
-    for name, tensor in ghn.state_dict().items():
-        if tensor.shape == state[name].shape:
-            state[name] = tensor
+    state |= {name: tensor for name, tensor in ghn.state_dict().items() if tensor.shape == state[name].shape}
     found.load_state_dict(state)
     found.shape_enc.take_(ghn.shape_enc)
     return found
@@ -136,23 +116,23 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
 
     Norms, biases and embeddings are not decayed.
     """
+    muon = options.opt == 'muon'
     groups: dict[str, dict[str, Any]] = {
         'templates': {'params': [], 'weight_decay': options.weight_decay},
         'matrices': {'params': [], 'weight_decay': options.weight_decay},
         'others': {'params': [], 'weight_decay': 0.0},
     }
     for name, parameter in ghn.named_parameters():
-        if options.opt == 'muon' and name.endswith('.templates'):
+        if muon and name.endswith('.templates'):
             kind = 'templates'
         else:
             kind = 'matrices' if parameter.dim() > 1 and 'embed' not in name else 'others'
         groups[kind]['params'].append(parameter)
-    more: dict[str, Any] = {}
-    if options.opt == 'muon':
+    if muon:
         # Said for each group: by its own rule timm takes wide matrices for embeddings.
         for kind, group in groups.items():
             group['use_muon'] = kind == 'templates'
-        more = {'momentum': 0.95, 'fallback_lr_scale': _FALLBACK}
+    more: dict[str, Any] = {'momentum': 0.95, 'fallback_lr_scale': _FALLBACK} if muon else {}
     used = [group for group in groups.values() if group['params']]
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         used, opt=options.opt, lr=options.lr, betas=(0.9, 0.99), **more
@@ -160,9 +140,11 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
     return optimizer
 
 
-class TrainRun(Run[TrainOptions, TrainProgress]):
+class TrainRun(Run):
     """A meta-training run."""
 
+    options: TrainOptions
+    progress: TrainProgress
     ordered_by = 'step'
     may_change = (
         'init', 'output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with',
@@ -172,10 +154,10 @@ class TrainRun(Run[TrainOptions, TrainProgress]):
 
     def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator, TrainProgress())
-        if options.meta_batch % (accelerator.num_processes * options.accumulate):
+        if options.meta_batch % accelerator.num_processes:
             raise ConfigError(
-                f'expected meta_batch to be a multiple of {accelerator.num_processes} processes times accumulate '
-                f'{options.accumulate} (got {options.meta_batch})'
+                f'expected meta_batch to be a multiple of {accelerator.num_processes} processes (got '
+                f'{options.meta_batch})'
             )
         with accelerator.main_process_first():
             splits = load_splits(options)
@@ -259,30 +241,22 @@ class TrainRun(Run[TrainOptions, TrainProgress]):
         options, accelerator = self.options, self.accelerator
         blueprints = [self.blueprints(architecture) for architecture in self.architectures(step)]
         images, labels = self._batch(step)
-        part = len(blueprints) // options.accumulate
-        outcomes = [
-            train_step(
-                self.ghn,
-                blueprints[first : first + part],
-                images[first : first + part] if options.own_images else images,
-                labels[first : first + part] if options.own_images else labels,
-                networks=options.meta_batch,
-                clip=options.clip_network,
-                smoothing=options.smoothing,
-                autocast=accelerator.autocast,
-            )
-            for first in range(0, len(blueprints), part)
-        ]
-        losses = [loss for outcome in outcomes for loss in outcome.losses if not math.isnan(loss)]
-        rights = [share for outcome in outcomes for share in outcome.accuracies if not math.isnan(share)]
-        skipped = sum(outcome.skipped for outcome in outcomes)
-        sums = self._share(
-            torch.tensor([sum(losses), sum(rights), len(losses), skipped], dtype=sum_dtype(accelerator.device))
+        outcome = train_step(
+            self.ghn,
+            blueprints,
+            images,
+            labels,
+            networks=options.meta_batch,
+            clip=options.clip_network,
+            smoothing=options.smoothing,
+            autocast=accelerator.autocast,
         )
-        loss, right, counted, skipped = sums.tolist()
+        kept = [pair for pair in zip(outcome.losses, outcome.accuracies, strict=True) if not math.isnan(pair[0])]
+        sums = [sum(pair[0] for pair in kept), sum(pair[1] for pair in kept), len(kept), outcome.skipped]
+        loss, right, counted, skipped = self._share(torch.tensor(sums, dtype=sum_dtype(accelerator.device))).tolist()
         progress = self.progress
         progress.skipped += int(skipped)
-        useful = counted > 0 and math.isfinite(self._clip())
+        useful = counted > 0 and math.isfinite(clip_grad_norm_(self.ghn.parameters(), options.clip_grad))
         progress.steps_without_finite_loss = 0 if useful else progress.steps_without_finite_loss + 1
         if progress.steps_without_finite_loss >= options.max_skipped:
             raise TrainingError(
@@ -305,10 +279,10 @@ class TrainRun(Run[TrainOptions, TrainProgress]):
         images, labels = training_batch(
             self.train_data, step, options.images_in_step, seed=options.seed, config=IMAGES, augment=options.augment
         )
-        if not options.own_images:
-            return images, labels
-        each = (options.meta_batch, options.batch_size)
-        return images.unflatten(0, each)[self._own], labels.unflatten(0, each)[self._own]
+        if options.own_images:
+            each = (options.meta_batch, options.batch_size)
+            images, labels = images.unflatten(0, each)[self._own], labels.unflatten(0, each)[self._own]
+        return images, labels
 
     @property
     def _own(self) -> slice:
@@ -331,18 +305,10 @@ class TrainRun(Run[TrainOptions, TrainProgress]):
         summed: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction='sum')
         return summed
 
-    def _clip(self) -> float:
-        """Scale the gradient down to the largest norm; the norm that it had."""
-        norm = torch.nn.utils.clip_grad_norm_(self.ghn.parameters(), self.options.clip_grad)
-        return float(norm)
-
     @property
     def shipped(self) -> GHN:
         """The GHN that is evaluated and saved."""
-        chosen = self.ghn if self.average is None else self.average.module
-        if not isinstance(chosen, GHN):
-            raise TypeError(f'expected a GHN (got {type(chosen).__name__})')
-        return chosen
+        return self.ghn if self.average is None else cast(GHN, self.average.module)
 
     @functools.cached_property
     def evaluated(self) -> dict[str, tuple[Architecture, ...]]:
@@ -374,18 +340,17 @@ class TrainRun(Run[TrainOptions, TrainProgress]):
         values: dict[str, Any] = {}
         for group, architectures in self.evaluated.items():
             found = torch.zeros(len(architectures), dtype=sum_dtype(accelerator.device), device=accelerator.device)
-            for index, architecture in enumerate(architectures):
-                if index % accelerator.num_processes == accelerator.process_index:
-                    found[index] = accuracies_of(ghn, self.blueprints(architecture), batches)[0]
+            for index in range(accelerator.process_index, len(architectures), accelerator.num_processes):
+                found[index] = accuracies_of(ghn, self.blueprints(architectures[index]), batches)[0]
             shares = accelerator.reduce(found, reduction='sum').tolist()
-            values[group] = sum(shares) / len(shares)
+            values[group] = statistics.fmean(shares)
             families: dict[str, list[float]] = {}
             for architecture, share in zip(architectures, shares, strict=True):
                 families.setdefault(architecture.family, []).append(share)
-            values |= {f'{group}/{name}': sum(part) / len(part) for name, part in families.items()}
+            values |= {f'{group}/{name}': statistics.fmean(part) for name, part in families.items()}
         self.record_metrics('eval', {'step': self.progress.step, **values})
-        shares = ', '.join(f'{name} {values[name]:.1f} %' for name in self.evaluated)
-        self.say('step %d: predicted, no training: %s', self.progress.step, shares)
+        shown = ', '.join(f'{name} {values[name]:.1f} %' for name in self.evaluated)
+        self.say('step %d: predicted, no training: %s', self.progress.step, shown)
 
     def _log(self) -> None:
         loss, right, count = self.progress.window

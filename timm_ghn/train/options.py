@@ -25,7 +25,7 @@ OF_CONFIG = ('hid', 'gnn', 'layers', 'heads', 'virtual_edges', 'decoder', 'smoot
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions(RunOptions, DataOptions):
-    """What GHN to train, on which architectures and images, and how. Every field is an option and a key of a recipe.
+    """What GHN to train, on which architectures and images, and how.
 
     Raises:
         ConfigError: if options contradict themselves.
@@ -65,9 +65,6 @@ class TrainOptions(RunOptions, DataOptions):
 
     steps: int = option(2000, 'optimiser steps', within=POSITIVE)
     meta_batch: int = option(4, 'architectures in a step, of all processes', within=POSITIVE)
-    accumulate: int = option(
-        1, 'parts into which the architectures of a process are divided, to save memory', within=POSITIVE
-    )
     batch_size: int = option(64, 'images that an architecture sees in a step', within=POSITIVE)
     own_images: bool = option(False, 'each architecture of a step sees other images, instead of all the same')
     opt: str = option('adamw', 'optimiser: adamw, or muon for the templates and adamw for the rest', choices=OPTIMISERS)
@@ -95,10 +92,6 @@ class TrainOptions(RunOptions, DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.meta_batch % self.accumulate:
-            raise ConfigError(
-                f'expected meta_batch to be a multiple of accumulate (got {self.meta_batch}, {self.accumulate})'
-            )
         if self.opt == 'muon' and self.decoder != 'templates':
             raise ConfigError(f"opt 'muon' is for the decoder 'templates' (got the decoder {self.decoder!r})")
         if self.warmup_steps + self.decay_steps > self.steps:
@@ -106,8 +99,7 @@ class TrainOptions(RunOptions, DataOptions):
                 f'expected at least {self.warmup_steps} + {self.decay_steps} steps, to warm up and to decay '
                 f'(got {self.steps})'
             )
-        # Their own checks.
-        _ = self.config_for(2), self.unseen_families()
+        _ = self.config_for(2), self.unseen_families()  # their own checks
 
     def config_for(self, num_classes: int) -> GHNConfig:
         """Hyper-parameters of the GHN."""
@@ -124,9 +116,8 @@ class TrainOptions(RunOptions, DataOptions):
 
     def sampler_for(self, num_classes: int) -> ArchitectureSampler:
         """Source of the architectures to train on."""
-        own = self.sampler_args or {}
-        if isinstance(own, str):
-            own = read_yaml(own, 'sampler_args')
+        given = self.sampler_args or {}
+        own = read_yaml(given, 'sampler_args') if isinstance(given, str) else given
         if not isinstance(own, dict):
             raise ConfigError(f"expected sampler_args to be a mapping like '{{families: [vgg]}}' (got {own!r})")
         return build_sampler(self.sampler, {'image_size': self.image_size, 'num_classes': num_classes, **own})

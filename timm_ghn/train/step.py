@@ -41,10 +41,6 @@ class Outcome:
 def predict_parameters(ghn: GHN, blueprints: Sequence[Blueprint]) -> list[dict[str, Tensor]]:
     """Predict the parameters of several networks at once; differentiable.
 
-    Args:
-        ghn: The GHN.
-        blueprints: Of the networks.
-
     Returns:
         For each network its predicted parameters by name, all names of a tied one.
     """
@@ -93,9 +89,6 @@ def train_step(
             network without norm layers outweighs all others of a step.
         smoothing: Label smoothing.
         autocast: Context in which the networks compute; the GHN itself is always in float32.
-
-    Returns:
-        Losses and accuracies of the networks.
     """
     predicted = predict_parameters(ghn, blueprints)
     batches = _batches(images, labels, len(blueprints))
@@ -115,8 +108,8 @@ def train_step(
         value, norm = torch.stack([loss.detach(), torch.nn.utils.get_total_norm(parts).to(loss)]).tolist()
         if not (math.isfinite(value) and math.isfinite(norm)):
             skipped += 1
-            losses.append(float('nan'))
-            accuracies.append(float('nan'))
+            losses.append(math.nan)
+            accuracies.append(math.nan)
             continue
         tensors += [tensor for tensor, _ in used]
         if clip is not None and norm > clip * share:
@@ -130,21 +123,13 @@ def train_step(
 
 
 def sum_gradients(ghn: GHN, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Put the sum over processes in place of each gradient, in a single message.
+    """Put the sum over processes, which ``reduce`` gives, in place of each gradient, in a single message.
 
-    Args:
-        ghn: The GHN. Which of its parameters have a gradient depends on the architectures of a process.
-        reduce: Gives the sum of a tensor over processes.
+    Which parameters of the GHN have a gradient depends on the architectures of a process.
     """
     parameters = [parameter for parameter in ghn.parameters() if parameter.requires_grad]
-    flat = reduce(
-        torch.cat(
-            [
-                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
-                for parameter in parameters
-            ]
-        )
-    )
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]))
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 
@@ -167,10 +152,7 @@ def _layout(tensor: Tensor) -> Tensor:
 def accuracies_of(ghn: GHN, blueprint: Blueprint, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """Accuracy in percent and cross-entropy of a predicted network that was never trained.
 
-    Args:
-        ghn: The GHN.
-        blueprint: Of the network.
-        batches: Images and labels; batch normalisation uses the statistics of each, as in arXiv 2110.13100.
+    Batch normalisation uses the statistics of each batch, as in arXiv 2110.13100.
     """
     (parameters,) = predict_parameters(ghn, [blueprint])
     return accuracy_with(blueprint, parameters, batches)
