@@ -14,7 +14,7 @@ _logger = logging.getLogger('timm_ghn.finetune')
 
 
 def check_target(options: FinetuneOptions) -> None:
-    """Refuse a repository that could not be pushed to before hours go into the model; nothing is made there.
+    """Make the repository, and refuse one that could not be pushed to before hours go into the model.
 
     Raises:
         ConfigError: if it is public where a private one was asked for, or holds pickled files.
