@@ -65,7 +65,6 @@ def entry(ghn: GHN, description: str) -> dict[str, object]:
         'name': EMBEDDED,
         'description': description,
         'path': f'embedded/{EMBEDDED}',
-        'format': 'timm_ghn',
         'license': 'mit',
         'num_parameters': sum(parameter.numel() for parameter in ghn.parameters()),
         'config': {key: value for key, value in ghn.config.to_dict().items() if key != 'name'},

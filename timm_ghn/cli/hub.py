@@ -15,7 +15,7 @@ from timm_ghn.hub.catalogue import known_ghns
 from timm_ghn.hub.converted import VARIABLE, cache_folder, convert_official, converted_ghns, remove_converted
 from timm_ghn.hub.fetch import Access
 from timm_ghn.hub.load import find_files, load_ghn
-from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, digest_in_name, is_native, read_ghn
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, is_native, read_ghn
 from timm_ghn.publish.push import Target, push_path
 
 
@@ -40,7 +40,7 @@ def convert_ghn(args: argparse.Namespace) -> int:
         raise FileExistsError(f'{str(folder)!r} exists and is not an empty folder: name another one')
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f'the folder {str(folder.absolute().parent)!r} does not exist')
-    found = find_files(args.source, None, Access())
+    found = find_files(args.source, Access())
     config = None if found.entry is None else found.entry.config
     if is_native(found.path):
         read_ghn(found.path, config=config)  # nothing that cannot be loaded is copied
@@ -49,7 +49,7 @@ def convert_ghn(args: argparse.Namespace) -> int:
             shutil.copyfile(weights.parent / CONFIG_FILE, partial / CONFIG_FILE)
             shutil.copyfile(weights, partial / WEIGHTS_FILE)
     else:
-        convert_official(found.path, folder, config=config, sha256=digest_in_name(found.path))
+        convert_official(found.path, folder, config)
     size = sum(file.stat().st_size for file in folder.iterdir())
     if args.json:
         print(json.dumps({'source': args.source, 'folder': str(folder), 'size': size}, indent=2))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
 from torch import nn
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNError, HubError, printable
 from timm_ghn.files import write_json
-from timm_ghn.hub.fetch import check_token
+from timm_ghn.hub.fetch import check_token, client_text
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, save_ghn
 from timm_ghn.nn.ghn import GHN
@@ -312,21 +311,15 @@ def prepare(target: Target, api: HfApi) -> None:
 
 @contextlib.contextmanager
 def hub_errors(target: Target, api: HfApi) -> Iterator[None]:
-    """Turn the client's exceptions, which differ from version to version, into a HubError with its text.
-
-    Neither the token, which a server may repeat, nor the query of an address, which signs an upload, is in it.
-    """
-    token = api.token if isinstance(api.token, str) else get_token()
+    """Turn the client's exceptions, which differ from version to version, into a HubError with its text."""
     try:
         yield
     except GHNError:
         raise
     except Exception as error:
-        # The client's error about an upload does not say why it failed, its cause does.
-        text = ': '.join(f'{type(one).__name__} {one}' for one in (error, error.__cause__) if one is not None)
-        shown = re.sub(r'\?\S*', '', text.replace(token, '(token)') if token else text)
+        shown = client_text(error, api.token)
         raise HubError(
-            f'{target.repo_id} was not pushed to {constants.ENDPOINT}: {shown.rstrip(".")}. Check the name, the '
+            f'{target.repo_id} was not pushed to {constants.ENDPOINT}: {shown}. Check the name, the '
             'network and the token (`hf auth login` or HF_TOKEN, with write access), and push again: what is there is '
             'neither sent nor committed twice'
-        ) from (error if shown == text else None)
+        ) from (error if '(token)' not in shown else None)  # whose traceback would show it
