@@ -49,16 +49,14 @@ def card(ghn: GHN, training: MetaTraining, note: str, earlier: Sequence[str]) ->
         config=ghn.config,
         parameters=sum(parameter.numel() for parameter in ghn.parameters()),
         origin=None,
-        entry=None,
-        unchanged=False,
         training=training,
         license='mit',
     )
     made = make_card(facts)
     made.data.datasets = [*earlier, *(made.data.datasets or [])]
     text = str(made).replace(_NOWHERE, EMBEDDED)
-    before, limits = text.split('\n## Limits\n', 1)
-    return f'{before}\n{note.strip()}\n\n## Limits\n{limits}' if note else text
+    before, citation = text.split('\n## Citation\n', 1)
+    return f'{before}\n{note.strip()}\n\n## Citation\n{citation}' if note else text
 
 
 def entry(ghn: GHN, description: str) -> dict[str, object]:
@@ -67,7 +65,6 @@ def entry(ghn: GHN, description: str) -> dict[str, object]:
         'name': EMBEDDED,
         'description': description,
         'path': f'embedded/{EMBEDDED}',
-        'format': 'timm_ghn',
         'license': 'mit',
         'num_parameters': sum(parameter.numel() for parameter in ghn.parameters()),
         'config': {key: value for key, value in ghn.config.to_dict().items() if key != 'name'},
@@ -86,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.package / 'embedded' / EMBEDDED
     ghn = make(args.run, folder, postprocess=args.postprocess)
+    training = MetaTraining.read(args.run, load_ghn(args.run / TRAINED).config)
     note = args.note.read_text(encoding='utf-8') if args.note else ''
-    (folder / 'README.md').write_text(card(ghn, MetaTraining.read(args.run), note, args.earlier), encoding='utf-8')
+    (folder / 'README.md').write_text(card(ghn, training, note, args.earlier), encoding='utf-8')
     text = json.dumps(entry(ghn, args.description), indent=2)
     (args.configs / f'{EMBEDDED}.json').write_text(text + '\n', encoding='utf-8')
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -14,7 +14,7 @@ import torch
 from hub_server import HubServer
 from official import official_state, write_joblib
 
-from timm_ghn.hub import catalogue, converted, fetch, load
+from timm_ghn.hub import catalogue, converted, load
 from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN, GHNConfig
@@ -48,7 +48,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     monkeypatch.setattr(catalogue, '_default', None)
     monkeypatch.setattr(converted, '_warned', set())
     use_endpoint(f'http://127.0.0.1:{closed_port()}')
-    fetch._unreachable.clear()
     load._last.clear()
     yield
     load._last.clear()
@@ -109,7 +108,7 @@ def official(tmp_path: Path, small_ghn: GHN) -> bytes:
 def mine(hub: HubServer, official: bytes, small: GHNConfig) -> GHNEntry:
     """The entry of an official file on the Hub."""
     hub.put('user/repo', {'ghn.pt': official})
-    entry = GHNEntry('mine', '', 'joblib', small, repo_id='user/repo', filename='ghn.pt')
+    entry = GHNEntry('mine', '', small, repo_id='user/repo', filename='ghn.pt')
     catalogue._registered['mine'] = entry
     return entry
 

@@ -9,6 +9,7 @@ timm's own tests hold with and without this package. They come in its source dis
 
 import copy
 import dataclasses
+import json
 import re
 import sys
 import types
@@ -23,7 +24,7 @@ from timm.models import _factory, _registry
 from torch import nn
 
 from timm_ghn import timm_source as source
-from timm_ghn.prediction.postprocess import DEFAULT, PostProcess
+from timm_ghn.files import fingerprint
 
 NAMED = 'ghn-of-the-catalogue'
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -40,7 +41,7 @@ class FakeOrigin:
 
 
 class FakeHub:
-    """Stands in for ``shared_ghn``, ``known_ghns`` and ``ghn_init``, and records what is asked of them."""
+    """Stands in for ``shared_ghn``, ``known_ghns`` and ``initialise``, and records what is asked of them."""
 
     def __init__(self):
         self.loaded = []
@@ -54,7 +55,7 @@ class FakeHub:
         config = types.SimpleNamespace(mean=MEAN, std=STD, num_classes=1000, name=None, postprocess='orth')
         return types.SimpleNamespace(config=config, origin=FakeOrigin('some-ghn' if name == 'ghn' else name))
 
-    def ghn_init(self, model, ghn, *, input_size=None, seed=0):
+    def initialise(self, model, ghn, *, input_size=None, seed=0):
         self.inputs.append(input_size)
         cfg = getattr(model, 'pretrained_cfg', {})
         kept = cfg.get('classifier') if getattr(model, 'num_classes', 1000) != ghn.config.num_classes else None
@@ -62,7 +63,7 @@ class FakeHub:
             for name, parameter in model.named_parameters():
                 if not (kept and name.startswith(kept)):
                     parameter.copy_(predicted(name, parameter))
-        return model
+        return {'ghn': ghn.origin.name, 'origin': dataclasses.asdict(ghn.origin)}
 
 
 def predicted(name, parameter):
@@ -94,7 +95,7 @@ def hub(monkeypatch):
     for name, content in {
         'timm_ghn.hub.catalogue': {'known_ghns': lambda: {NAMED: None}},
         'timm_ghn.hub.load': {'shared_ghn': fake.shared_ghn},
-        'timm_ghn.prediction.predict': {'ghn_init': fake.ghn_init},
+        'timm_ghn.prediction.predict': {'initialise': fake.initialise},
     }.items():
         module = types.ModuleType(name)
         vars(module).update(content)
@@ -271,14 +272,13 @@ class TestTruth:
         model = timm.create_model('test_resnet.ghn')
         cfg = model.pretrained_cfg
         assert (cfg['tag'], cfg['architecture'], cfg['source']) == ('ghn', 'test_resnet', 'ghn')
-        assert notes(model) == {
-            'ghn': 'some-ghn',
-            'repo_id': 'someone/some-ghn',
-            'revision': '0123abc',
-            'file': 'ghn.pt',
-            'embedded': 'False',
-            'postprocess': PostProcess.of(DEFAULT).describe(),
-        }
+        said = json.loads(notes(model)['provenance'])
+        assert (notes(model)['ghn'], said['ghn'], said['weights']) == (
+            'some-ghn',
+            'some-ghn',
+            fingerprint(model.state_dict()),
+        )
+        assert said['origin'] == dataclasses.asdict(FakeOrigin('some-ghn', file='ghn.pt'))
         assert 'some-ghn' in cfg['description']
         assert (cfg['num_classes'], cfg['classifier'], cfg['first_conv']) == (1000, 'fc', 'conv1.0')
         assert cfg['input_size'] == timm.get_pretrained_cfg('test_resnet').input_size

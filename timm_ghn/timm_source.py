@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import json
 import threading
 import warnings
 from collections.abc import Callable
@@ -262,18 +263,11 @@ def _cfg_of(
 ) -> PretrainedCfg:
     """The pretrained cfg of a model that a GHN predicts.
 
-    Facts about the GHN stand in ``notes``, one ``'key: value'`` each: timm has no entry for them, and refuses a cfg
-    with entries that it does not know.
+    Facts about the prediction stand in ``notes``: timm has no entry for them, and refuses a cfg with entries that it
+    does not know.
     """
-    from timm_ghn.prediction.postprocess import DEFAULT, PostProcess
-
-    facts = dataclasses.asdict(ghn.origin) if ghn.origin else {}
-    if facts.get('file'):
-        # timm uploads the cfg with the weights, and paths of this machine are private.
-        facts['file'] = Path(facts['file']).name
-    name = printable(facts.pop('name', None) or ghn.config.name or facts.get('file') or tag)
-    options = PostProcess.of(DEFAULT, auto=ghn.config.postprocess)
-    facts |= {'postprocess': options.describe() if options else 'none'}
+    origin = ghn.origin
+    name = printable((origin and origin.name) or ghn.config.name or tag)
     blank = _blank_cfg(architecture)
     entries: dict[str, Any] = {'mean': tuple(ghn.config.mean), 'std': tuple(ghn.config.std)}
     if not isinstance(pretrained_cfg, str):
@@ -287,7 +281,7 @@ def _cfg_of(
         'tag': tag,
         'source': DEFAULT_TAG,
         'description': f'Parameters predicted by the graph hypernetwork {name}, without training.',
-        'notes': (f'ghn: {name}', *(f'{key}: {printable(v)}' for key, v in facts.items() if v is not None)),
+        'notes': (f'ghn: {name}',),
     }
     return dataclasses.replace(blank, **entries)
 
@@ -299,7 +293,8 @@ def _predicted(
 
     A feature extractor gets the parameters of the whole model, which timm loads as it loads any state dict.
     """
-    from timm_ghn.prediction.predict import ghn_init
+    from timm_ghn.files import fingerprint
+    from timm_ghn.prediction.predict import initialise
 
     # Some entrypoints choose a variant by the tag: build that of the untagged name.
     default = timm.get_pretrained_cfg(_timm_name(architecture))
@@ -309,7 +304,12 @@ def _predicted(
     input_size = _input_size(cfg, kwargs)
     undescribed = default is None and input_size == PretrainedCfg().input_size
     model = entrypoint(pretrained=False, pretrained_cfg=built, pretrained_cfg_overlay=None, **whole)
-    ghn_init(model, ghn, input_size=None if undescribed else input_size, seed=0)
+    facts = initialise(model, ghn, input_size=None if undescribed else input_size, seed=0)
+    facts['weights'] = fingerprint(model.state_dict())
+    if facts['origin'] and facts['origin']['file']:
+        # timm uploads the cfg with the weights, and paths of this machine are private.
+        facts['origin']['file'] = Path(facts['origin']['file']).name
+    cfg = dataclasses.replace(cfg, notes=(*(cfg.notes or ()), f'provenance: {json.dumps(facts)}'))
     if features:
         # They were predicted for the channels that the model takes: timm has nothing to adapt, and older ones would.
         adapted = None if input_size[0] != PretrainedCfg().input_size[0] else built.first_conv

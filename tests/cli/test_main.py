@@ -59,7 +59,8 @@ def test_predict_writes_the_raw_prediction_as_in_python(run):
     read = load_file('out.safetensors')
     assert all(torch.equal(tensor, read[name]) for name, tensor in prediction.state_dict.items())
     with safe_open('out.safetensors', framework='pt') as file:
-        assert json.loads(file.metadata()['provenance']) == prediction.provenance
+        said = json.loads(file.metadata()['provenance'])
+    assert said == {**prediction.provenance, 'weights': said['weights']}
     assert prediction.provenance['postprocess'] is None
     assert timm_ghn.load_ghn(EMBEDDED).config.postprocess == 'orth', 'but raw is the default'
     assert 'post-processing: none: as predicted; --postprocess auto' in out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from timm_ghn.hub.catalogue import (
     known_ghns,
     list_ghns,
     locate,
-    read_entry,
     register_ghn,
     set_default_ghn,
 )
@@ -58,7 +56,7 @@ def test_the_published_ghn3s_have_their_published_sizes(name):
     assert (config.hid, config.layers, config.heads, entry.num_parameters) == PUBLISHED_SIZES[name]
     assert config.max_shape == (config.hid, config.hid, 16, 16)
     assert (config.gnn, config.window, config.num_classes, config.trained) == ('graphormer', 'center', 1000, True)
-    assert (entry.repo_id, entry.filename, entry.format) == (REPOSITORY, f'{name.replace("_", "")}.pt', 'joblib')
+    assert (entry.repo_id, entry.filename) == (REPOSITORY, f'{name.replace("_", "")}.pt')
     assert set(ENTRIES) == {*PUBLISHED_SIZES, 'ghn2', EMBEDDED}
 
 
@@ -80,21 +78,6 @@ def test_the_embedded_ghn_is_small_and_trained():
     assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.embedded) == (EMBEDDED, None, True)
 
 
-@pytest.mark.parametrize(
-    ('change', 'match'),
-    [
-        ({'name': 'other'}, "to be 'entry'"),
-        ({'surprise': 1}, 'surprise'),
-        ({'license': None, 'config': {}}, 'hid'),
-    ],
-)
-def test_a_wrong_entry_is_refused(tmp_path, change, match):
-    record = {**ENTRIES['ghn2'].to_dict(), 'name': 'entry'} | change
-    (tmp_path / 'entry.json').write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=match):
-        read_entry(tmp_path / 'entry.json')
-
-
 # register_ghn
 
 
@@ -107,8 +90,8 @@ def test_a_path_gets_a_name(folder, small_ghn, kind, tmp_path, monkeypatch):
     monkeypatch.chdir('/')
     assert list_ghns() == sorted([*ENTRIES, 'mine'])
     entry = known_ghns()['mine']
-    assert (entry.num_parameters, entry.config) == (sum(p.numel() for p in small_ghn.parameters()), small_ghn.config)
-    assert Path(json.loads(json.dumps(entry.to_dict()))['file']).is_absolute()
+    assert entry.config == small_ghn.config
+    assert Path(json.loads(json.dumps(entry.to_dict()))['path']).is_absolute()
     ghn = load_ghn('mine')
     expect_same(ghn, small_ghn)
     assert (ghn.origin.name, ghn.origin.repo_id, ghn.origin.embedded) == ('mine', None, False)
@@ -157,17 +140,14 @@ def test_impossible_names_are_refused(folder, name):
     assert name not in list_ghns()
 
 
-def test_what_is_not_there_or_no_ghn_is_refused_and_changes_nothing(tmp_path, folder):
+def test_what_is_not_there_or_no_ghn_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(GHNNotFoundError, match='no such file'):
         register_ghn('mine', tmp_path / 'missing')
-    with pytest.raises(GHNNotFoundError, match=r'no file config\.json'):
+    with pytest.raises(CheckpointError, match=r'config\.json'):
         register_ghn('mine', tmp_path)
     (tmp_path / 'bad.pt').write_bytes(b'nonsense')
     with pytest.raises(CheckpointError):
         register_ghn('mine', tmp_path / 'bad.pt')
-    os.truncate(folder / 'model.safetensors', 100)
-    with pytest.raises(CheckpointError, match='truncated'):
-        register_ghn('mine', folder)
     with pytest.raises(GHNNotFoundError):
         register_ghn('mine', 'user/repo')
     assert list_ghns() == list(ENTRIES)
@@ -176,7 +156,7 @@ def test_what_is_not_there_or_no_ghn_is_refused_and_changes_nothing(tmp_path, fo
 def test_a_registered_folder_that_vanished_is_named(folder):
     register_ghn('mine', folder)
     folder.rename(folder.with_name('elsewhere'))
-    with pytest.raises(GHNNotFoundError, match=r"'mine' cannot be loaded: .*native does not exist"):
+    with pytest.raises(GHNNotFoundError, match='cannot open .*native'):
         load_ghn('mine')
 
 
@@ -224,16 +204,16 @@ def test_a_default_that_does_not_exist_is_refused_and_changes_nothing(name, monk
 def test_a_name_of_the_catalogue_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'ghn3_tm8').mkdir()
-    assert locate('ghn3_tm8').entry == known_ghns()['ghn3_tm8']
+    assert locate('ghn3_tm8') == known_ghns()['ghn3_tm8']
     for path in ('./ghn3_tm8', Path('ghn3_tm8'), str(tmp_path / 'ghn3_tm8')):
-        assert locate(path).path == Path(path)
+        assert locate(path) == Path(path)
 
 
 def test_a_folder_in_the_working_directory_takes_no_tag_and_no_default_away(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / EMBEDDED).mkdir()  # an empty one, of which nothing could be loaded
     model = timm.create_model(f'test_resnet.{EMBEDDED}')
-    assert 'embedded: True' in model.pretrained_cfg['notes']
+    assert '"embedded": true' in str(model.pretrained_cfg['notes'])
     monkeypatch.setenv('TIMM_GHN_DEFAULT', EMBEDDED)
     assert load_ghn('ghn').origin.embedded
     set_default_ghn(EMBEDDED)
@@ -242,27 +222,29 @@ def test_a_folder_in_the_working_directory_takes_no_tag_and_no_default_away(tmp_
 
 def test_an_existing_path_wins_over_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert locate('user/repository').repo_id == 'user/repository'
+    assert locate('user/repository') == 'user/repository'
     (tmp_path / 'user').mkdir()
     (tmp_path / 'user/repository').touch()
-    assert locate('user/repository').path == Path('user/repository')
+    assert locate('user/repository') == Path('user/repository')
     (tmp_path / 'folder').mkdir()
-    assert locate('folder').path == Path('folder')
+    assert locate('folder') == Path('folder')
 
 
 @pytest.mark.parametrize(
-    'name', ['/no/such/place', 'no/such.pt', 'such.safetensors', './such', '~/such', 'a/b/c', Path('ghn3_tm8')]
+    'name',
+    [
+        '/no/such/place',
+        'such.safetensors',
+        './such',
+        '~/such',
+        'a/b/c',
+        Path('ghn3_tm8'),
+        'ghn3tm8',
+        '',
+        '\x00',
+        'x' * 5000,
+    ],
 )
-def test_what_looks_like_a_path_is_said_to_be_missing(name):
-    with pytest.raises(GHNNotFoundError, match='no such file or folder'):
+def test_what_is_no_name_and_no_path_lists_the_known_names(name):
+    with pytest.raises(GHNNotFoundError, match='no such file or folder. Known are ghn2, ghn3_lm8, .*user/repository'):
         locate(name)
-
-
-def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
-    for name, meant in (('ghn3tm8', 'ghn3_tm8'), ('ghn3-xlm16', 'ghn3_xlm16'), ('gnh2', 'ghn2')):
-        match = rf"Did you mean '{meant}'\? Known are ghn2, ghn3_lm8, .*user/repository"
-        with pytest.raises(GHNNotFoundError, match=match):
-            locate(name)
-    for name in ('', '\x00', 'x' * 5000, 'völlig anders'):
-        with pytest.raises(GHNNotFoundError, match='Known are'):
-            locate(name)

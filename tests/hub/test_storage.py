@@ -158,9 +158,7 @@ def test_a_configuration_that_the_weights_contradict_is_refused(folder, change):
 
 def test_wrong_weights_are_named(folder):
     edit_weights(folder, ln__weight=torch.zeros(3), ln__bias=None, more=torch.zeros(1))
-    with pytest.raises(
-        CheckpointError, match=r'lacks ln\.bias; it has unexpected more; it has ln\.weight \(3,\) where'
-    ):
+    with pytest.raises(CheckpointError, match=r'Missing.*"ln\.bias".*Unexpected.*"more".*size mismatch for ln\.weight'):
         read_ghn(folder)
 
 

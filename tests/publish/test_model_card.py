@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,23 +16,24 @@ from pictures import make_dataset, save_dataset
 from torch import nn
 
 import timm_ghn
-from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, postprocess_, predict, push_to_hub
+from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, load_ghn, predict, push_to_hub
+from timm_ghn.files import fingerprint
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
-from timm_ghn.hub import load_ghn
 from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
-from timm_ghn.hub.storage import save_ghn
+from timm_ghn.nn import GHNConfig
 from timm_ghn.nn.config import Origin
-from timm_ghn.prediction.predict import provenance
+from timm_ghn.prediction.predict import initialise
 from timm_ghn.publish.card import make_card
-from timm_ghn.publish.facts import ModelFacts
+from timm_ghn.publish.facts import GHNFacts, ModelFacts, origin_of
 from timm_ghn.publish.files import read_source
-from timm_ghn.publish.training import Training
+from timm_ghn.publish.training import MetaTraining, Training
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
 
 REPO = 'user/test.ghn'
 TOKEN = 'hf_writer'
+PREDICTED = '**predicted, no training**'
 
 
 @pytest.fixture
@@ -53,111 +55,106 @@ def code_of(card: ModelCard) -> str:
     return re.search(r'## Reproduce it.*?```python\n(.*?)```', card.text, re.DOTALL)[1]
 
 
-def run(card: ModelCard) -> nn.Module:
-    """The model that these lines make."""
-    assert len(code_of(card).splitlines()) == 3
+def expect_reproduced(card: ModelCard, model: nn.Module) -> None:
+    """These lines make the predicted parameters of the model again."""
     names: dict[str, object] = {}
     exec(code_of(card), names)
-    return names['model']
+    for row in predict(model, EMBEDDED).plan.predicted:
+        assert torch.equal(names['model'].get_parameter(row.name), model.get_parameter(row.name)), row.name
 
 
-def expect_predicted_alike(model: nn.Module, other: nn.Module) -> None:
-    found = dict(other.named_parameters())
-    rows = predict(model, EMBEDDED).plan.predicted
-    assert rows
-    for row in rows:
-        assert torch.equal(found[row.name], model.get_parameter(row.name)), row.name
+def tagged(name: str = 'test_resnet', **arguments) -> nn.Module:
+    return timm.create_model(f'{name}.{EMBEDDED}', **{'num_classes': 10, **arguments})
+
+
+# Predictions
+
+
+def test_a_model_made_by_a_tag(push):
+    model = tagged()
+    card, totals = push(model), predict(model, EMBEDDED).plan.summary()
+    done = PostProcess.of('auto', auto=load_ghn(EMBEDDED).config.postprocess)
+    for told in (PREDICTED, f'| GHN | {EMBEDDED} |', load_ghn(EMBEDDED).origin.sha256, '| input size | 3 x 160 x 160 |',
+                 f'{totals["predicted_elements"]:,} of {totals["elements"]:,}', f'timm_ghn {timm_ghn.__version__}',
+                 f'| post-processing | {done.describe() if done else "none"} |'):  # fmt: skip
+        assert told in card.text
+    assert 'itself is untrained' not in card.text
+    expect_reproduced(card, model)
+
+
+def test_the_metadata(push):
+    data = push(tagged('test_vit')).data.to_dict()
+    assert (data['license'], data['library_name'], data['pipeline_tag']) == ('mit', 'timm', 'image-classification')
+    assert known_ghns()[EMBEDDED].license == 'mit'
+    assert {'timm', 'timm_ghn', 'arxiv:2110.13100', 'arxiv:2207.10049', 'arxiv:2303.04143'} <= set(data['tags'])
+    assert not {'model-index', 'datasets', 'metrics'} & data.keys()
+    data = push(tagged('test_vit', num_classes=0), license='cc-by-4.0').data.to_dict()
+    assert (data['license'], data['pipeline_tag']) == ('cc-by-4.0', 'image-feature-extraction')
+
+
+CHANGES = {
+    'a weight': lambda model: model.layer1[0].conv1.weight.data.add_(1),
+    'a head that is not predicted': lambda model: model.fc.weight.data.mul_(2),
+    'statistics': lambda model: model.bn1.running_mean.add_(1),
+    'a type': lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES.keys())
+def test_a_model_that_was_changed_since_is_not_called_predicted(push, change):
+    model = tagged()
+    change(model)
+    card = push(model)
+    assert PREDICTED not in card.text
+    assert 'begun with' in card.text
+    assert '## Reproduce it' not in card.text
+
+
+def test_the_facts_of_a_prediction(push):
+    model, options = timm.create_model('test_resnet', num_classes=1000), PostProcess(layer=0.7, seed=3)
+    said = initialise(model, EMBEDDED, seed=3, postprocess=options)
+    card = push(model, prediction=said)
+    assert PREDICTED not in card.text, 'nothing says that these are the weights'
+    card = push(model, prediction=said | {'weights': fingerprint(model.state_dict())})
+    for told in (PREDICTED, f'| post-processing | {options.describe()} |', '| seed | 3 |'):
+        assert told in card.text
+    expect_reproduced(card, model)
+
+
+def test_a_raw_prediction(push):
+    model = timm.create_model('test_resnet')
+    prediction = predict(model, EMBEDDED)
+    card = push(prediction.apply_(model), prediction=prediction)
+    assert PREDICTED in card.text
+    assert '| post-processing | none |' in card.text
+    expect_reproduced(card, model)
+    text = push(ghn_init(model, EMBEDDED), prediction=prediction).text
+    assert PREDICTED not in text
+    assert '| post-processing | not recorded |' in text
 
 
 def test_an_untrained_ghn_is_called_so(push):
     ghn = GHN(dataclasses.replace(load_ghn(EMBEDDED).config, trained=False))
     model = timm.create_model('test_resnet', num_classes=10)
-    prediction = predict(model, ghn)
-    assert 'itself is untrained' in push(ghn_init(model, ghn), prediction=prediction).text
-
-
-def test_a_model_made_by_a_tag(push):
-    model = timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=10)
-    card, plan = push(model), predict(model, EMBEDDED).plan
-    totals = plan.summary()
-    assert '**predicted, no training**' in card.text
-    assert 'itself is untrained' not in card.text
-    assert f'| GHN | {EMBEDDED} |' in card.text
-    assert f'`{load_ghn(EMBEDDED).origin.sha256}`' in card.text
-    assert f'{totals["predicted_elements"]:,} of {totals["elements"]:,}' in card.text
-    done = PostProcess.of('auto', auto=load_ghn(EMBEDDED).config.postprocess)
-    assert f'| post-processing | {done.describe() if done else "none"} |' in card.text
-    assert '| input size | 3 x 160 x 160 |' in card.text
-    assert f'timm_ghn {timm_ghn.__version__}' in card.text
-    expect_predicted_alike(model, run(card))
-
-
-def test_the_metadata(push):
-    data = push(timm.create_model(f'test_vit.{EMBEDDED}', num_classes=10)).data.to_dict()
-    assert (data['license'], data['library_name'], data['pipeline_tag']) == ('mit', 'timm', 'image-classification')
-    assert known_ghns()[EMBEDDED].license == 'mit'
-    assert {'timm', 'timm_ghn', 'arxiv:2110.13100', 'arxiv:2207.10049', 'arxiv:2303.04143'} <= set(data['tags'])
-    assert not {'model-index', 'datasets', 'metrics'} & data.keys()
-    data = push(timm.create_model(f'test_vit.{EMBEDDED}', num_classes=0), license='cc-by-4.0').data.to_dict()
-    assert (data['license'], data['pipeline_tag']) == ('cc-by-4.0', 'image-feature-extraction')
-
-
-def test_a_model_that_was_changed_since_is_not_called_predicted(push):
-    model = timm.create_model(f'test_resnet.{EMBEDDED}', num_classes=10)
-    with torch.no_grad():
-        model.layer1[0].conv1.weight.add_(1)
-    text = push(model).text
-    assert '**predicted, no training**' not in text
-    assert 'since was not recorded' in text
-
-
-@pytest.mark.parametrize('options', [None, PostProcess(layer=0.7, seed=3)], ids=repr)
-def test_post_processing_is_found_by_doing_it_again(push, options):
-    model = timm.create_model('test_resnet', num_classes=1000)
-    prediction = predict(model, EMBEDDED, seed=3)
-    ghn_init(model, EMBEDDED, seed=3, postprocess=options)
-    card = push(model, prediction=prediction)
-    assert f'| post-processing | {options.describe() if options else "none"} |' in card.text
-    assert '| seed | 3 |' in card.text
-    assert '**predicted, no training**' in card.text
-    expect_predicted_alike(model, run(card))
-
-
-def test_post_processing_that_cannot_be_found_is_not_made_up(push):
-    model = timm.create_model('test_resnet')
-    prediction = predict(model, EMBEDDED)
-    model.load_state_dict(prediction.state_dict, strict=False)
-    postprocess_(model, PostProcess(layer=3), plan=prediction.plan)
-    text = push(model, prediction=prediction).text
-    assert '| post-processing | not recorded |' in text
-    assert '## Reproduce it' not in text
-
-
-def test_facts_that_cannot_be_checked_are_told_as_the_start_only(push, small_ghn: GHN, tmp_path):
-    model = timm.create_model('test_resnet')
-    save_ghn(small_ghn, tmp_path / 'mine')
-    for ghn, checked in ((load_ghn(tmp_path / 'mine'), True), (small_ghn, False)):
-        plan = predict(model, ghn).plan
-        ghn_init(model, ghn)
-        said = provenance(ghn, plan, head='auto', seed=0, postprocess=PostProcess.of('orth'))
-        text = push(model, prediction=said).text
-        assert ('**predicted, no training**' in text) is checked
-        assert '| GHN | small |' in text
-        assert str(tmp_path) not in text
+    assert 'itself is untrained' in push(model, prediction=predict(model, ghn)).text
 
 
 def test_a_model_of_unknown_origin(push):
     card = push(timm.create_model('test_resnet'))
     assert 'was not recorded' in card.text
     assert '| GHN |' not in card.text
-    assert '## Reproduce it' not in card.text
     assert card.data.license is None
 
 
 FACTS = ModelFacts(
-    repo_id=REPO, revision=None, parameters=400_000, license=None, architecture='test_resnet', model_args={},
-    input_size=(3, 160, 160), num_classes=1000, provenance={}, raw=True, training=None,
+    repo_id=REPO, revision=None, parameters=400_000, license=None, origin=None, training=None,
+    architecture='test_resnet', model_args={}, input_size=(3, 160, 160), num_classes=1000, provenance=None,
+    unchanged=False,
 )  # fmt: skip
+
+
+def predicted_facts(said: dict[str, object]) -> ModelFacts:
+    return dataclasses.replace(FACTS, provenance=said, origin=origin_of(said), unchanged=True)
 
 
 @pytest.mark.parametrize(
@@ -175,19 +172,29 @@ FACTS = ModelFacts(
 )  # fmt: skip
 def test_the_ghn_is_named_so_that_it_can_be_loaded(origin, name, expected):
     said = {'ghn': name, 'origin': dataclasses.asdict(origin), 'seed': 0, 'head': 'auto', 'postprocess': None}
-    card = make_card(dataclasses.replace(FACTS, provenance=said))
+    card = make_card(predicted_facts(said))
     assert f'timm_ghn.ghn_init(model, {expected}, head=' in code_of(card)
     assert 'secret' not in str(card)
-    if origin.revision:
-        assert f'`{origin.revision}`' in card.text
-        assert f'https://huggingface.co/{origin.repo_id}' in card.text
+    assert not origin.revision or f'https://huggingface.co/{origin.repo_id}' in card.text
+
+
+@pytest.mark.parametrize(
+    'facts',
+    [[], {'origin': 5}, {'origin': {'file': 5}}, {'elements': 'many'}, {'elements': 5}, {'postprocess': {'x': 1}},
+     {'postprocess': {'beta': -1}}, {'mean': 5}],
+    ids=str,
+)  # fmt: skip
+def test_facts_that_no_prediction_gives_are_refused(hub: HubServer, facts):
+    with pytest.raises(ConfigError):
+        push_to_hub(timm.create_model('test_resnet'), REPO, prediction=facts, token=TOKEN)
+    assert not hub.requests
 
 
 # Fine-tuning
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(tmp_path_factory) -> Path:
     """A run of the fine-tuner."""
     folder = tmp_path_factory.mktemp('runs')
     data = save_dataset(folder / 'colours', make_dataset(50), make_dataset(21, seed=1))
@@ -209,10 +216,12 @@ def test_a_fine_tuned_model(push, hub: HubServer, trained):
     assert result.metric_value == round(tested, 4)
     assert result.metric_name == 'top-1 test accuracy in percent, fine-tuned for 1 epochs'
     assert card.data.datasets is None  # a folder, not a data set of the Hub
-    assert f'{best:.2f} % validation accuracy on its split `0.1 of train`. On the test split' in card.text
-    assert f'| validation accuracy, fine-tuned for 1 epochs | {best:.2f} % |' in card.text
-    assert f'| test accuracy, fine-tuned for 1 epochs | {tested:.2f} % (21 images) |' in card.text
-    assert '**predicted, no training**' not in card.text
+    for told in ('**fine-tuned for 1 epochs** on colours', f'hypernetwork {EMBEDDED} predicted',
+                 f'| validation accuracy, fine-tuned for 1 epochs | {best:.2f} % on 0.1 of train |',
+                 f'| test accuracy, fine-tuned for 1 epochs | {tested:.2f} % (21 images) |'):  # fmt: skip
+        assert told in card.text
+    assert PREDICTED not in card.text
+    assert f"init='{EMBEDDED}'" in code_of(card)
     assert 'lr=0.003' in code_of(card)
     assert str(trained.parent) not in str(card)
     config = json.loads(hub.files(REPO)['config.json'])
@@ -225,102 +234,81 @@ def test_a_fine_tuned_model(push, hub: HubServer, trained):
 
 def test_the_accuracy_is_that_of_the_weights(trained):
     lines = [json.loads(line) for line in (trained / 'results.jsonl').read_text().splitlines()]
-    last = Training.read(trained / 'model.safetensors')
+    last, best = Training.read(trained / 'model.safetensors'), Training.read(trained)
     assert (last.top1, last.epoch, last.test_top1) == (lines[-2]['val_top1'], 1, None)
-    best = Training.read(trained)
     assert (best.top1, best.test_top1) == (lines[-2]['best_top1'], lines[-1]['test_top1'])
-
-
-def test_an_accuracy_that_weights_were_chosen_by_is_that_of_validation(trained):
-    training = dataclasses.replace(Training.read(trained), test_top1=None)
-    card = make_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training))
+    card = make_card(dataclasses.replace(FACTS, training=last))
     (result,) = card.data.eval_results
     assert result.metric_name == 'top-1 validation accuracy in percent, fine-tuned for 1 epochs'
-    assert (result.dataset_split, result.metric_value) == ('0.1 of train', round(training.top1, 4))
+    assert (result.dataset_split, result.metric_value) == ('0.1 of train', round(last.top1, 4))
     assert 'test accuracy' not in card.text
 
 
-def test_a_data_set_of_the_hub_is_linked(trained):
+def with_run(training: Training, **changes) -> Training:
+    return dataclasses.replace(training, run={**training.run, **changes})
+
+
+def test_a_data_set_of_the_hub_is_linked_and_a_folder_is_not_told(trained):
     training = Training.read(trained)
+    assert training.run['local'] == ['dataset']
     arguments = {**training.arguments, 'dataset': 'uoft-cs/cifar10', 'subset': 'plain_text'}
-    training = dataclasses.replace(training, run={**training.run, 'arguments': arguments, 'local': []})
-    data = make_card(dataclasses.replace(FACTS, provenance=None, raw=False, training=training)).data
-    assert data.datasets == ['uoft-cs/cifar10']
-    assert data.eval_results[0].dataset_type == 'uoft-cs/cifar10'
+    data = make_card(dataclasses.replace(FACTS, training=with_run(training, arguments=arguments, local=[]))).data
+    assert data.datasets == [data.eval_results[0].dataset_type] == ['uoft-cs/cifar10']
     assert data.eval_results[0].dataset_config == 'plain_text'
+    arguments = {**training.arguments, 'dataset': 'data/clothes-private', 'init': 'secret-project/ghn'}
+    for more in ({}, {'init': 'donor:/home/secret-project/ghn.safetensors'}):
+        private = with_run(training, arguments=arguments | more, local=['dataset', 'init'], provenance=None)
+        card = str(make_card(dataclasses.replace(FACTS, training=private)))
+        assert 'clothes-private' in card
+        assert 'data/' not in card
+        assert 'secret-project' not in card
+
+
+@pytest.mark.parametrize('key', ['images', 'splits', 'arguments'])
+def test_results_that_are_not_whole_are_refused(trained, key):
+    training = Training.read(trained)
+    training = dataclasses.replace(training, run={k: v for k, v in training.run.items() if k != key})
+    with pytest.raises(ConfigError, match='incomplete'):
+        make_card(dataclasses.replace(FACTS, training=training))
 
 
 # Text that comes from a file
 
-
 HOSTILE = '\x1b[2J\r\n| a | <img src=x> [here](https://evil.example) `x` **b** $y$ # t\u202e ' + 'z' * 500
 
 
-def expect_no_markup_of_others(card: ModelCard | str) -> None:
-    text = str(card)
-    assert all(line.isprintable() for line in text.split('\n'))
-    prose = re.sub(r'```.*?```', '', text.partition('\n---\n')[2], flags=re.DOTALL)
-    outside = re.sub(r'`[^`\n]*`', '', prose)
-    for markup in (r'<img', r'\[here\]\(', r'\*\*b', r'\$y', r'\| a \|', r'https://evil'):
-        assert not re.search(rf'(?<!\\){markup}', outside), markup
-    tables = [line for line in prose.splitlines() if line.startswith('|')]
-    assert tables
-    assert all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in tables)
-    assert 'z' * 100 not in prose
-
-
-def test_every_fact_of_a_prediction_is_escaped():
+def hostile_facts(trained: Path, small: GHNConfig) -> list[ModelFacts | GHNFacts]:
     origin = dict.fromkeys(('name', 'repo_id', 'revision', 'file', 'sha256'), HOSTILE)
-    said = {'ghn': HOSTILE, 'origin': origin, 'timm_ghn': HOSTILE, 'head': HOSTILE, 'seed': 0, 'postprocess': HOSTILE}
-    facts = dataclasses.replace(FACTS, provenance=said, model_args={HOSTILE: HOSTILE})
-    for raw in (True, False):
-        card = make_card(dataclasses.replace(facts, raw=raw))
-        expect_no_markup_of_others(card)
-    said['postprocess'] = None
-    card = make_card(facts)
-    expect_no_markup_of_others(card)
-    assert len(code_of(card).splitlines()) == 3
+    said = {'ghn': HOSTILE, 'origin': origin, 'timm_ghn': HOSTILE, 'head': HOSTILE, 'seed': 0, 'postprocess': None}
+    predicted = dataclasses.replace(predicted_facts(said), model_args={HOSTILE: HOSTILE})
+    run = Training.read(trained)
+    arguments = {key: HOSTILE if isinstance(value, str) else value for key, value in run.arguments.items()}
+    changes = {'arguments': {**arguments, 'subset': HOSTILE}, 'splits': [HOSTILE] * 2, 'provenance': None}
+    runs = [with_run(run, **changes, local=local) for local in ([], ['dataset', 'init'])]
+    options = {'dataset': HOSTILE, 'subset': HOSTILE, 'init': HOSTILE, 'sampler': HOSTILE, 'steps': 5, 'seed': HOSTILE,
+               'image_size': 32, 'sampler_args': {'families': [HOSTILE]}, 'val_split': HOSTILE}  # fmt: skip
+    results = {'arguments': options, 'images': {'train': 3}, 'local': []}
+    ghn = GHNFacts(
+        repo_id=REPO, revision=None, parameters=5, license=None, origin=Origin(*[HOSTILE] * 5), training=None,
+        config=dataclasses.replace(small, name=HOSTILE),
+    )  # fmt: skip
+    return [
+        predicted,
+        dataclasses.replace(predicted, unchanged=False, provenance={**said, 'postprocess': HOSTILE}),
+        *(dataclasses.replace(FACTS, training=training) for training in runs),
+        ghn,
+        dataclasses.replace(ghn, training=MetaTraining(results, 5, {'step': 5, 'known': 5.0})),
+    ]
 
 
-def test_every_fact_of_a_run_is_escaped(trained):
-    training = Training.read(trained)
-    arguments = {key: HOSTILE if isinstance(value, str) else value for key, value in training.arguments.items()}
-    run = {**training.run, 'arguments': {**arguments, 'subset': HOSTILE}, 'splits': [HOSTILE] * 2, 'provenance': None}
-    for local in ([], ['dataset', 'init']):
-        facts = dataclasses.replace(FACTS, provenance=None, raw=False)
-        card = make_card(
-            dataclasses.replace(facts, training=dataclasses.replace(training, run={**run, 'local': local}))
-        )
-        expect_no_markup_of_others(card)
-
-
-@pytest.mark.parametrize(
-    ('facts', 'message'),
-    [
-        ([], 'facts about a prediction'),
-        ({'origin': 5}, 'expected origin'),
-        ({'origin': {'file': 5}}, 'expected file'),
-        ({'seed': 'x'}, 'expected seed'),
-        ({'elements': 'many'}, 'expected elements'),
-        ({'elements': 5}, 'incomplete'),
-        ({'postprocess': {'beta': 0, 'surprise': 1}}, 'options of post-processing'),
-        ({'postprocess': {'beta': -1}}, 'beta'),
-    ],
-)
-def test_facts_that_no_prediction_gives_are_refused(hub: HubServer, facts, message):
-    with pytest.raises(ConfigError, match=message):
-        push_to_hub(timm.create_model('test_resnet'), REPO, prediction=facts, token=TOKEN)
-    assert not hub.requests
-
-
-def test_results_that_are_not_whole_are_refused(hub: HubServer, trained):
-    source = read_source(trained)
-    training = Training.read(trained)
-    for key in ('images', 'splits', 'data_config'):
-        run = {k: v for k, v in training.run.items() if k != key}
-        with pytest.raises(ConfigError, match='incomplete'):
-            push_to_hub(
-                source.model, REPO, results=dataclasses.replace(training, run=run), model_args=source.model_args,
-                token=TOKEN,
-            )  # fmt: skip
-    assert not hub.requests
+def test_no_text_of_a_file_reaches_a_card_as_it_is(trained, small):
+    for facts in hostile_facts(trained, small):
+        text = str(make_card(facts))
+        assert all(line.isprintable() for line in text.split('\n'))
+        prose = re.sub(r'```.*?```', '', text.partition('\n---\n')[2], flags=re.DOTALL)
+        outside = re.sub(r'`[^`\n]*`', '', prose)
+        for markup in (r'<img', r'\[here\]\(', r'\*\*b', r'\$y', r'\| a \|', r'https://evil'):
+            assert not re.search(rf'(?<!\\){markup}', outside), markup
+        tables = [line for line in prose.splitlines() if line.startswith('|')]
+        assert tables
+        assert all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in tables)

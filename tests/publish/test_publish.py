@@ -19,7 +19,7 @@ from timm_versions import TIMM_RECORDS
 from torch import nn
 
 import timm_ghn
-from timm_ghn import ConfigError, GHNError, HubError, PredictionError, UnsupportedModelError, push_to_hub
+from timm_ghn import ConfigError, HubError, PredictionError, UnsupportedModelError, push_to_hub
 from timm_ghn.hub.catalogue import EMBEDDED
 from timm_ghn.publish.files import check_loads, write_model
 
@@ -37,10 +37,6 @@ def model() -> nn.Module:
     return built
 
 
-def uploads(hub: HubServer) -> int:
-    return len(hub.asked('^storage PUT'))
-
-
 # What arrives
 
 
@@ -55,7 +51,6 @@ assert not [name for name in sys.modules if name.startswith('timm_ghn')]
 
 def test_timm_alone_loads_every_tensor(hub: HubServer, tmp_path):
     arguments = {
-        f'test_resnet.{EMBEDDED}': {'num_classes': 10},
         f'test_vit.{EMBEDDED}': {'num_classes': 3, 'img_size': 96, 'class_token': False, 'global_pool': 'avg'},
         f'test_convnext.{EMBEDDED}': {'num_classes': 0, 'in_chans': 1},
         'test_byobnet': {'num_classes': 4},
@@ -75,7 +70,7 @@ def test_timm_alone_loads_every_tensor(hub: HubServer, tmp_path):
             assert torch.equal(found[name], value.to(found[name].dtype)), (repo_id, name)
 
 
-@pytest.mark.parametrize('architecture', ['test_resnet', 'test_vit', 'test_convnext', 'test_nfnet'])
+@pytest.mark.parametrize('architecture', ['test_resnet', 'test_vit', 'test_nfnet'])
 def test_timm_builds_a_model_again_from_its_configuration(architecture, tmp_path):
     model = timm.create_model(architecture, num_classes=5)
     config = write_model(model, tmp_path, model_args=None, images=None)
@@ -87,52 +82,37 @@ def test_timm_builds_a_model_again_from_its_configuration(architecture, tmp_path
         check_loads(model.state_dict(), tmp_path)
 
 
-def test_what_is_sent_is_safetensors_json_and_markdown(hub: HubServer, model):
-    push_to_hub(model, REPO, token=TOKEN)
-    files = hub.files(REPO)
-    assert files.keys() == FILES
-    for name, value in load(files['model.safetensors']).items():
-        assert torch.equal(value, model.state_dict()[name])
-    config = json.loads(files['config.json'])
-    assert (config['architecture'], config['num_classes']) == ('test_resnet', 10)
-    assert config['pretrained_cfg']['description'].startswith('Without training: parameters that')
-    assert not {'url', 'file', 'hf_hub_id', 'license', 'paper_ids'} & config['pretrained_cfg'].keys()
-    assert files['README.md'].startswith(b'---\n')
-
-
-def test_the_configuration_is_not_about_the_weights_that_timm_has(hub: HubServer):
+def test_what_is_sent_is_the_model_and_not_what_timm_has(hub: HubServer):
     model = timm.create_model('test_resnet')
     theirs = dict(model.pretrained_cfg)
     prediction = timm_ghn.predict(model, EMBEDDED)
     push_to_hub(timm_ghn.ghn_init(model, EMBEDDED), REPO, prediction=prediction, token=TOKEN)
-    cfg = json.loads(hub.files(REPO)['config.json'])['pretrained_cfg']
+    files = hub.files(REPO)
+    assert files.keys() == FILES
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load(files['model.safetensors']).items())
+    config = json.loads(files['config.json'])
+    cfg = config['pretrained_cfg']
+    assert (config['architecture'], config['num_classes'], cfg['tag']) == ('test_resnet', 1000, 'ghn')
     assert theirs.keys() >= {'license', 'hf_hub_id'}
-    assert not {'license', 'hf_hub_id', 'custom_load'} & cfg.keys()
-    assert cfg['tag'] == 'ghn' != theirs['tag']
+    assert not {'url', 'file', 'hf_hub_id', 'license', 'paper_ids', 'custom_load'} & cfg.keys()
     assert tuple(cfg['mean']) == timm_ghn.load_ghn(EMBEDDED).config.mean != theirs['mean']
 
 
-def test_the_same_twice_makes_no_new_commit(hub: HubServer, model):
+def test_the_same_twice_makes_no_new_commit_and_the_model_stays(hub: HubServer, model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cfg, generator = dict(model.pretrained_cfg), torch.get_rng_state()
     first = push_to_hub(model, REPO, token=TOKEN)
     second = push_to_hub(model, REPO, token=TOKEN)
     assert first.oid == second.oid == hub.repo(REPO)['refs']['main']
     assert len(hub.commits(REPO)) == 2
-    assert uploads(hub) == 1
-    with torch.no_grad():
-        model.fc.bias.add_(1)
-    third = push_to_hub(model, REPO, token=TOKEN, commit_message='another bias')
-    assert third.oid != first.oid
-    assert hub.commits(REPO)[2:] == ['another bias']
-
-
-def test_the_model_stays_as_it_was(hub: HubServer, model):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    cfg, generator = dict(model.pretrained_cfg), torch.get_rng_state()
-    push_to_hub(model, REPO, token=TOKEN)
+    assert len(hub.asked('^storage PUT')) == 1
     assert model.pretrained_cfg == cfg
     assert torch.equal(torch.get_rng_state(), generator)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    push_to_hub(model, REPO, token=TOKEN, commit_message='another bias')
+    assert hub.commits(REPO)[2:] == ['another bias']
 
 
 # Where it goes
@@ -142,7 +122,7 @@ def test_a_public_repository_does_not_get_what_was_to_be_private(hub: HubServer,
     hub.put(REPO, {'notes.txt': b'mine'})
     with pytest.raises(ConfigError, match='is public.*settings'):
         push_to_hub(model, REPO, token=TOKEN, private=True)
-    assert uploads(hub) == 0
+    assert not hub.asked('^storage PUT')
     push_to_hub(model, REPO, token=TOKEN)
     assert hub.files(REPO).keys() == FILES | {'notes.txt'}
     push_to_hub(model, 'user/other', token=TOKEN, private=True)
@@ -150,8 +130,8 @@ def test_a_public_repository_does_not_get_what_was_to_be_private(hub: HubServer,
 
 
 def test_a_branch_is_made_where_it_does_not_exist(hub: HubServer, model):
-    push_to_hub(model, REPO, token=TOKEN, revision='v1')
-    push_to_hub(model, REPO, token=TOKEN, revision='v1')
+    for _ in range(2):
+        push_to_hub(model, REPO, token=TOKEN, revision='v1')
     assert hub.files(REPO) == {}
     assert hub.files(REPO, 'v1').keys() == FILES
     assert len(hub.commits(REPO, 'v1')) == 2
@@ -183,12 +163,9 @@ def test_pickled_files_do_not_stay_beside_it(hub: HubServer, model):
     [
         ({'repo_id': 'test.ghn'}, r"'user/name'"),
         ({'repo_id': 'user/../../etc'}, 'name on the Hub'),
-        ({'repo_id': 'a/b/c'}, 'name on the Hub'),
         ({'create_pr': True, 'revision': 'v1'}, 'main branch'),
-        ({'revision': ''}, 'name of a branch'),
         ({'token': 'hf_secret\nX-Evil: 1'}, 'one word'),
-        ({'token': ''}, 'one word'),
-        ({'results': '/no/such/folder'}, 'output folder'),
+        ({'results': '/no/such/folder'}, 'a fine-tuning run'),
         ({'model_args': {'act_layer': nn.GELU}}, 'configuration'),
     ],
 )
@@ -197,28 +174,6 @@ def test_a_wrong_argument_is_refused(hub: HubServer, model, arguments, message):
         push_to_hub(model, **{'repo_id': REPO, 'token': TOKEN, **arguments})
     assert 'hf_secret' not in str(caught.value)
     assert not hub.requests
-
-
-@pytest.mark.parametrize('token', ['hf_sécret', 'hf_secret\x01'])
-def test_a_token_of_the_environment_that_cannot_be_one_is_not_shown(hub: HubServer, model, monkeypatch, token):
-    monkeypatch.setenv('HF_TOKEN', token)
-    with pytest.raises(ConfigError, match='token, of HF_TOKEN or .*, to be one word') as caught:
-        push_to_hub(model, REPO)
-    assert 'cret' not in ''.join(traceback.format_exception(caught.value))
-    assert not hub.requests
-
-
-def test_a_server_that_repeats_the_token_does_not_show_it(hub: HubServer, model, monkeypatch):
-    def refuse(*_):
-        raise Refusal(403, f'no rights: Bearer {TOKEN}\x1b[2J')
-
-    monkeypatch.setattr(hub, 'create_repo', refuse)
-    monkeypatch.setenv('HF_TOKEN', TOKEN)
-    for token in (TOKEN, None):
-        with pytest.raises(HubError, match=r'403 .*no rights: Bearer \(token\).*write access') as caught:
-            push_to_hub(model, REPO, token=token)
-        assert TOKEN not in ''.join(traceback.format_exception(caught.value))
-        assert str(caught.value).isprintable()
 
 
 def damaged(model: nn.Module) -> nn.Module:
@@ -251,10 +206,6 @@ def test_a_model_that_nobody_could_load_is_refused(hub: HubServer, model, spoil,
 # What goes wrong on the way
 
 
-def nothing_arrived(hub: HubServer) -> bool:
-    return not hub.exists(REPO) or (hub.commits(REPO) == ['initial commit'] and hub.files(REPO) == {})
-
-
 PUT, COMMIT = r'^/lfs/', r'/commit/'
 
 
@@ -262,12 +213,9 @@ PUT, COMMIT = r'^/lfs/', r'/commit/'
     ('fault', 'message'),
     [
         ({'method': 'PUT', 'path': PUT, 'cut': 1000}, 'push again'),
-        ({'method': 'PUT', 'path': PUT, 'status': 500}, '500.*[Pp]ush again'),
         ({'method': 'PUT', 'path': PUT, 'status': 403}, '403.*write access'),
-        ({'method': 'POST', 'path': '/batch', 'status': 500}, '500'),
         ({'method': 'POST', 'path': '/repos/create', 'status': 401}, '401.*hf auth login.*HF_TOKEN'),
-        ({'method': 'POST', 'path': '/validate-yaml', 'status': 500}, 'was not pushed'),
-        ({'method': 'POST', 'path': COMMIT, 'status': 429}, '429.*wait'),
+        ({'method': 'POST', 'path': COMMIT, 'status': 429}, '429.*push again'),
         ({'method': 'POST', 'path': COMMIT, 'cut': 100}, 'push again'),
     ],
     ids=lambda value: '-'.join(str(v) for v in value.values()) if isinstance(value, dict) else '',
@@ -279,10 +227,9 @@ def test_a_push_that_fails_leaves_nothing_and_the_next_one_all(
     hub.fail(**fault, times=99)
     with pytest.raises(HubError, match=message) as caught:
         push_to_hub(model, REPO, token=TOKEN)
-    assert isinstance(caught.value, GHNError)
     assert TOKEN not in str(caught.value)
     assert 'signature' not in str(caught.value)
-    assert nothing_arrived(hub)
+    assert not hub.exists(REPO) or hub.files(REPO) == {}
     assert not list(tmp_path.glob('timm_ghn-push-*'))
     hub.faults.clear()
     push_to_hub(model, REPO, token=TOKEN)
@@ -296,33 +243,34 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: HubServer, model):
         push_to_hub(model, REPO, token=TOKEN)
     push_to_hub(model, REPO, token=TOKEN)
     assert len(hub.commits(REPO)) == 2
-    assert uploads(hub) == 1
+    assert len(hub.asked('^storage PUT')) == 1
 
 
-@pytest.mark.parametrize(
-    ('token', 'message'),
-    [
-        (None, '401.*hf auth login'),
-        ('hf_reader', '403.*write access'),
-        ('hf_other', '403.*write access'),
-    ],
-)
+@pytest.mark.parametrize(('token', 'message'), [(None, '401'), ('hf_reader', '403'), ('hf_other', '403')])
 @pytest.mark.parametrize('exists', [False, True])
 def test_who_may_not_write_is_told_what_to_do(hub: HubServer, model, token, message, exists):
     if exists:
         hub.put(REPO, {'README.md': b'mine'})
-    with pytest.raises(HubError, match=message):
+    with pytest.raises(HubError, match=f'{message}.*hf auth login.*write access'):
         push_to_hub(model, REPO, token=token)
-    assert uploads(hub) == 0
+    assert not hub.asked('^storage PUT')
     assert not exists or hub.files(REPO) == {'README.md': b'mine'}
 
 
-def test_a_hub_without_xet_is_told_from_a_network_that_fails(hub: HubServer, model, monkeypatch, waits):
-    pytest.importorskip('hf_xet')
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_XET', False)
-    with pytest.raises(HubError, match='HF_HUB_DISABLE_XET=1'):
-        push_to_hub(model, REPO, token=TOKEN)
-    assert nothing_arrived(hub)
+# The token
+
+
+def test_a_server_that_repeats_the_token_does_not_show_it(hub: HubServer, model, monkeypatch):
+    def refuse(*_):
+        raise Refusal(403, f'no rights: Bearer {TOKEN}\x1b[2J')
+
+    monkeypatch.setattr(hub, 'create_repo', refuse)
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    for token in (TOKEN, None):
+        with pytest.raises(HubError, match=r'403 .*no rights: Bearer \(token\).*write access') as caught:
+            push_to_hub(model, REPO, token=token)
+        assert TOKEN not in ''.join(traceback.format_exception(caught.value))
+        assert str(caught.value).isprintable()
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, model, caplog, capfd):
@@ -339,5 +287,4 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, model, caplo
     assert hub.asked('^hub POST .*commit')[0].headers['authorization'] == f'Bearer {TOKEN}'
     assert TOKEN not in caplog.text
     assert TOKEN not in ''.join(capfd.readouterr())
-    for content in hub.files(REPO).values():
-        assert TOKEN.encode() not in content
+    assert not any(TOKEN.encode() in content for content in hub.files(REPO).values())

@@ -20,7 +20,11 @@ def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
     rows = []
     for comparison in comparisons:
         measured = comparison.weights
-        row = [f'{comparison.number}{"*" if comparison.processed else ""}', comparison.name, 'x'.join(map(str, comparison.shape))]
+        row = [
+            f'{comparison.number}{"*" if comparison.processed else ""}',
+            comparison.name,
+            'x'.join(map(str, comparison.shape)),
+        ]
         row += [f'{100 * layer.duplicates:.0f}%' for layer in measured.values()]
         row += [f'{layer.stable_rank:.1f}' for layer in measured.values()]
         row += [f'{layer.effective_rank:.1f}' for layer in measured.values()]

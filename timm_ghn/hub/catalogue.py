@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -14,9 +12,9 @@ from typing import Any
 
 from timm_ghn.errors import ConfigError, GHNNotFoundError, printable
 from timm_ghn.files import read_json
-from timm_ghn.hub.fetch import Access, HubFile, fetch
+from timm_ghn.hub.fetch import Access, fetch
 from timm_ghn.hub.official import open_official
-from timm_ghn.hub.storage import CONFIG_FILE, is_native, read_config, read_shapes
+from timm_ghn.hub.storage import CONFIG_FILE, is_native, read_config
 from timm_ghn.nn.config import GHNConfig
 
 #: The name of the default GHN, whichever that is.
@@ -33,7 +31,6 @@ REPO = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', re.ASCII)
 
 #: A name is also a tag of timm, a word of the command line and part of the name of a folder.
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]{0,63}')
-_SUFFIXES = ('.safetensors', '.pt', '.pth', '.pkl', '.joblib', '.bin', '.json', '.gz')
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: In an installed package; in a checkout, where the files are beside the package.
@@ -50,7 +47,6 @@ class GHNEntry:
     Attributes:
         name: Under which it is loaded.
         description: One human-readable line.
-        format: 'joblib' for the authors' dump or torch file, or 'timm_ghn' for the native format.
         config: Its hyper-parameters; the file must agree.
         license: SPDX identifier in lower case, as the Hub writes it; None if it is not known.
         num_parameters: Number of its parameters; None if it is not known.
@@ -58,47 +54,36 @@ class GHNEntry:
         repo_id: Repository on the Hub; None for a GHN on this machine.
         filename: Official file in the repository; None for a repository in the native format.
         revision: Branch, tag or commit of the repository.
-        path: Folder inside the package; None for all others.
-        file: Folder or file on this machine, for a GHN that a user registered.
+        path: Folder or file on this machine, relative inside the package; None for a GHN on the Hub.
         norms: L2 norm over all parameters of torchvision networks that it predicts, as published, by architecture.
     """
 
     name: str
     description: str
-    format: str
     config: GHNConfig
     license: str | None = None
     num_parameters: int | None = None
     paper: str | None = None
     repo_id: str | None = None
     filename: str | None = None
-    revision: str = 'main'
+    revision: str | None = None
     path: str | None = None
-    file: str | None = None
     norms: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"expected the name of a GHN of at most 64 letters, digits, '_' and '-' that begins with a letter or "
-                f'digit (got {printable(repr(self.name))})'
-            )
-        if self.name == DEFAULT:
-            raise ConfigError(f'the name {DEFAULT!r} is that of the default GHN: timm_ghn.set_default_ghn chooses it')
+    @property
+    def embedded(self) -> bool:
+        """Whether it is inside the package."""
+        return self.path is not None and not os.path.isabs(self.path)
 
     @property
     def source(self) -> str:
         """Human-readable place."""
-        if self.path is not None:
-            return 'in the package'
-        return self.file or '/'.join(filter(None, (self.repo_id, self.filename)))
+        return 'in the package' if self.embedded else self.path or '/'.join(filter(None, (self.repo_id, self.filename)))
 
     @property
     def place(self) -> Path | None:
         """Its folder or file on this machine; None for a GHN on the Hub."""
-        if self.path is not None:
-            return _PACKAGE / self.path
-        return None if self.file is None else Path(self.file)
+        return None if self.path is None else _PACKAGE / self.path
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the file."""
@@ -106,28 +91,14 @@ class GHNEntry:
         return {**fields, 'config': self.config.to_dict(), 'norms': dict(self.norms)}
 
 
-def read_entry(path: Path) -> GHNEntry:
-    """Read one file of the package's catalogue.
-
-    Raises:
-        ConfigError: if it has unknown or missing keys or wrong values, or a name that is not the file's.
-        CheckpointError: if it is not JSON.
-    """
-    record = read_json(path)
-    if record.get('name') != path.stem:
-        raise ConfigError(f'expected the name of {path.name} to be {path.stem!r} (got {record.get("name")!r})')
-    try:
-        return GHNEntry(**{**record, 'config': GHNConfig.from_dict({'name': path.stem, **record['config']})})
-    except (TypeError, KeyError) as error:
-        raise ConfigError(f'{path} is no entry of the catalogue: {error}') from error
-
-
 @functools.cache
 def _entries() -> dict[str, GHNEntry]:
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
-    if folder is None:
-        raise ConfigError(f'the catalogue of GHNs is missing (looked in {", ".join(map(str, _FOLDERS))}): reinstall')
-    return {path.stem: read_entry(path) for path in folder.glob('*.json')}
+    folder = next(folder for folder in _FOLDERS if folder.is_dir())
+    records = {path.stem: read_json(path) for path in folder.glob('*.json')}
+    return {
+        name: GHNEntry(**{**record, 'config': GHNConfig.from_dict({'name': name, **record['config']})})
+        for name, record in records.items()
+    }
 
 
 def known_ghns() -> dict[str, GHNEntry]:
@@ -156,27 +127,28 @@ def register_ghn(name: str, path_or_repo: str | os.PathLike[str]) -> None:
         GHNNotFoundError: if there is no such path, or the repository cannot be reached.
         CheckpointError: if the file is damaged or holds no GHN.
     """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == DEFAULT:
+        raise ConfigError(
+            f"expected the name of a GHN, other than {DEFAULT!r}, of at most 64 letters, digits, '_' and '-' that "
+            f'begins with a letter or digit (got {printable(repr(name))})'
+        )
     place = locate(path_or_repo)
-    if place.entry is not None:
+    if isinstance(place, GHNEntry):
         raise ConfigError(f'expected a path or a repository (got {path_or_repo!r}, which has a name already)')
-    file = None if place.path is None else place.path.absolute()
-    if file is None:
-        config = read_config(fetch(HubFile(str(place.repo_id), CONFIG_FILE), Access()))
-        entry = GHNEntry(name, '', 'timm_ghn', config, repo_id=place.repo_id)
-    elif is_native(file):
-        config, shapes = read_shapes(file)
-        entry = GHNEntry(name, '', 'timm_ghn', config, num_parameters=_count(shapes), file=str(file))
+    if isinstance(place, str):
+        entry = GHNEntry(name, '', read_config(fetch(place, CONFIG_FILE, Access())), repo_id=place)
     else:
-        with open_official(file) as found:
-            entry = GHNEntry(name, '', 'joblib', found.config, num_parameters=_count(found.shapes), file=str(file))
+        path = place.absolute()
+        if is_native(path):
+            config = read_config((path if path.is_dir() else path.parent) / CONFIG_FILE)
+        else:
+            with open_official(path) as found:
+                config = found.config
+        entry = GHNEntry(name, '', config, path=str(path))
     known = known_ghns().get(name)
     if known is not None and known.source != entry.source:
         raise ConfigError(f'a GHN named {name!r} is known already ({known.source}): choose another name')
     _registered[name] = entry
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def set_default_ghn(name_or_path: str | os.PathLike[str] | None) -> None:
@@ -193,7 +165,7 @@ def set_default_ghn(name_or_path: str | os.PathLike[str] | None) -> None:
         _default = None
         return
     place = locate(name_or_path)
-    _default = str(place.path.resolve()) if place.path is not None else os.fspath(name_or_path)
+    _default = str(place.resolve()) if isinstance(place, Path) else os.fspath(name_or_path)
 
 
 def chosen_default() -> str | None:
@@ -204,11 +176,9 @@ def chosen_default() -> str | None:
     Raises:
         GHNNotFoundError: if the environment names no GHN.
     """
-    if _default is not None:
-        return _default
     named = os.environ.get(VARIABLE, '').strip()
-    if named in ('', DEFAULT):
-        return None
+    if _default is not None or named in ('', DEFAULT):
+        return _default
     try:
         locate(named)
     except GHNNotFoundError as error:
@@ -216,46 +186,28 @@ def chosen_default() -> str | None:
     return named
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Location of a GHN: exactly one of the three.
-
-    Attributes:
-        path: An existing file or folder.
-        entry: An entry of the catalogue.
-        repo_id: A repository on the Hub, in the native format.
-    """
-
-    path: Path | None = None
-    entry: GHNEntry | None = None
-    repo_id: str | None = None
-
-
-def locate(name_or_path: str | os.PathLike[str]) -> Place:
+def locate(name_or_path: str | os.PathLike[str]) -> Path | GHNEntry | str:
     """Resolve a name or path, without asking the network.
 
     It is a name of the catalogue, else an existing path, else a repository on the Hub. A file or folder that has the
     name of a GHN is loaded by a path with a separator (``./ghn2``) or a path object.
 
+    Returns:
+        The existing file or folder, the entry of the catalogue, or the repository, in the native format.
+
     Raises:
         GHNNotFoundError: if it can be none of these.
     """
-    name = os.fspath(name_or_path)
-    separators = [sep for sep in (os.sep, os.altsep) if sep]
-    is_path = not isinstance(name_or_path, str) or name.startswith(('.', '~')) or any(sep in name for sep in separators)
-    known = {} if is_path else known_ghns()
-    if name in known:
-        return Place(entry=known[name])
+    name, is_text = os.fspath(name_or_path), isinstance(name_or_path, str)
+    known = known_ghns()
+    if is_text and name in known:
+        return known[name]
     path = os.path.expanduser(name)
     if name and os.path.exists(path):  # unlike Path's, neither raises for names that no file can have
-        return Place(path=Path(path))
-    if isinstance(name_or_path, str) and REPO.fullmatch(name) and not name.endswith(_SUFFIXES):
-        return Place(repo_id=name)
-    if is_path or name.endswith(_SUFFIXES):
-        raise GHNNotFoundError(f'expected a GHN in {name!r}: there is no such file or folder')
-    near = difflib.get_close_matches(name, [DEFAULT, *known], n=1, cutoff=0.5)
-    hint = f'Did you mean {near[0]!r}? ' if near else ''
+        return Path(path)
+    if is_text and REPO.fullmatch(name):
+        return name
     raise GHNNotFoundError(
-        f'no GHN has the name {printable(name)!r}. {hint}Known are {", ".join(known)}, and {DEFAULT!r} for the '
-        "default; a path and 'user/repository' of the Hub are taken as well"
+        f'no GHN has the name {printable(name)!r}, and there is no such file or folder. Known are {", ".join(known)}, '
+        f"and {DEFAULT!r} for the default; a path and 'user/repository' of the Hub are taken as well"
     )

@@ -49,11 +49,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path | None
     """The folder of the conversions; None if they are not kept.
 
     It is the folder that TIMM_GHN_CACHE names. Without that, it is ``timm_ghn`` beside huggingface_hub's cache
-    (``~/.cache/huggingface/timm_ghn``); for another cache of the Hub, ``.timm_ghn`` inside it, since the caller named
-    that folder and no other.
-
-    Args:
-        cache_dir: Folder of the Hub's cache; huggingface_hub's own if None.
+    (``~/.cache/huggingface/timm_ghn``); for another cache of the Hub, ``cache_dir``, it is ``.timm_ghn`` inside it.
     """
     named = os.environ.get(VARIABLE, '').strip()
     if named.lower() == 'off':
@@ -67,7 +63,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path | None
     return folder.absolute() / 'converted'
 
 
-def convert_official(path: Path, folder: Path, *, config: GHNConfig | None = None, sha256: str | None = None) -> None:
+def convert_official(path: Path, folder: Path, config: GHNConfig | None = None) -> None:
     """Write an official file as a folder in the native format, which appears complete or not at all.
 
     The weights keep the type that they have in the file. All of them are in memory once. Arguments and errors are those
@@ -76,7 +72,7 @@ def convert_official(path: Path, folder: Path, *, config: GHNConfig | None = Non
     Raises:
         OSError: if the folder cannot be written, or is there already.
     """
-    with open_official(path, config=config, sha256=sha256) as found, new_folder(folder.absolute()) as partial:
+    with open_official(path, config) as found, new_folder(folder.absolute()) as partial:
         empty_ghn(found.config, found.shapes, str(path))
         needed = sum(record.nbytes for record in found.weights.values())
         if shutil.disk_usage(partial).free < needed:
@@ -100,10 +96,9 @@ def read_converted(
     """
     device, dtype = device_of(device), dtype_of(dtype)  # what is wrong with them says nothing of the conversion
     origin = Origin(name=entry.name, file=str(path), sha256=file_digest(path))
-    digest = digest_in_name(path)
     stat = path.stat()
     # A Hub cache without symbolic links has no digests: commit, size and time identify the content.
-    content = digest or [str(path.parent), stat.st_size, stat.st_mtime_ns]
+    content = digest_in_name(path) or [str(path.parent), stat.st_size, stat.st_mtime_ns]
     key = json.dumps([VERSION, content, entry.config.to_dict()], sort_keys=True)
     place = cache / f'{entry.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}'
     try:
@@ -111,7 +106,7 @@ def read_converted(
             if not place.is_dir():
                 _remove_stale(cache)
                 try:
-                    convert_official(path, place, config=entry.config, sha256=digest)
+                    convert_official(path, place, entry.config)
                 except OSError as error:
                     # Another process was faster; it may also have found its folder damaged and removed it by now.
                     existed = cache.is_dir() and error.errno in (errno.EEXIST, errno.ENOTEMPTY)
@@ -131,7 +126,7 @@ def read_converted(
                 UserWarning,
                 stacklevel=2,
             )
-    return read_official(path, config=entry.config, sha256=digest, device=device, dtype=dtype)
+    return read_official(path, config=entry.config, device=device, dtype=dtype)
 
 
 def converted_ghns(cache: Path, name: str = 'all') -> dict[Path, tuple[str, int]]:

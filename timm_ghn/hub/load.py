@@ -17,23 +17,14 @@ from timm_ghn.hub.catalogue import (
     PUBLISHED,
     VARIABLE,
     GHNEntry,
-    Place,
     chosen_default,
     known_ghns,
     locate,
 )
 from timm_ghn.hub.converted import cache_folder, read_converted
-from timm_ghn.hub.fetch import Access, HubFile, fetch
+from timm_ghn.hub.fetch import Access, fetch
 from timm_ghn.hub.official import read_official
-from timm_ghn.hub.storage import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    device_of,
-    digest_in_name,
-    dtype_of,
-    is_native,
-    read_ghn,
-)
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, device_of, dtype_of, is_native, read_ghn
 from timm_ghn.nn.ghn import GHN
 
 
@@ -50,11 +41,6 @@ class Found:
     path: Path
     entry: GHNEntry | None = None
     repo_id: str | None = None
-
-    @property
-    def commit(self) -> str | None:
-        """Commit of the repository, if it came from there."""
-        return None if self.repo_id is None else _commit(self.path / WEIGHTS_FILE if self.path.is_dir() else self.path)
 
 
 def load_ghn(
@@ -98,8 +84,8 @@ def load_ghn(
         ConfigError: if its configuration is wrong, or of a newer version of this package.
     """
     device, dtype = device_of(device), dtype_of(dtype)  # before anything is downloaded
-    access = Access(None if cache_dir is None else Path(cache_dir), token, local_files_only)
-    return _read(find_files(name_or_path, revision, access), access, device=device, dtype=dtype)
+    access = Access(revision, None if cache_dir is None else Path(cache_dir), token, local_files_only)
+    return _read(find_files(name_or_path, access), access, device=device, dtype=dtype)
 
 
 def shared_ghn(
@@ -112,8 +98,8 @@ def shared_ghn(
 
     For callers that only predict with it, since they share one object.
     """
-    access = Access(None if cache_dir is None else Path(cache_dir))
-    device, found = device_of(device), find_files(name_or_path, None, access)
+    access = Access(cache_dir=None if cache_dir is None else Path(cache_dir))
+    device, found = device_of(device), find_files(name_or_path, access)
     files = [found.path / name for name in (CONFIG_FILE, WEIGHTS_FILE)] if found.path.is_dir() else [found.path]
     stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
     key = found, device, found.path.resolve(), stats
@@ -129,13 +115,13 @@ _last: list[tuple[object, GHN]] = []
 _lock = threading.Lock()
 
 
-def find_files(name_or_path: str | os.PathLike[str], revision: str | None, access: Access) -> Found:
+def find_files(name_or_path: str | os.PathLike[str], access: Access) -> Found:
     """Bring the files of a GHN to this machine; arguments and errors are those of :func:`load_ghn`."""
     name = chosen_default() if name_or_path == DEFAULT else name_or_path
     if name is not None:
-        return _fetch_place(locate(name), revision, access)
+        return _fetch_place(locate(name), access)
     try:
-        return _fetch_place(Place(entry=known_ghns()[PUBLISHED]), revision, dataclasses.replace(access, brief=True))
+        return _fetch_place(known_ghns()[PUBLISHED], access)
     except GHNNotFoundError as error:
         # Only a GHN that cannot be reached is replaced: a damaged file is an error.
         warnings.warn(
@@ -146,42 +132,30 @@ def find_files(name_or_path: str | os.PathLike[str], revision: str | None, acces
             GHNFallbackWarning,
             stacklevel=3,
         )
-        return _fetch_place(Place(entry=known_ghns()[EMBEDDED]), None, access)
+        return _fetch_place(known_ghns()[EMBEDDED], access)
 
 
-def _fetch_place(place: Place, revision: str | None, access: Access) -> Found:
-    if place.path is not None:
-        return Found(place.path)
-    entry = place.entry
-    if entry is None:
-        return Found(_fetch_folder(str(place.repo_id), revision, access), repo_id=place.repo_id)
-    try:
-        if entry.place is not None:
-            if not entry.place.exists():
-                raise GHNNotFoundError(f'{entry.place} does not exist')
-            return Found(entry.place, entry)
-        repo_id, revision = str(entry.repo_id), revision or entry.revision
-        if entry.filename is None:
-            return Found(_fetch_folder(repo_id, revision, access), entry, repo_id)
-        return Found(fetch(HubFile(repo_id, entry.filename, revision), access), entry, repo_id)
-    except GHNNotFoundError as error:
-        raise GHNNotFoundError(f'the GHN {entry.name!r} cannot be loaded: {error}') from error.__cause__
+def _fetch_place(place: Path | GHNEntry | str, access: Access) -> Found:
+    if isinstance(place, Path):
+        return Found(place)
+    if isinstance(place, str):
+        return Found(_fetch_folder(place, access), repo_id=place)
+    if place.place is not None:
+        return Found(place.place, place)
+    repo_id, access = str(place.repo_id), dataclasses.replace(access, revision=access.revision or place.revision)
+    if place.filename is None:
+        return Found(_fetch_folder(repo_id, access), place, repo_id)
+    return Found(fetch(repo_id, place.filename, access), place, repo_id)
 
 
-def _fetch_folder(repo_id: str, revision: str | None, access: Access) -> Path:
-    try:
-        config = fetch(HubFile(repo_id, CONFIG_FILE, revision), access, prefer_cache=False)
-    except GHNNotFoundError as error:
-        official = [entry.name for entry in known_ghns().values() if entry.repo_id == repo_id and entry.filename]
-        hint = f'. The GHNs of this repository are loaded by name: {", ".join(official)}' if official else ''
-        raise GHNNotFoundError(f'{error}{hint}') from error.__cause__
+def _fetch_folder(repo_id: str, access: Access) -> Path:
+    config = fetch(repo_id, CONFIG_FILE, access, prefer_cache=False)
     # The revision of the configuration, so that both files are of one commit.
-    commit = _commit(config) or revision
-    return fetch(HubFile(repo_id, WEIGHTS_FILE, commit), access).parent
+    return fetch(repo_id, WEIGHTS_FILE, dataclasses.replace(access, revision=_commit(config))).parent
 
 
 def _commit(path: Path) -> str | None:
-    """Commit of a file in the Hub's cache, which is part of its path."""
+    """Commit of a file or folder in the Hub's cache, which is part of its path."""
     parts = path.parts
     return parts[parts.index('snapshots') + 1] if 'snapshots' in parts[:-1] else None
 
@@ -195,13 +169,13 @@ def _read(found: Found, access: Access, *, device: torch.device | str | None, dt
     elif found.repo_id is not None and entry is not None and cache is not None:
         ghn = read_converted(path, entry, cache, device=device, dtype=dtype)
     else:
-        ghn = read_official(path, config=config, sha256=digest_in_name(path), device=device, dtype=dtype)
+        ghn = read_official(path, config=config, device=device, dtype=dtype)
     assert ghn.origin is not None
     ghn.origin = dataclasses.replace(
         ghn.origin,
         name=ghn.origin.name if entry is None else entry.name,
         repo_id=found.repo_id,
-        revision=found.commit,
-        embedded=entry is not None and entry.path is not None,
+        revision=None if found.repo_id is None else _commit(path),
+        embedded=entry is not None and entry.embedded,
     )
     return ghn

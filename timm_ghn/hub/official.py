@@ -20,7 +20,7 @@ import torch
 from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError
 from timm_ghn.files import sha256_of
 from timm_ghn.hub.pickles import BytesRecord, CheckpointFile, StorageRecord, TensorRecord, are_sizes, brief, read_pickle
-from timm_ghn.hub.storage import build_ghn, expect_config, file_digest
+from timm_ghn.hub.storage import build_ghn, digest_in_name, expect_config, file_digest
 from timm_ghn.nn.config import IMAGENET_MEAN, IMAGENET_STD, GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
 
@@ -42,15 +42,12 @@ LEGACY_HEAD = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.'
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _ZIP_HEADER = 30
-#: How joblib's compressed dumps begin: zlib, gzip, bz2, xz, lzma.
-_COMPRESSED = (b'\x78\x01', b'\x78\x5e', b'\x78\x9c', b'\x78\xda', b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x5d\x00\x00')
 
 
 def read_official(
     path: Path,
     *,
     config: GHNConfig | None = None,
-    sha256: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> GHN:
@@ -59,7 +56,6 @@ def read_official(
     Args:
         path: A joblib dump (GHN-3) or a file of ``torch.save`` (GHN-2).
         config: What the catalogue says of it; inferred from the file if None.
-        sha256: Its digest, if it is known; nothing is unpickled if it has another.
         device: Where to put the weights; the CPU if None.
         dtype: Floating type of the weights; float32 if None.
 
@@ -69,17 +65,13 @@ def read_official(
     Raises:
         GHNNotFoundError: if the file cannot be opened.
         UnsafeCheckpointError: if it names anything outside the allow-list.
-        CheckpointError: if it is damaged, is no GHN, differs from ``config`` or ``sha256``, or holds a weight that is
-            not finite.
+        CheckpointError: if it is damaged, is no GHN, differs from ``config`` or from the SHA-256 by which the Hub's
+            cache names it, or holds a weight that is not finite.
     """
-    with open_official(path, config=config, sha256=sha256) as found:
+    with open_official(path, config) as found:
+        weights = found.weights
         ghn = build_ghn(
-            found.config,
-            found.shapes,
-            lambda key: found.weights[key].read(),
-            device=device,
-            dtype=dtype,
-            label=str(path),
+            found.config, found.shapes, lambda key: weights[key].read(), device=device, dtype=dtype, label=str(path)
         )
     ghn.origin = Origin(name=found.config.name, file=str(path), sha256=file_digest(path))
     return ghn
@@ -87,12 +79,7 @@ def read_official(
 
 @dataclasses.dataclass(frozen=True)
 class OfficialGHN:
-    """An open file of the authors.
-
-    Attributes:
-        config: Its hyper-parameters.
-        weights: Its tensors by their names in :class:`GHN`, still in the file.
-    """
+    """An open file of the authors: hyper-parameters, and tensors, still in the file, by their names in :class:`GHN`."""
 
     config: GHNConfig
     weights: Mapping[str, TensorRecord]
@@ -104,13 +91,13 @@ class OfficialGHN:
 
 
 @contextlib.contextmanager
-def open_official(path: Path, *, config: GHNConfig | None = None, sha256: str | None = None) -> Iterator[OfficialGHN]:
+def open_official(path: Path, config: GHNConfig | None = None) -> Iterator[OfficialGHN]:
     """Open a file of the authors, whose weights can be read while it is open; see :func:`read_official`."""
     label = str(path)
-    with open_checkpoint(path, sha256) as loaded:
+    with open_checkpoint(path) as loaded:
         weights, options = _parts(loaded, label)
         weights = _native_keys(weights)
-        inferred = infer_config({key: record.shape for key, record in weights.items()}, options, label)
+        inferred = _infer_config({key: record.shape for key, record in weights.items()}, options or {}, label)
         if config is not None:
             expect_config(inferred, config, label, ignore=NOT_IN_WEIGHTS)
             inferred = config
@@ -140,8 +127,7 @@ def _parts(loaded: Any, label: str) -> tuple[dict[str, TensorRecord], dict[str, 
 def _native_keys(weights: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]:
     """Give the weights the names and shapes that they have in :class:`GHN`.
 
-    The Hub's GHN-3 files hold three embeddings at the top level that belong to the first layer; GHN-2's files hold
-    linear layers as 1 x 1 convolutions.
+    GHN-3's files have three embeddings of the first layer at the top level, GHN-2's linear layers as convolutions.
     """
     renamed: dict[str, TensorRecord] = {}
     for key, record in weights.items():
@@ -151,48 +137,37 @@ def _native_keys(weights: Mapping[str, TensorRecord]) -> dict[str, TensorRecord]
     return renamed
 
 
-def infer_config(
-    shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any] | None = None, label: str = 'the file'
-) -> GHNConfig:
+def _infer_config(shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any], label: str) -> GHNConfig:
     """Find the hyper-parameters of a published GHN from the shapes of its tensors, by their names in :class:`GHN`.
 
-    Args:
-        shapes: The shapes.
-        options: The configuration in the file, if it has one; it decides what the shapes do not.
-        label: Name of the file, for messages.
+    ``options``, the configuration in the file, decides what the shapes do not.
     """
-    options = options or {}
     try:
         hid = shapes['embed.weight'][1]
         num_classes = shapes['bias_class.1.weight'][0]
         decoder = 'mlp' if 'decoder.mlp.fc.0.weight' in shapes else 'conv'
-        gnn = _gnn_of(shapes)
-        if 'max_shape' in options:
-            max_shape = options['max_shape']
+        gnn = 'gated' if any(key.startswith('gnn.gru.') for key in shapes) else 'mlp'
+        if 'gnn.0.attn.to_qkv.weight' in shapes:
+            gnn = 'graphormer'
+        if 'max_shape' in options or decoder == 'mlp':
+            max_shape = options.get('max_shape')
             if not isinstance(max_shape, (tuple, list)) or len(max_shape) != 4 or not are_sizes(max_shape):
                 raise CheckpointError(f'{label} states an impossible max_shape: {brief(max_shape)}')
-            max_shape = tuple(max_shape)
-        elif decoder == 'mlp':
-            raise CheckpointError(f'{label} has the MLP decoder and no configuration, which would give its max_shape')
         else:
             outs = shapes['decoder.class_layer_predictor.1.weight'][1]
-            ins = shapes['decoder.conv.2.weight'][0] // outs
             size = math.isqrt(shapes['decoder.fc.0.weight'][0] // (4 * hid))
-            max_shape = (outs, ins, size, size)
-        heads = shapes['gnn.0.attn.proj_e.2.weight'][0] if gnn == 'graphormer' else 8
-        layers = sum(key.startswith('gnn.') and key.endswith('.ln1.weight') for key in shapes)
+            max_shape = (outs, shapes['decoder.conv.2.weight'][0] // outs, size, size)
         virtual = bool(options.get('ve', gnn == 'graphormer' or 'gnn.mlp_ve.fc.0.weight' in shapes))
-        unnormalised = gnn == 'gated' and not virtual  # GHN-1
         return GHNConfig(
             hid=hid,
-            max_shape=max_shape,
+            max_shape=tuple(max_shape),
             num_classes=num_classes,
             gnn=gnn,
-            layers=max(layers, 1),
-            heads=heads,
+            layers=max(sum(key.startswith('gnn.') and key.endswith('.ln1.weight') for key in shapes), 1),
+            heads=shapes['gnn.0.attn.proj_e.2.weight'][0] if gnn == 'graphormer' else 8,
             virtual_edges=VIRTUAL_EDGES if virtual else 1,
             layernorm='ln.weight' in shapes,
-            weight_norm=bool(options.get('weight_norm', not unnormalised)),
+            weight_norm=bool(options.get('weight_norm', gnn != 'gated' or virtual)),  # all but GHN-1
             decoder=decoder,
             window='center' if gnn == 'graphormer' else 'corner',
             mean=CIFAR10_MEAN if num_classes == 10 else IMAGENET_MEAN,
@@ -202,14 +177,8 @@ def infer_config(
         raise CheckpointError(f'{label} does not hold the weights of a GHN: {type(error).__name__} {error}') from error
 
 
-def _gnn_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if 'gnn.0.attn.to_qkv.weight' in shapes:
-        return 'graphormer'
-    return 'gated' if any(key.startswith('gnn.gru.') for key in shapes) else 'mlp'
-
-
 @contextlib.contextmanager
-def open_checkpoint(path: Path, sha256: str | None = None) -> Iterator[Any]:
+def open_checkpoint(path: Path) -> Iterator[Any]:
     """Read a checkpoint; the elements of its tensors can be read while it is open. See :func:`read_official`.
 
     Yields:
@@ -222,18 +191,15 @@ def open_checkpoint(path: Path, sha256: str | None = None) -> Iterator[Any]:
     except OSError as error:
         raise GHNNotFoundError(f'cannot open the GHN file {path}: {error}') from error
     with file:
-        if sha256 is not None and (found := sha256_of(path)) != sha256:
+        expected = digest_in_name(path)
+        if expected is not None and (found := sha256_of(path)) != expected:
             raise CheckpointError(
-                f'{path} is damaged or another file: its SHA-256 is {found} where {sha256} is expected. Nothing in it '
-                'was read; remove it, and load it again'
+                f'{path} is damaged or another file: its SHA-256 is {found} where {expected} is expected. Nothing in '
+                'it was read; remove it, and load it again'
             )
         source = CheckpointFile(file, str(path))
         head = file.read(len(LEGACY_HEAD))
         file.seek(0)
-        if not head:
-            raise source.error('is empty')
-        if head.startswith(_COMPRESSED):
-            raise source.error('is compressed, as no published GHN is: dump it again with joblib, not compressed')
         if head.startswith(_ZIP_MAGIC):
             yield _read_zip(source)
         elif head == LEGACY_HEAD:

@@ -33,12 +33,7 @@ _MAX_SIZE = 1 << 62
 
 
 class CheckpointFile:
-    """An open file for :mod:`pickle` and :mod:`zipfile`, in which the bytes of tensors are skipped.
-
-    Args:
-        file: Open for reading in binary mode.
-        label: Its name, for messages.
-    """
+    """A file, open in binary mode, for :mod:`pickle` and :mod:`zipfile`, in which the bytes of tensors are skipped."""
 
     def __init__(self, file: BinaryIO, label: str) -> None:
         self.file, self.label = file, label
@@ -91,14 +86,7 @@ class StorageRecord:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class TensorRecord:
-    """A tensor that is still in its file.
-
-    Attributes:
-        storage: Where its elements are.
-        start: Position of its first element in the storage.
-        shape: Its shape.
-        stride: Distance between neighbours along each axis, in elements.
-    """
+    """A tensor that is still in its file; ``start`` and ``stride`` count elements of the storage."""
 
     storage: StorageRecord
     start: int
@@ -287,12 +275,10 @@ def read_pickle(
     storage: Callable[[Any], StorageRecord] | None = None,
     nested: Callable[[BytesRecord], object] | None = None,
 ) -> Any:
-    """Read a pickle as plain containers and records.
+    """Read a pickle, at whose beginning the file is, as plain containers and records; the file is left just behind it.
 
-    Args:
-        source: A file, at the beginning of the pickle; left just behind it.
-        storage: Called with the persistent id of a storage, where there may be any.
-        nested: Called with the bytes that ``torch.storage._load_from_bytes`` would load, where that is allowed.
+    ``storage`` is called with the persistent id of a storage, ``nested`` with the bytes that
+    ``torch.storage._load_from_bytes`` would load, where either may occur.
 
     Raises:
         UnsafeCheckpointError: if it names a global outside the list.

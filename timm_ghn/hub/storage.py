@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, first_line, printable
+from timm_ghn.errors import CheckpointError, ConfigError, GHNNotFoundError, first_line
 from timm_ghn.files import atomic_write, read_json, sha256_of, write_json
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
@@ -29,8 +27,6 @@ MAX_HASHED = 512 * 2**20
 
 #: Types of weights. Those of 8 bits and fewer are refused: torch cannot even add them.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-_SHOWN = 3
 
 
 def save_ghn(ghn: GHN, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
@@ -102,38 +98,7 @@ def read_ghn(
             put on the device or have the type.
         CheckpointError: if a file is damaged, if they do not fit together, or if a weight is not finite.
     """
-    found, weights = _native_files(Path(directory))
-    if config is not None:
-        expect_config(found, config, str(weights.parent / CONFIG_FILE))
-    with _opened(weights) as file:
-        ghn = build_ghn(found, _shapes(file), file.get_tensor, device=device, dtype=dtype, label=str(weights))
-    ghn.origin = origin or Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
-    return ghn
-
-
-def read_shapes(directory: Path) -> tuple[GHNConfig, dict[str, tuple[int, ...]]]:
-    """Configuration and shapes of a GHN in the native format, without reading a weight; see :func:`read_ghn`."""
-    config, weights = _native_files(directory)
-    with _opened(weights) as file:
-        return config, _shapes(file)
-
-
-@contextlib.contextmanager
-def _opened(weights: Path) -> Iterator[Any]:
-    """A safetensors file; a CheckpointError if it cannot be read."""
-    try:
-        try:
-            opened = safe_open(weights, framework='pt', device='cpu')
-        except RuntimeError as error:  # torch's, which maps it: another process has removed it meanwhile
-            raise OSError(error) from error
-        with opened as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
-
-
-def _native_files(directory: Path) -> tuple[GHNConfig, Path]:
-    """The configuration of a folder, and its weights."""
+    directory = Path(directory)
     weights = directory if directory.suffix == '.safetensors' else directory / WEIGHTS_FILE
     for path in (weights.parent / CONFIG_FILE, weights):
         if not path.is_file():
@@ -141,11 +106,21 @@ def _native_files(directory: Path) -> tuple[GHNConfig, Path]:
                 f'expected a GHN in {weights.parent}, which has no file {path.name}: a saved GHN is a folder with '
                 f'{CONFIG_FILE} and {WEIGHTS_FILE}'
             )
-    return read_config(weights.parent / CONFIG_FILE), weights
-
-
-def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    found = read_config(weights.parent / CONFIG_FILE)
+    if config is not None:
+        expect_config(found, config, str(weights.parent / CONFIG_FILE))
+    try:
+        try:
+            opened = safe_open(weights, framework='pt', device='cpu')
+        except RuntimeError as error:  # torch's, which maps it: another process has removed it meanwhile
+            raise OSError(error) from error
+        with opened as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            ghn = build_ghn(found, shapes, file.get_tensor, device=device, dtype=dtype, label=str(weights))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'{weights} is truncated or damaged: {error}') from error
+    ghn.origin = origin or Origin(name=found.name, file=str(weights), sha256=file_digest(weights))
+    return ghn
 
 
 def build_ghn(
@@ -157,19 +132,9 @@ def build_ghn(
     dtype: torch.dtype | None,
     label: str,
 ) -> GHN:
-    """Make a GHN of weights that are read one by one, once it is known that all of them fit.
+    """Make a GHN of weights that ``read`` gives one by one, once it is known that all of them fit.
 
-    Args:
-        config: Its hyper-parameters.
-        shapes: Shape of every tensor of the file.
-        read: Reads a tensor.
-        device: Where to put the weights; the CPU if None.
-        dtype: Floating type of the weights; float32 if None.
-        label: Name of the file, for messages.
-
-    Raises:
-        ConfigError: if weights cannot be put on the device, or have the type.
-        CheckpointError: if keys or shapes differ from the configuration's, or if a weight is not finite.
+    ``label`` names the file in messages; other arguments and errors are those of :func:`read_ghn`.
     """
     device, dtype = device_of(device), dtype_of(dtype)
     ghn = empty_ghn(config, shapes, label)
@@ -186,18 +151,14 @@ def build_ghn(
 
 
 def empty_ghn(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], label: str) -> GHN:
-    """Make a GHN on the meta device for tensors of these shapes, once it is known that all of them fit.
-
-    Raises:
-        CheckpointError: if keys or shapes differ from the configuration's.
-    """
+    """Make a GHN on the meta device for tensors of these shapes; a CheckpointError if any does not fit."""
     _expect_plausible(config, shapes, label)
     try:
         with torch.device('meta'):
             ghn = GHN(config)
-    except (RuntimeError, TypeError, OverflowError) as error:  # torch's for sizes of more than 64 bits
-        raise CheckpointError(f'{label} has a configuration of impossible sizes: {config}') from error
-    _expect_shapes({key: tuple(value.shape) for key, value in ghn.state_dict().items()}, shapes, label)
+            ghn.load_state_dict({key: torch.empty(shape) for key, shape in shapes.items()}, assign=True)
+    except (RuntimeError, TypeError, OverflowError) as error:  # also torch's for sizes of more than 64 bits
+        raise CheckpointError(f'{label} does not match its configuration: {error}') from error
     return ghn
 
 
@@ -210,11 +171,7 @@ def expect_floating(key: str, dtype: torch.dtype, label: str) -> None:
 
 
 def device_of(name: torch.device | str | None) -> torch.device:
-    """The device of a name like 'cuda:1'; the CPU if None.
-
-    Raises:
-        ConfigError: if there is no such device here, or if it is the meta device, which holds no values.
-    """
+    """The device of a name like 'cuda:1'; the CPU if None. A ConfigError if this machine has none that holds values."""
     try:
         device = torch.empty(0, device='cpu' if name is None else name).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -225,11 +182,7 @@ def device_of(name: torch.device | str | None) -> torch.device:
 
 
 def dtype_of(dtype: torch.dtype | None) -> torch.dtype:
-    """Floating type of weights; float32 if None.
-
-    Raises:
-        ConfigError: if weights have no such type.
-    """
+    """Floating type of weights; float32 if None. A ConfigError if weights have no such type."""
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f'expected dtype to be one of {", ".join(map(str, FLOATS))} (got {dtype!r})')
     return dtype or torch.float32
@@ -243,28 +196,6 @@ def _expect_plausible(config: GHNConfig, shapes: Mapping[str, tuple[int, ...]], 
         largest = max(largest, config.templates, config.codes)
     if config.layers > len(shapes) or largest > limit:
         raise CheckpointError(f'{label} holds {limit:,} numbers, far fewer than its configuration needs: {config}')
-
-
-def _expect_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], label: str) -> None:
-    problems = []
-    for title, keys in (('lacks', expected.keys() - found.keys()), ('has unexpected', found.keys() - expected.keys())):
-        if keys:
-            problems.append(f'{title} {_few(sorted(keys))}')
-    wrong = [
-        f'{key} {found[key]} where {shape} is expected'
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    if wrong:
-        problems.append(f'has {_few(wrong)}')
-    if problems:
-        raise CheckpointError(f'{label} does not match its configuration: it {"; it ".join(problems)}')
-
-
-def _few(items: Iterable[str]) -> str:
-    shown = [printable(item, 200) for item in items]
-    more = len(shown) - _SHOWN
-    return ', '.join(shown[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 def expect_finite(key: str, tensor: Tensor, label: str) -> None:
@@ -285,7 +216,7 @@ def expect_config(found: GHNConfig, expected: GHNConfig, label: str, *, ignore: 
         if field.name not in free and getattr(found, field.name) != getattr(expected, field.name)
     ]
     if differing:
-        raise CheckpointError(f'{label} is not the GHN that the catalogue describes: it has {_few(differing)}')
+        raise CheckpointError(f'{label} is not the GHN that the catalogue describes: it has {", ".join(differing)}')
 
 
 def file_digest(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Files of a repository on the Hub, checked by loading them, and files that other commands wrote."""
+"""Files of a repository on the Hub, checked by loading them, and models that other commands wrote."""
 
 from __future__ import annotations
 
@@ -16,21 +16,16 @@ from timm.models import save_for_hf, split_model_name_tag
 from torch import Tensor, nn
 
 from timm_ghn.architectures.timm_models import build_timm_model
-from timm_ghn.errors import CheckpointError, ConfigError, PredictionError, UnsupportedModelError
-from timm_ghn.files import read_json, write_json, write_state_dict
-from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, read_ghn, save_ghn
-from timm_ghn.nn.ghn import GHN
+from timm_ghn.errors import CheckpointError, ConfigError, UnsupportedModelError
+from timm_ghn.files import write_json, write_state_dict
+from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE
 from timm_ghn.prediction.checks import check_finite
-from timm_ghn.publish.facts import ModelFacts, check_provenance
 from timm_ghn.publish.training import WEIGHTS, Training, read_header
 
 #: Entries of a pretrained cfg that describe timm's pretrained weights.
 _OF_OTHER_WEIGHTS = (
     'tag', 'license', 'paper_ids', 'paper_name', 'origin_url', 'description', 'notes', 'custom_load', 'hf_hub_filename',
 )  # fmt: skip
-
-#: Keys of a configuration that no model of timm has.
-_OF_GHNS = frozenset({'hid', 'max_shape', 'num_classes'})
 
 #: Keys about images that timm's data config and its pretrained cfg share.
 _IMAGES = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -44,13 +39,13 @@ class Source:
         model: With its weights.
         model_args: What ``timm.create_model`` was given beside the name.
         provenance: Facts about the prediction; None if it was fine-tuned.
-        training: The run; None if it was not fine-tuned.
+        weights: The file, if it is of a fine-tuning run.
     """
 
     model: nn.Module
     model_args: Mapping[str, Any]
     provenance: Mapping[str, Any] | None
-    training: Training | None
+    weights: Path | None
 
 
 def read_source(path: Path) -> Source:
@@ -63,10 +58,9 @@ def read_source(path: Path) -> Source:
     """
     file = path / next(iter(WEIGHTS)) if path.is_dir() else path
     if not file.is_file():
-        found = f'{str(file)!r} is no regular file' if file.exists() else f'there is no file {str(file)!r}'
         raise ConfigError(
             f"expected {str(path)!r} to be a file of 'timm-ghn predict', the output folder of 'timm-ghn finetune' or "
-            f"the folder 'ghn' of 'timm-ghn train' ({found})"
+            f"the folder 'ghn' of 'timm-ghn train' (there is no regular file {str(file)!r})"
         )
     header = {key: _read(value) for key, value in read_header(file).items()}
     architecture = header.pop('architecture', None)
@@ -76,14 +70,12 @@ def read_source(path: Path) -> Source:
             f"the header of {str(file)!r} does not say what it holds: it is not a file of 'timm-ghn predict' or "
             "'timm-ghn finetune'. In Python, timm_ghn.push_to_hub(model, ...) takes any timm model"
         )
-    provenance = None if provenance is None else check_provenance(provenance)
     for key in ('format', 'epoch', 'top1'):
         header.pop(key, None)
-    training = Training.read(file) if run is not None else None
-    if training is not None and training.run.get('stem'):
+    if run is not None and (stem := Training.read(file).run.get('stem')):
         raise UnsupportedModelError(
-            f'the stem of {architecture} was changed for small images ({"; ".join(map(str, training.run["stem"]))}), '
-            'and timm builds it without that: fine-tune with --small-stem off'
+            f'the stem of {architecture} was changed for small images ({"; ".join(map(str, stem))}), and timm builds '
+            'it without that: fine-tune with --small-stem off'
         )
     # A tag may choose a variant of an architecture, but its weights are not wanted.
     model = build_timm_model(architecture, header, seed=0)
@@ -91,7 +83,7 @@ def read_source(path: Path) -> Source:
         model.load_state_dict(load_file(file), strict=True)
     except (LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f'{str(file)!r} does not hold the weights of {architecture}: {error}') from error
-    return Source(model, header, provenance, training)
+    return Source(model, header, provenance, None if run is None else file)
 
 
 def _read(text: str) -> Any:
@@ -119,10 +111,7 @@ def check_model(model: nn.Module) -> str:
         if value.is_meta:
             raise UnsupportedModelError(f"'{name}' is on the meta device and has no values: initialise the model first")
         if value.is_floating_point():
-            try:
-                check_finite(f"'{name}': values", value)
-            except PredictionError as error:
-                raise PredictionError(f'{error}: the model would be of no use, and was not pushed') from error
+            check_finite(f"'{name}': values", value)
     return split_model_name_tag(architecture)[0]
 
 
@@ -156,21 +145,20 @@ def write_model(
     return config
 
 
-def write_config(config: dict[str, Any], folder: Path, facts: ModelFacts) -> None:
+def write_config(
+    config: dict[str, Any], folder: Path, *, provenance: Mapping[str, Any] | None, training: Training | None
+) -> None:
     """Write the configuration so that it describes these weights and not timm's pretrained ones."""
     cfg = dict(config['pretrained_cfg'])
-    if facts.ghn is not None:
+    if provenance is not None:
         for key in _OF_OTHER_WEIGHTS:
             cfg.pop(key, None)
-        made = f'parameters that the graph hypernetwork {facts.ghn} predicted'
-        how = 'Fine-tuned from' if facts.training is not None else 'Without training:' if facts.raw else 'Begun with'
-        said = facts.provenance or {}
-        if facts.training is None and len(said.get('mean', ())) == facts.input_size[0]:
+        if training is None and len(provenance.get('mean') or ()) == cfg['input_size'][0]:
             # The statistics of the GHN's training images, not of those of timm's pretrained weights.
-            cfg |= {key: said[key] for key in ('mean', 'std')}
-        cfg |= {'tag': 'ghn', 'description': f'{how} {made}; see README.md.'}
-    names = list(facts.training.run.get('classes', ())) if facts.training is not None else []
-    if names and len(names) == facts.num_classes:
+            cfg |= {key: provenance[key] for key in ('mean', 'std')}
+        cfg |= {'tag': 'ghn', 'description': 'Begun with predicted parameters; README.md says how and what followed.'}
+    names = list(training.run.get('classes', ())) if training is not None else []
+    if names and len(names) == config['num_classes']:
         config = {**config, 'label_names': names}
     if 'model_args' in config:
         # timm takes it from the root of the configuration; transformers passes it on from there, and fails if it comes
@@ -203,30 +191,3 @@ def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:
         raise UnsupportedModelError(
             f'timm builds another model from its configuration: {len(wrong)} tensors differ, as {wrong[0]!r}; {hint}'
         )
-
-
-def is_ghn(path: Path) -> bool:
-    """Whether a path is the folder of a GHN.
-
-    Raises:
-        CheckpointError: if it is a folder whose configuration is damaged.
-    """
-    files = path / CONFIG_FILE, path / WEIGHTS_FILE
-    return all(file.is_file() for file in files) and read_json(files[0]).keys() >= _OF_GHNS
-
-
-def write_ghn(ghn: GHN, folder: Path) -> None:
-    """Write a GHN in the native format, and read it back.
-
-    Raises:
-        CheckpointError: if a weight is not finite or is on the meta device, or if another GHN comes back.
-    """
-    state = ghn.state_dict()
-    if any(value.is_meta for value in state.values()):
-        raise CheckpointError('the GHN is on the meta device and has no weights that could be pushed')
-    save_ghn(ghn, folder)
-    again = read_ghn(folder)
-    found = again.state_dict()
-    wrong = [key for key, value in state.items() if not torch.equal(value.to(found[key]), found[key])]
-    if again.config != ghn.config or wrong:
-        raise CheckpointError(f'another GHN comes back from its files: {len(wrong)} tensors differ')

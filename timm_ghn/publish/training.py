@@ -18,7 +18,7 @@ from timm_ghn.runs.results import RESULTS, read_results
 WEIGHTS = {'model_best.safetensors': None, 'model.safetensors': 'val_top1', 'model_ema.safetensors': 'ema_top1'}
 
 #: Groups of networks that a training run evaluates on.
-GROUPS = ('known', 'unseen')
+GROUPS = {'known': 'networks of the kinds that were trained', 'unseen': 'networks of families that were never trained'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +34,14 @@ class RunRecord:
 
     def is_local(self, name: str) -> bool:
         """Whether an argument is a path on the machine of the run, which is not published."""
-        named = str(self.arguments.get(name))
-        on_the_hub = not os.path.exists(named) and not named.startswith(('.', '~', os.sep)) and named.count('/') <= 1
-        return not on_the_hub or name in (self.run.get('local') or ())
+        return name in self.run.get('local', ('dataset', 'init'))
 
-    @property
-    def dataset(self) -> str:
-        """Name of the data set: that of the Hub, or the last part of a path."""
-        name = str(self.arguments['dataset'])
-        return printable(PurePath(name).stem if self.is_local('dataset') else name)
-
-    @property
-    def init(self) -> str | None:
-        """Initial weights, without folders of the machine; None for random weights of a GHN."""
-        name = str(self.arguments.get('init') or '')
-        if name.startswith('donor:') and name.endswith('.safetensors'):
-            return printable(f'donor:{PurePath(name).name}')
-        return printable(PurePath(name).name if self.is_local('init') else name) or None
+    def shown(self, name: str) -> str:
+        """The data set or the initial weights, without folders of the machine; empty for none."""
+        value = str(self.arguments.get(name) or '')
+        prefix = 'donor:' if value.startswith('donor:') else ''
+        private = self.is_local(name) or value.endswith('.safetensors')
+        return printable(prefix + PurePath(value.removeprefix(prefix)).name if private else value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +60,7 @@ class Training(RunRecord):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Training:
-        """Read the results of a run.
-
-        Args:
-            path: Its output folder, for the best weights; or one of the files of weights in it.
+        """Read the results of a run from its output folder, for the best weights, or for a file of weights in it.
 
         Raises:
             ConfigError: if there are no such results.
@@ -80,22 +68,14 @@ class Training(RunRecord):
         weights = Path(path)
         if weights.is_dir():
             weights = weights / next(iter(WEIGHTS))
-        results = weights.parent / RESULTS
-        if weights.name not in WEIGHTS or not results.is_file():
-            raise ConfigError(
-                f'expected the output folder of a fine-tuning run, with {RESULTS} and {" or ".join(WEIGHTS)} '
-                f'(got {os.fspath(path)!r})'
-            )
-        lines = read_results(results)
-        runs = [line for line in lines if line.get('kind') == 'run' and 'dataset' in line.get('arguments', {})]
-        epochs = [line for line in lines if line.get('kind') == 'epoch']
-        if not runs or not epochs:
-            raise ConfigError(f'{results} says of no fine-tuning run how it went: train for one epoch at least')
-        entry = WEIGHTS[weights.name]
-        if entry is not None:
-            return cls(runs[-1], float(epochs[-1]['epoch']), float(epochs[-1][entry]))
-        epoch = float(read_header(weights).get('epoch', epochs[-1]['epoch']))
-        return cls(runs[-1], epoch, float(epochs[-1]['best_top1']), lines[-1].get('test_top1'))
+        if weights.name not in WEIGHTS:
+            raise ConfigError(f'expected the weights of a fine-tuning run, {" or ".join(WEIGHTS)} (got {str(path)!r})')
+        lines = _last_lines(weights.parent, 'timm-ghn finetune', ('run', 'epoch'))
+        run, epoch, key = lines['run'], lines['epoch'], WEIGHTS[weights.name]
+        if key is not None:
+            return cls(run, float(epoch['epoch']), float(epoch[key]))
+        at = float(read_header(weights).get('epoch', epoch['epoch']))
+        return cls(run, at, float(epoch['best_top1']), lines.get('end', {}).get('test_top1'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,79 +84,44 @@ class MetaTraining(RunRecord):
 
     Attributes:
         steps: Steps done when the GHN was written.
-        seconds: Time that they took.
-        evaluation: The last line about networks that it predicted, without training; None if there is none.
+        evaluation: The last line about networks that it predicted, without training; empty if there is none.
     """
 
     steps: int
-    seconds: float
-    evaluation: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any]
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """Mean accuracy in percent of predicted networks, no training, by group of :data:`GROUPS`."""
-        found = self.evaluation or {}
-        return {group: float(found[group]) for group in GROUPS if group in found}
-
-    def families(self, group: str) -> dict[str, float]:
-        """Accuracy in percent by family of networks; empty if the group was not evaluated."""
-        start = f'{group}/'
-        found = self.evaluation or {}
-        return {key.removeprefix(start): float(value) for key, value in found.items() if key.startswith(start)}
-
-    def networks(self, group: str) -> str:
-        """The networks of a group, in words."""
-        if group == 'unseen':
-            return 'networks of families that were never trained'
-        drawn = 'networks of the trained families, of designs that training never drew'
-        known = {'timm': drawn, 'mix': drawn, 'names': 'the networks that it was trained on'}
-        return known.get(str(self.arguments['sampler']), 'networks of the sampler that it was trained on')
-
-    @property
-    def is_of_the_end(self) -> bool:
-        """Whether the evaluation is that of the GHN that was written."""
-        return self.evaluation is not None and int(self.evaluation['step']) == self.steps
+        """Mean accuracy in percent of predicted networks, no training, by group; empty if those of an earlier step."""
+        if self.evaluation.get('step') != self.steps:
+            return {}
+        return {group: float(self.evaluation[group]) for group in GROUPS if group in self.evaluation}
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> MetaTraining:
-        """Read the results of a run.
-
-        Args:
-            path: Its output folder, or the file of results in it.
+    def read(cls, path: str | os.PathLike[str], config: GHNConfig) -> MetaTraining:
+        """Read the results of the run whose output folder this is.
 
         Raises:
-            ConfigError: if there are no such results, or if the run has come to no end.
+            ConfigError: if there are no such results, if the run has come to no end, or if it trained another GHN.
         """
-        file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise ConfigError(
-                f"expected the output folder of 'timm-ghn train', with {RESULTS} (got {os.fspath(path)!r})"
-            )
-        lines = read_results(file)
-        of = {kind: [line for line in lines if line.get('kind') == kind] for kind in ('run', 'eval', 'end')}
-        if not of['run'] or not {'config', 'arguments'} <= of['run'][-1].keys():
-            raise ConfigError(f'{str(file)!r} does not say how a GHN was trained')
-        if not of['end']:
-            raise ConfigError(
-                f"{str(file)!r} is of a run that has come to no end: go on with 'timm-ghn train --resume'"
-            )
-        end = of['end'][-1]
-        return cls(of['run'][-1], int(end['step']), float(end['seconds']), of['eval'][-1] if of['eval'] else None)
+        lines = _last_lines(Path(path), 'timm-ghn train', ('run', 'end'))
+        found, expected = lines['run'].get('config', {}), config.to_dict()
+        differing = [key for key in expected if key in found and found[key] != expected[key]]
+        if set(differing) - {'format_version'}:
+            raise ConfigError(f'the results in {str(path)!r} are of another GHN: {", ".join(differing)} differ')
+        return cls(lines['run'], int(lines['end']['step']), lines.get('eval', {}))
 
-    def check_config(self, config: GHNConfig) -> None:
-        """Refuse results of another GHN.
 
-        Raises:
-            ConfigError: naming what differs.
-        """
-        found, expected = self.run['config'], config.to_dict()
-        differing = [
-            f'{key} is {printable(found[key])} there and {printable(expected[key])} here'
-            for key in expected
-            if key != 'format_version' and key in found and found[key] != expected[key]
-        ]
-        if differing:
-            raise ConfigError(f'the results are of the training of another GHN: {"; ".join(differing[:3])}')
+def _last_lines(folder: Path, command: str, kinds: tuple[str, str]) -> dict[str, dict[str, Any]]:
+    """The last line of each kind in the results of a run; a ConfigError if one of ``kinds`` is missing."""
+    file = folder / RESULTS
+    if not file.is_file():
+        raise ConfigError(f"expected the output folder of '{command}', with {RESULTS} (got {str(folder)!r})")
+    lines = {line['kind']: line for line in read_results(file)}
+    missing = [kind for kind in kinds if kind not in lines]
+    if missing:
+        raise ConfigError(f"{str(file)!r} has no line {missing[0]!r}: go on with '{command} --resume'")
+    return lines
 
 
 def read_header(path: Path) -> dict[str, str]:

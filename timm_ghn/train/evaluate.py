@@ -101,7 +101,9 @@ class NetworkOptions(DataOptions):
 
     def named(self, num_classes: int) -> tuple[Architecture, ...]:
         """The models of timm that ``archs`` names."""
-        named = NamesSampler(self.archs, image_size=self.image_size, num_classes=num_classes, small_stem=self.small_stem)
+        named = NamesSampler(
+            self.archs, image_size=self.image_size, num_classes=num_classes, small_stem=self.small_stem
+        )
         return tuple(named.architecture(name) for name in named.models)
 
     def deepnets(self, split: str, num_classes: int) -> Iterable[Architecture]:
