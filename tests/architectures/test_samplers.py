@@ -117,7 +117,7 @@ def test_a_mixture_draws_from_each_part_by_its_share():
         ('names', {'names': []}, 'got none'),
         ('names', {'names': ['resnet18000']}, 'resnet18000'),
         ('names', {'names': ['nothing*']}, 'nothing'),
-        ('mix', {'parts': []}, 'a list of mappings'),
+        ('mix', {'parts': []}, 'got none'),
         ('mix', {'parts': 'vgg'}, 'to be a mapping'),
         ('mix', {'parts': ['vgg']}, 'to be a mapping'),
         ('mix', {'parts': [{'share': 0}]}, 'positive number'),
