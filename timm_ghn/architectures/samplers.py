@@ -15,6 +15,7 @@ from torch import nn
 
 from timm_ghn.architectures.architecture import SPLITS, Architecture, Task, register_family
 from timm_ghn.architectures.cost import Limits, cost_of, count_parameters
+from timm_ghn.architectures.draws import Draws
 from timm_ghn.architectures.families import FAMILIES, TRAIN_FAMILIES
 from timm_ghn.architectures.small_images import adapt_to_small_images_, size_arguments
 from timm_ghn.errors import ConfigError
@@ -95,9 +96,9 @@ class TimmSampler(Limits, ArchitectureSampler):
     def sample(self, rng: np.random.Generator) -> Architecture:
         """Draw an architecture within the limits."""
         family = self.families[int(rng.integers(len(self.families)))]
-        fewest, most = self.parameters
+        draws, (fewest, most) = Draws(rng, self), self.parameters
         for _ in range(self.attempts):
-            architecture = Architecture(family, FAMILIES[family](rng, self), **self.task)
+            architecture = Architecture(family, FAMILIES[family](draws), **self.task)
             if self.split not in (None, architecture.split):
                 continue
             model = architecture.build()

@@ -77,10 +77,7 @@ class Comparison:
 
 
 def compare(
-    predicted: Mapping[str, Tensor],
-    random: Mapping[str, Tensor],
-    plan: ParameterPlan,
-    options: PostProcess | None,
+    predicted: Mapping[str, Tensor], random: Mapping[str, Tensor], plan: ParameterPlan, options: PostProcess | None
 ) -> Iterator[Comparison]:
     """Measure each predicted layer as it was predicted, post-processed, and drawn at random, one after the other.
 
