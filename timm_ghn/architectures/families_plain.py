@@ -20,7 +20,7 @@ def draw_vgg(draw: Draws) -> dict[str, Any]:
     """3x3 convolutions and poolings in a row, then a linear classifier or VGG's own convolutional one."""
     stages = draw.affordable(((3, 4), (4, 8), (5, 16), (5, 16)))
     depths = draw.depths(stages, 3)
-    sides = draw.sides(1) + (2,) * (stages - 1)
+    sides = draw.sides(1, *(2,) * (stages - 1))
     # Only the first convolution of a stage reads another width than its own.
     ratios = draw.ratios(stages)
     widths = draw.widths(ratios, depths=depths, sides=sides, per_block=9)
