@@ -236,17 +236,7 @@ def _prepare(
 
 
 class _Decoded:
-    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes.
-
-    Args:
-        ghn: The GHN.
-        plan: Of the model.
-        seed: Of the tokens without a position.
-        devices: Of the parameters by name; the decoded values are moved there.
-
-    Raises:
-        PredictionError: if a value is not finite in the dtype of its parameter.
-    """
+    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes."""
 
     @torch.no_grad()
     def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int, devices: Mapping[str, torch.device]) -> None:
