@@ -189,7 +189,7 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
 
 
 def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:
-    """Write what :func:`repeated` gives into a parameter that is no positional embedding, without a temporary of its size."""
+    """Write what :func:`repeated` gives into a parameter, no positional embedding, without a temporary of its size."""
     if fit.columns:
         values = _with_axes(values.to(target), target.dim())
         _copy_repeated(target, values, (fit.rows, fit.columns))
