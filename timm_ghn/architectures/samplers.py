@@ -132,12 +132,12 @@ def evaluation_set(sampler: TimmSampler, *, seed: int, count: int, split: str = 
         one = dataclasses.replace(sampler, families=(family,), split=split, attempts=20 * sampler.attempts)
         rng = np.random.default_rng([seed, zlib.crc32(family.encode())])
         found: dict[str, Architecture] = {}
-        attempts = 20 * count
-        while len(found) < count and attempts:
+        for _ in range(20 * count):
             architecture = one.sample(rng)
             found.setdefault(architecture.key, architecture)
-            attempts -= 1
-        if len(found) < count:
+            if len(found) == count:
+                break
+        else:
             raise ConfigError(f'expected {count} members of {family} within the limits (got {len(found)})')
         chosen += found.values()
     return tuple(chosen)

@@ -297,8 +297,5 @@ def provenance(
         'head': head,
         'seed': seed,
         'postprocess': None if postprocess is None else postprocess.to_dict(),
-        'tensors': totals['tensors'],
-        'predicted_tensors': totals['predicted_tensors'],
-        'elements': totals['elements'],
-        'predicted_elements': totals['predicted_elements'],
+        **{name: totals[name] for name in ('tensors', 'predicted_tensors', 'elements', 'predicted_elements')},
     }
