@@ -10,6 +10,7 @@ from torch import nn
 
 from timm_ghn.architectures import architecture as architectures
 from timm_ghn.architectures.architecture import SPLITS, Architecture
+from timm_ghn.architectures.draws import Draws
 from timm_ghn.architectures.families import FAMILIES
 from timm_ghn.architectures.samplers import TimmSampler
 from timm_ghn.errors import ConfigError
@@ -19,7 +20,7 @@ VGG = TimmSampler(('vgg',)).sample(np.random.default_rng(5))
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_record_survives_pickling_and_json(family):
-    architecture = Architecture(family, FAMILIES[family](np.random.default_rng(5), TimmSampler()))
+    architecture = Architecture(family, FAMILIES[family](Draws(np.random.default_rng(5), TimmSampler())))
     copies = (
         pickle.loads(pickle.dumps(architecture)),
         Architecture.from_dict(json.loads(json.dumps(architecture.to_dict()))),

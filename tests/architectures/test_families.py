@@ -9,6 +9,7 @@ import torch
 from timm_ghn import GHNConfig, plan_parameters, trace
 from timm_ghn.architectures.architecture import Architecture
 from timm_ghn.architectures.cost import Limits, cost_of
+from timm_ghn.architectures.draws import Draws
 from timm_ghn.architectures.families import FAMILIES, HELD_OUT, TRAIN_FAMILIES
 from timm_ghn.architectures.samplers import TimmSampler
 
@@ -85,8 +86,8 @@ def test_many_members_are_traced_planned_and_run(family, image_size):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_seed_means_the_same_options_on_every_platform(family):
-    rng = np.random.default_rng(0)
-    drawn = [Architecture(family, FAMILIES[family](rng, Limits())) for _ in range(3)]
+    draws = Draws(np.random.default_rng(0), Limits())
+    drawn = [Architecture(family, FAMILIES[family](draws)) for _ in range(3)]
     assert [architecture.design[:6] for architecture in drawn] == FIRST[family]
 
 
@@ -94,7 +95,9 @@ def test_a_seed_means_the_same_options_on_every_platform(family):
 @pytest.mark.parametrize('image_size', [8, 28, 224])
 def test_other_image_sizes_can_be_read(family, image_size):
     limits = Limits(image_size=image_size, parameters=(0, 2_000_000), macs=500_000_000, activations=None)
-    architecture = Architecture(family, FAMILIES[family](np.random.default_rng(3), limits), image_size=image_size)
+    architecture = Architecture(
+        family, FAMILIES[family](Draws(np.random.default_rng(3), limits)), image_size=image_size
+    )
     trace(architecture.build(), input_size=architecture.input_size, rules='operators')
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import literal
 import pytest
 import torch
 from variants import GHN3, VARIANTS
 
 from timm_ghn.nn import DecodeKind, DecodeRequest
-from timm_ghn.nn.requests import window_of
 
 KERNELS = [(1, 1), (2, 2), (3, 3), (4, 4), (7, 7), (11, 11), (14, 14), (16, 16), (1, 7), (7, 1), (3, 1)]
 ABOVE_THE_MAP = [(12, 12), (20, 20), (31, 17), (1, 31), (18, 5)]
@@ -61,28 +58,6 @@ def test_the_chunk_size_changes_no_value_and_bounds_the_work(config, chunk_eleme
                 # Sliced after a class predictor or the widest request of a group.
                 assert storage <= max(2 * max(config.max_shape[:2]), config.num_classes, tensor.numel())
     assert sorted(order) == list(range(len(requests)))
-
-
-@pytest.mark.parametrize(
-    ('size', 'kernel', 'rows'),
-    [
-        (16, 1, (8, 8)),
-        (16, 2, (7, 8)),
-        (16, 3, (7, 9)),
-        (16, 4, (6, 9)),
-        (16, 7, (5, 11)),
-        (16, 16, (0, 15)),
-        (11, 3, (4, 6)),
-        (11, 11, (0, 10)),
-        (11, 12, (0, 10)),
-    ],
-)
-def test_the_centred_window_is_the_published_one(size, kernel, rows):
-    window = window_of(kernel, kernel, dataclasses.replace(GHN3, max_shape=(24, 20, size, size)))
-    assert (window.top, window.top + window.height - 1) == rows
-    assert (window.left, window.left + window.width - 1) == rows
-    corner = window_of(kernel, kernel, dataclasses.replace(GHN3, window='corner', max_shape=(24, 20, size, size)))
-    assert (corner.top, corner.left, corner.height) == (0, 0, min(kernel, size))
 
 
 def test_a_request_that_makes_no_sense_is_refused(make_ghn):

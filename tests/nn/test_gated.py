@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import weakref
 
 import literal
@@ -115,27 +114,6 @@ def test_gradients_pass_the_numerical_check(variant, make_ghn, make_graph, make_
         return torch.func.functional_call(ghn.gnn, dict(zip(names, weights, strict=True)), (x, batch))
 
     assert torch.autograd.gradcheck(function, (x, *ghn.gnn.parameters()))
-
-
-@pytest.mark.parametrize('backward', [False, True])
-def test_edges_lead_from_lower_levels_to_the_level_that_they_update(backward, make_graph):
-    batch = GraphBatch.of([make_graph(9), make_graph(24), make_graph(1)])
-    plan = plan_traversal(batch, 50, backward=backward, like=torch.zeros(0, 4))
-    assert sorted(plan.order_N.tolist()) == list(range(34))
-    assert plan.order_N[plan.rank_N].tolist() == list(range(34))
-    level_N = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
-    assert (level_N[plan.edges.source_E // 2] < level_N[plan.edges.target_E]).all()
-    expected = []
-    for graph, offset in zip(batch.graphs, batch.offsets, strict=True):
-        d = graph.distances_NN(50).tolist()
-        for u, v in itertools.product(range(len(graph)), repeat=2):
-            start, end = (v, u) if backward else (u, v)
-            expected += [(start + offset, end + offset, 0, 1.0)] if d[u][v] == 1 else []
-            expected += [(start + offset, end + offset, 1, round(1 / d[u][v], 6))] if d[u][v] else []
-    source, target = plan.order_N[plan.edges.source_E // 2], plan.order_N[plan.edges.target_E]
-    weight = [round(weight, 6) for weight in plan.edges.weight_E.tolist()]
-    found = zip(source.tolist(), target.tolist(), (plan.edges.source_E % 2).tolist(), weight, strict=True)
-    assert sorted(found) == sorted(expected)
 
 
 def test_schedules_are_planned_once_for_a_batch_and_go_with_it(make_graph, monkeypatch):

@@ -177,15 +177,6 @@ def test_many_tokens_beyond_a_square_are_no_class_tokens(tokens, random):
     assert random_tokens(tokens) == random
 
 
-def test_a_positional_embedding_may_leave_out_the_batch():
-    shape = (26, 13)
-    size, fit = fit_of(DecodeKind.TENSOR, shape, CONFIG, position=True)
-    assert size == (1, 13, 5, 5)
-    decoded = torch.randn(1, 6, 5, 5, generator=torch.Generator().manual_seed(0))
-    target = fitted(decoded, fit, shape, torch.Generator().manual_seed(0))
-    assert torch.equal(target.view(26, 13)[1:, :6], decoded.flatten(2)[0].t())
-
-
 @pytest.mark.parametrize('blocks', [(3, 3, 2, 2), (1, 2, 6, 3)])
 def test_positions_that_are_stored_by_blocks_are_those_of_one_map(blocks):
     rows, columns, height, width = blocks

@@ -218,14 +218,6 @@ def test_any_network_is_processed_or_left_as_it_is(name):
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
 
 
-@pytest.mark.parametrize('options', [None, PostProcess(orth=False, beta=0), PostProcess(layer=99)])
-def test_nothing_to_do_changes_nothing(options):
-    model = plain()
-    before = snapshot(model)
-    postprocess_(model, options, input_size=SIZE)
-    torch.testing.assert_close(snapshot(model), before, rtol=0, atol=0)
-
-
 def test_a_weight_that_is_not_finite_is_named_before_any_is_written():
     model = plain()
     with torch.no_grad():

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from timm_ghn.architectures import families_plain as plain, families_residual as residual, families_tokens as tokens
-from timm_ghn.architectures.cost import Limits
+from timm_ghn.architectures.draws import Draws
 
-#: Draws the options of an architecture; they should come near the limits, which are checked afterwards.
-Draw = Callable[[np.random.Generator, Limits], Mapping[str, Any]]
-
-#: How each family draws the options of an architecture.
-FAMILIES: dict[str, Draw] = {
+#: How each family draws the options of an architecture; they should come near the limits, which are checked afterwards.
+FAMILIES: dict[str, Callable[[Draws], Mapping[str, Any]]] = {
     'resnet_basic': residual.draw_resnet_basic,
     'resnet_bottleneck': residual.draw_resnet_bottleneck,
     'resnetv2': residual.draw_resnetv2,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
 from timm.layers import ClassifierHead, get_act_layer
 from timm.models.densenet import DenseNet
 from timm.models.efficientnet import EfficientNet, decode_arch_def
@@ -13,37 +12,27 @@ from timm.models.vgg import VGG, ConvMlp
 from torch import nn
 
 from timm_ghn.architectures.architecture import Architecture, register_family
-from timm_ghn.architectures.cost import Limits
-from timm_ghn.architectures.draws import (
-    affordable,
-    chance,
-    choose,
-    draw_depths,
-    draw_ratios,
-    round_to,
-    stage_sides,
-    stage_widths,
-)
+from timm_ghn.architectures.draws import Draws, round_to, stage_sides
 from timm_ghn.architectures.families_residual import set_convolution
 
 
-def draw_vgg(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_vgg(draw: Draws) -> dict[str, Any]:
     """3x3 convolutions and poolings in a row, then a linear classifier or VGG's own convolutional one."""
-    stages = affordable(rng, limits, ((3, 4), (4, 8), (5, 16), (5, 16)))
-    depths = draw_depths(rng, stages, 3)
-    sides = stage_sides(limits.image_size, (1,) + (2,) * (stages - 1))
+    stages = draw.affordable(((3, 4), (4, 8), (5, 16), (5, 16)))
+    depths = draw.depths(stages, 3)
+    sides = draw.sides(1, *(2,) * (stages - 1))
     # Only the first convolution of a stage reads another width than its own.
-    ratios = draw_ratios(rng, stages)
-    widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=9)
+    ratios = draw.ratios(stages)
+    widths = draw.widths(ratios, depths=depths, sides=sides, per_block=9)
     return {
         'depths': depths,
         'widths': widths,
-        'last_pooling': limits.image_size >> stages >= 1 and chance(rng, 0.5),
-        'classifier': choose(rng, ('linear', 'linear', 'convolutions')),
-        'classifier_kernel': choose(rng, (1, 3, 7)),
-        'classifier_width': choose(rng, (64, 128, 256, 512)),
-        'norm': choose(rng, (*['batch'] * 5, 'none')),
-        'act': choose(rng, (*['relu'] * 6, 'gelu')),
+        'last_pooling': draw.image_size >> stages >= 1 and draw.chance(0.5),
+        'classifier': draw.choose(('linear', 'linear', 'convolutions')),
+        'classifier_kernel': draw.choose((1, 3, 7)),
+        'classifier_width': draw.choose((64, 128, 256, 512)),
+        'norm': draw.choose((*['batch'] * 5, 'none')),
+        'act': draw.choose((*['relu'] * 6, 'gelu')),
     }
 
 
@@ -74,19 +63,19 @@ def build_vgg(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def draw_densenet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_densenet(draw: Draws) -> dict[str, Any]:
     """Every layer of a block reads all before it."""
-    stride, pool = affordable(rng, limits, (((1, False), 1), ((2, False), 2), ((1, True), 2), ((2, True), 4)), after=8)
-    stages = choose(rng, (3, 4, 4))
+    stride, pool = draw.affordable((((1, False), 1), ((2, False), 2), ((1, True), 2), ((2, True), 4)), after=8)
+    stages = draw.choose((3, 4, 4))
     return {
-        'stem': choose(rng, ('plain', 'plain', 'deep')),
-        'stem_kernel': choose(rng, (3, 5, 7)) if stride > 1 else 3,
+        'stem': draw.choose(('plain', 'plain', 'deep')),
+        'stem_kernel': draw.choose((3, 5, 7)) if stride > 1 else 3,
         'stem_stride': stride,
         'stem_pool': pool,
-        'depths': draw_depths(rng, stages, 6),
-        'growth': choose(rng, (8, 12, 16, 24, 32)),
-        'bottleneck': choose(rng, (2, 4)),
-        'act': choose(rng, (*['relu'] * 5, 'silu')),
+        'depths': draw.depths(stages, 6),
+        'growth': draw.choose((8, 12, 16, 24, 32)),
+        'bottleneck': draw.choose((2, 4)),
+        'act': draw.choose((*['relu'] * 5, 'silu')),
         'norm': 'batch',
     }
 
@@ -110,61 +99,55 @@ def build_densenet(architecture: Architecture, common: dict[str, Any]) -> nn.Mod
     return cast(nn.Module, model)
 
 
-def draw_mobilenet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_mobilenet(draw: Draws) -> dict[str, Any]:
     """Depthwise separable convolutions (MobileNet), inverted bottlenecks (v2), these with v3's head and activation."""
-    kind = choose(rng, ('v1', 'v2', 'v2', 'v3'))
+    kind = draw.choose(('v1', 'v2', 'v2', 'v3'))
     block = 'ds' if kind == 'v1' else 'ir'
-    act = {'v1': choose(rng, ('relu', 'relu6')), 'v2': choose(rng, ('relu6', 'relu')), 'v3': 'hard_swish'}[kind]
-    return _draw_inverted(
-        rng, limits, head='v3' if kind == 'v3' else 'plain', blocks=(block,), act=act, squeeze=kind == 'v3'
-    )
+    act = {'v1': draw.choose(('relu', 'relu6')), 'v2': draw.choose(('relu6', 'relu')), 'v3': 'hard_swish'}[kind]
+    return _draw_inverted(draw, head='v3' if kind == 'v3' else 'plain', blocks=(block,), act=act, squeeze=kind == 'v3')
 
 
-def draw_efficientnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_efficientnet(draw: Draws) -> dict[str, Any]:
     """Inverted bottlenecks with squeeze-excite, the first of them fused (v2) or not."""
-    blocks = choose(rng, (('ir',), ('er', 'ir'), ('er', 'er', 'ir')))
-    return _draw_inverted(
-        rng, limits, head='plain', blocks=blocks, act=choose(rng, ('silu', 'silu', 'relu')), squeeze=True
-    )
+    blocks = draw.choose((('ir',), ('er', 'ir'), ('er', 'er', 'ir')))
+    return _draw_inverted(draw, head='plain', blocks=blocks, act=draw.choose(('silu', 'silu', 'relu')), squeeze=True)
 
 
-def _draw_inverted(
-    rng: np.random.Generator, limits: Limits, *, head: str, blocks: tuple[str, ...], act: str, squeeze: bool
-) -> dict[str, Any]:
+def _draw_inverted(draw: Draws, *, head: str, blocks: tuple[str, ...], act: str, squeeze: bool) -> dict[str, Any]:
     """Stages in timm's words, ``ir_r2_k3_s2_e4_c24_se0.25``: type, repeats, kernel, stride, expansion, width, ratio."""
-    stages = choose(rng, (4, 5, 6, 7))
-    stem_stride = choose(rng, (1, 1, 2))
-    strides = _draw_strides(rng, stages, limits.image_size // stem_stride)
-    depths = draw_depths(rng, stages, 2)
-    sides = stage_sides(limits.image_size // stem_stride, strides)
-    expansion = choose(rng, (2, 3, 4, 6))
+    stages = draw.choose((4, 5, 6, 7))
+    stem_stride = draw.choose((1, 1, 2))
+    strides = _draw_strides(draw, stages, draw.image_size // stem_stride)
+    depths = draw.depths(stages, 2)
+    sides = stage_sides(draw.image_size // stem_stride, strides)
+    expansion = draw.choose((2, 3, 4, 6))
     spatial = {'ds': 1.0, 'ir': 2.0 * expansion, 'er': 10.0 * expansion}
     kinds = tuple(blocks[min(stage, len(blocks) - 1)] for stage in range(stages))
     per_block = sum(spatial[kind] for kind in kinds) / stages
-    ratios = draw_ratios(rng, stages, (1.0, 1.5, 1.5, 2.0))
-    widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=per_block)
+    ratios = draw.ratios(stages, (1.0, 1.5, 1.5, 2.0))
+    widths = draw.widths(ratios, depths=depths, sides=sides, per_block=per_block)
     texts = []
     for kind, depth, stride, width in zip(kinds, depths, strides, widths, strict=True):
-        kernel = choose(rng, (3, 3, 5, 7) if kind != 'er' else (3,))
-        expanded = '' if kind == 'ds' else f'_e{choose(rng, (expansion, expansion, max(1, expansion - 1)))}'
-        ratio = '_se0.25' if squeeze and kind == 'ir' and chance(rng, 0.8) else ''
+        kernel = draw.choose((3, 3, 5, 7) if kind != 'er' else (3,))
+        expanded = '' if kind == 'ds' else f'_e{draw.choose((expansion, expansion, max(1, expansion - 1)))}'
+        ratio = '_se0.25' if squeeze and kind == 'ir' and draw.chance(0.8) else ''
         texts.append(f'{kind}_r{depth}_k{kernel}_s{stride}{expanded}_c{width}{ratio}')
     return {
         'stages': tuple(texts),
-        'stem_width': round_to(widths[0] * choose(rng, (1, 1, 2)), 8),
+        'stem_width': round_to(widths[0] * draw.choose((1, 1, 2)), 8),
         'stem_stride': stem_stride,
         'head': head,
-        'head_width': round_to(widths[-1] * choose(rng, (1, 2, 4)), 8),
+        'head_width': round_to(widths[-1] * draw.choose((1, 2, 4)), 8),
         'act': act,
         'norm': 'batch',
     }
 
 
-def _draw_strides(rng: np.random.Generator, stages: int, side: int) -> tuple[int, ...]:
+def _draw_strides(draw: Draws, stages: int, side: int) -> tuple[int, ...]:
     """Which stages halve the map: at least two of them, and no more than there is to halve."""
     most = min(4, stages, max(0, side.bit_length() - 1))
-    count = min(most, choose(rng, (2, 3, 4)))
-    halving = set(rng.permutation(stages)[:count].tolist())
+    count = min(most, draw.choose((2, 3, 4)))
+    halving = set(draw.rng.permutation(stages)[:count].tolist())
     return tuple(2 if stage in halving else 1 for stage in range(stages))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 from timm.layers import BatchNormAct2d, GroupNorm, GroupNormAct, StdConv2d, create_conv2d
 from timm.models.nfnet import NfCfg, NormFreeNet
 from timm.models.regnet import RegNet, RegNetCfg, generate_regnet
@@ -14,24 +13,13 @@ from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
 from timm_ghn.architectures.architecture import Architecture, register_family
-from timm_ghn.architectures.cost import Limits
-from timm_ghn.architectures.draws import (
-    affordable,
-    chance,
-    choose,
-    draw_depths,
-    draw_ratios,
-    round_to,
-    stage_sides,
-    stage_widths,
-)
+from timm_ghn.architectures.draws import Draws, round_to
 
 #: Groups of a group normalisation; widths are multiples of 8.
 GROUPS = 8
 
 #: Stride of the first convolution and what pools behind it, with the total stride.
 _STEMS = (*[((1, 'none'), 1)] * 3, ((2, 'none'), 2), ((1, 'max'), 2), *[((2, 'max'), 4)] * 3)
-
 
 #: How the last map is pooled: nearly all networks of timm average.
 _POOLINGS = (*['avg'] * 18, 'max', 'catavgmax')
@@ -48,55 +36,53 @@ def set_convolution(convolution: nn.Conv2d, *, kernel: int, stride: int) -> None
     convolution.stride = (stride, stride)
 
 
-def _draw_stem(rng: np.random.Generator, limits: Limits, *, after: int) -> dict[str, Any]:
-    stride, pool = affordable(rng, limits, _STEMS, after=after)
-    stem = choose(rng, (*['plain'] * 6, 'deep', 'tiered'))
-    kernel = choose(rng, (7, 7, 7, 5, 3) if stride > 1 else (3, 3, 3, 3, 3, 5)) if stem == 'plain' else 3
+def _draw_stem(draw: Draws) -> dict[str, Any]:
+    stride, pool = draw.affordable(_STEMS, after=8)
+    stem = draw.choose((*['plain'] * 6, 'deep', 'tiered'))
+    kernel = draw.choose((7, 7, 7, 5, 3) if stride > 1 else (3, 3, 3, 3, 3, 5)) if stem == 'plain' else 3
     return {'stem': stem, 'stem_kernel': kernel, 'stem_stride': stride, 'stem_pool': pool}
 
 
-def _draw_widths(
-    rng: np.random.Generator, limits: Limits, stem: dict[str, Any], depths: tuple[int, ...], **costs: Any
-) -> tuple[int, ...]:
-    """Widths of the four stages behind a stem; ``costs`` are those of :func:`stage_widths`."""
+def _draw_widths(draw: Draws, stem: dict[str, Any], depths: tuple[int, ...], **costs: Any) -> tuple[int, ...]:
+    """Widths of the four stages behind a stem; ``costs`` are those of :meth:`Draws.widths`."""
     stride = stem['stem_stride'] * (1 if stem['stem_pool'] == 'none' else 2)
-    sides = stage_sides(limits.image_size, (stride, 2, 2, 2))
-    return stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, **costs)
+    sides = draw.sides(stride, 2, 2, 2)
+    return draw.widths(draw.ratios(4), depths=depths, sides=sides, **costs)
 
 
-def draw_resnet_basic(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_resnet_basic(draw: Draws) -> dict[str, Any]:
     """Two 3x3 convolutions per block."""
-    stem = _draw_stem(rng, limits, after=8)
-    depths = draw_depths(rng, 4, 3)
-    widths = _draw_widths(rng, limits, stem, depths, per_block=18)
-    return {**stem, 'depths': depths, 'widths': widths, **_draw_resnet_details(rng, stem, widths[0])}
+    stem = _draw_stem(draw)
+    depths = draw.depths(4, 3)
+    widths = _draw_widths(draw, stem, depths, per_block=18)
+    return {**stem, 'depths': depths, 'widths': widths, **_draw_resnet_details(draw, stem, widths[0])}
 
 
-def draw_resnet_bottleneck(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_resnet_bottleneck(draw: Draws) -> dict[str, Any]:
     """1x1, 3x3 (in groups: ResNeXt) and 1x1 convolutions per block; widths are those of a block's 3x3."""
-    stem = _draw_stem(rng, limits, after=8)
-    depths = draw_depths(rng, 4, 3)
-    cardinality, base_width = choose(rng, (*[(1, 64)] * 5, (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
+    stem = _draw_stem(draw)
+    depths = draw.depths(4, 3)
+    cardinality, base_width = draw.choose((*[(1, 64)] * 5, (1, 128), (2, 32), (2, 64), (4, 24), (8, 8), (32, 4)))
     ratio = cardinality * base_width / 64
     per_block = 8 * ratio + 9 * ratio * ratio / cardinality
-    widths = _draw_widths(rng, limits, stem, depths, per_block=per_block, multiple=16 if base_width == 4 else 8)
-    details = _draw_resnet_details(rng, stem, widths[0])
+    widths = _draw_widths(draw, stem, depths, per_block=per_block, multiple=16 if base_width == 4 else 8)
+    details = _draw_resnet_details(draw, stem, widths[0])
     if cardinality > 1:
         details['norm'] = 'batch'
     return {**stem, 'depths': depths, 'widths': widths, 'cardinality': cardinality, 'base_width': base_width, **details}
 
 
-def _draw_resnet_details(rng: np.random.Generator, stem: dict[str, Any], width: int) -> dict[str, Any]:
-    norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.08) else 'batch'
-    if stem['stem_pool'] == 'max' and chance(rng, 0.2):
+def _draw_resnet_details(draw: Draws, stem: dict[str, Any], width: int) -> dict[str, Any]:
+    norm = 'group' if stem['stem'] != 'tiered' and draw.chance(0.08) else 'batch'
+    if stem['stem_pool'] == 'max' and draw.chance(0.2):
         stem['stem_pool'] = 'convolution'
     return {
-        'stem_width': round_to(width * choose(rng, (0.5, 1, 1, 1, 1, 2)), 16),
+        'stem_width': round_to(width * draw.choose((0.5, 1, 1, 1, 1, 2)), 16),
         'norm': norm,
-        'act': choose(rng, (*['relu'] * 8, 'silu', 'gelu')),
-        'squeeze_excite': chance(rng, 0.12),
-        'average_down': chance(rng, 0.12),
-        'pooling': choose(rng, _POOLINGS),
+        'act': draw.choose((*['relu'] * 8, 'silu', 'gelu')),
+        'squeeze_excite': draw.chance(0.12),
+        'average_down': draw.chance(0.12),
+        'pooling': draw.choose(_POOLINGS),
     }
 
 
@@ -135,26 +121,26 @@ def build_resnet(architecture: Architecture, common: dict[str, Any]) -> nn.Modul
     return cast(nn.Module, model)
 
 
-def draw_resnetv2(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_resnetv2(draw: Draws) -> dict[str, Any]:
     """Norm and activation before each convolution; with group norm, the weights are standardised (BiT)."""
-    stem = _draw_stem(rng, limits, after=8)
-    depths = draw_depths(rng, 4, 3)
-    basic = chance(rng, 0.4)
-    ratio = choose(rng, (0.25, 0.25, 0.5))
+    stem = _draw_stem(draw)
+    depths = draw.depths(4, 3)
+    basic = draw.chance(0.4)
+    ratio = draw.choose((0.25, 0.25, 0.5))
     per_block = 18.0 if basic else 2 * ratio + 9 * ratio * ratio
-    widths = _draw_widths(rng, limits, stem, depths, per_block=per_block, multiple=8 if basic else 32)
-    norm = 'group' if stem['stem'] != 'tiered' and chance(rng, 0.35) else 'batch'
+    widths = _draw_widths(draw, stem, depths, per_block=per_block, multiple=8 if basic else 32)
+    norm = 'group' if stem['stem'] != 'tiered' and draw.chance(0.35) else 'batch'
     return {
         **stem,
         'depths': depths,
         'widths': widths,
         'basic': basic,
         'bottle_ratio': ratio,
-        'stem_width': round_to(widths[0] * choose(rng, (0.5, 1) if basic else (0.25, 0.5)), 16),
+        'stem_width': round_to(widths[0] * draw.choose((0.5, 1) if basic else (0.25, 0.5)), 16),
         'norm': norm,
-        'act': choose(rng, (*['relu'] * 6, 'silu', 'gelu')),
-        'average_down': chance(rng, 0.12),
-        'pooling': choose(rng, _POOLINGS),
+        'act': draw.choose((*['relu'] * 6, 'silu', 'gelu')),
+        'average_down': draw.chance(0.12),
+        'pooling': draw.choose(_POOLINGS),
     }
 
 
@@ -184,19 +170,19 @@ def build_resnetv2(architecture: Architecture, common: dict[str, Any]) -> nn.Mod
     return cast(nn.Module, model)
 
 
-def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_regnet(draw: Draws) -> dict[str, Any]:
     """X, Y (squeeze-excite), V (pre-activation) and Z (inverted bottleneck), by the parameters of arXiv 2003.13678."""
-    kind = choose(rng, ('x', 'y', 'v', 'z'))
-    stride = affordable(rng, limits, ((1, 1), (2, 2)), after=16)
+    kind = draw.choose(('x', 'y', 'v', 'z'))
+    stride = draw.affordable(((1, 1), (2, 2)), after=16)
     expansion = 4.0 if kind == 'z' else 1.0
-    group_size = choose(rng, (4, 8, 8, 16, 24, 32))
+    group_size = draw.choose((4, 8, 8, 16, 24, 32))
     per_block = 2 * expansion + 9 * expansion * group_size / 64
-    sides = stage_sides(limits.image_size, (2 * stride, 2, 2, 2))
+    sides = draw.sides(2 * stride, 2, 2, 2)
     for _ in range(100):
-        depth = choose(rng, range(4, 15))
-        wm = choose(rng, (1.5, 1.75, 2.0, 2.25, 2.5, 2.75))
+        depth = draw.choose(range(4, 15))
+        wm = draw.choose((1.5, 1.75, 2.0, 2.25, 2.5, 2.75))
         ratios, depths = tuple(wm**stage for stage in range(4)), (max(1, depth // 4),) * 4
-        widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=per_block)
+        widths = draw.widths(ratios, depths=depths, sides=sides, per_block=per_block)
         wa = round(widths[0] * (wm**3 - 1) / (depth - 1), 2)
         # The class has four stages, no more and no less.
         if generate_regnet(wa, widths[0], wm, depth, group_size)[1] == 4:
@@ -204,15 +190,15 @@ def draw_regnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     return {
         'kind': kind,
         'stem_stride': stride,
-        'stem_width': round_to(min(widths[0], 64) * choose(rng, (0.5, 1)), 8),
+        'stem_width': round_to(min(widths[0], 64) * draw.choose((0.5, 1)), 8),
         'depth': depth,
         'w0': widths[0],
         'wa': wa,
         'wm': wm,
         'group_size': group_size,
         'expansion': expansion,
-        'average_down': kind in 'xyv' and chance(rng, 0.25),
-        'act': choose(rng, (*['relu'] * 5, 'silu')),
+        'average_down': kind in 'xyv' and draw.chance(0.25),
+        'act': draw.choose((*['relu'] * 5, 'silu')),
         'norm': 'batch',
     }
 
@@ -242,33 +228,29 @@ def build_regnet(architecture: Architecture, common: dict[str, Any]) -> nn.Modul
     return cast(nn.Module, model)
 
 
-def draw_nfnet(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_nfnet(draw: Draws) -> dict[str, Any]:
     """Scaled, standardised convolutions and no norms: NF-ResNet, NF-RegNet-like and NFNet blocks."""
-    stem_stride, pool = affordable(
-        rng, limits, (((1, False), 2), ((2, False), 4), ((1, True), 2), ((2, True), 4)), after=8
-    )
-    depths = draw_depths(rng, 4, 3)
-    ratio = choose(rng, (0.25, 0.5, 1.0))
-    group_size = choose(rng, (None, None, 8, 16))
-    extra = chance(rng, 0.25)
-    sides = stage_sides(limits.image_size, (stem_stride * 2, 2, 2, 2))
+    stem_stride, pool = draw.affordable((((1, False), 2), ((2, False), 4), ((1, True), 2), ((2, True), 4)), after=8)
+    depths = draw.depths(4, 3)
+    ratio = draw.choose((0.25, 0.5, 1.0))
+    group_size = draw.choose((None, None, 8, 16))
+    extra = draw.chance(0.25)
+    sides = draw.sides(stem_stride * 2, 2, 2, 2)
     spatial = 9 * ratio * (ratio if group_size is None else group_size / 64) * (2 if extra else 1)
     multiple = round((group_size or 8) / ratio)  # so that the 3x3 convolutions have whole groups
-    widths = stage_widths(
-        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=2 * ratio + spatial, multiple=multiple
-    )
+    widths = draw.widths(draw.ratios(4), depths=depths, sides=sides, per_block=2 * ratio + spatial, multiple=multiple)
     return {
-        'stem': choose(rng, ('deep', '3x3', '7x7') if stem_stride > 1 else ('deep', '3x3')),
+        'stem': draw.choose(('deep', '3x3', '7x7') if stem_stride > 1 else ('deep', '3x3')),
         'stem_stride': stem_stride,
         'stem_pool': pool,
-        'stem_width': round_to(widths[0] * choose(rng, (0.5, 1)), 16),
+        'stem_width': round_to(widths[0] * draw.choose((0.5, 1)), 16),
         'depths': depths,
         'widths': widths,
         'bottle_ratio': ratio,
         'group_size': group_size,
         'extra_convolution': extra,
-        'squeeze_excite': chance(rng, 0.35),
-        'act': choose(rng, ('relu', 'silu', 'gelu')),
+        'squeeze_excite': draw.chance(0.35),
+        'act': draw.choose(('relu', 'silu', 'gelu')),
         'norm': 'none',
     }
 

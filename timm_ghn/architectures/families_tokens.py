@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from timm.layers import GatedMlp, GroupNorm1, Mlp
 from timm.models.convnext import ConvNeXt
 from timm.models.metaformer import (
@@ -23,17 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_ghn.architectures.architecture import Architecture, register_family
-from timm_ghn.architectures.cost import Limits
-from timm_ghn.architectures.draws import (
-    affordable,
-    chance,
-    choose,
-    draw_depths,
-    draw_each,
-    draw_ratios,
-    stage_sides,
-    stage_widths,
-)
+from timm_ghn.architectures.draws import Draws
 from timm_ghn.architectures.families_residual import set_convolution
 
 #: Initial layer scales that are drawn; None for no layer scale. timm's own start at 1e-6 to 1e-4: under such a factor
@@ -41,25 +30,25 @@ from timm_ghn.architectures.families_residual import set_convolution
 OPEN_GATES = (None, 0.1)
 
 
-def draw_convnext(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_convnext(draw: Draws) -> dict[str, Any]:
     """Depthwise convolution, norm, two linear layers; layer scale (v1) or response norm (v2) or neither."""
     stems = (('convolution', 1), ('patch2', 2), ('patch2', 2), ('patch4', 4), ('overlap', 4))
-    stem = affordable(rng, limits, stems, after=8)
-    depths = draw_depths(rng, 4, 3)
-    sides = stage_sides(limits.image_size, ({'convolution': 1, 'patch2': 2}.get(stem, 4), 2, 2, 2))
-    widths = stage_widths(rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=8)
-    kernels = draw_each(rng, 4, (3, 5, 7, 9)) if chance(rng, 0.1) else (choose(rng, (*[7] * 6, 3, 5)),) * 4
-    response = chance(rng, 0.35)
+    stem = draw.affordable(stems, after=8)
+    depths = draw.depths(4, 3)
+    sides = draw.sides({'convolution': 1, 'patch2': 2}.get(stem, 4), 2, 2, 2)
+    widths = draw.widths(draw.ratios(4), depths=depths, sides=sides, per_block=8)
+    kernels = draw.each(4, (3, 5, 7, 9)) if draw.chance(0.1) else (draw.choose((*[7] * 6, 3, 5)),) * 4
+    response = draw.chance(0.35)
     return {
         'stem': stem,
         'depths': depths,
         'widths': widths,
         'kernels': kernels,
-        'layer_scale': None if response else choose(rng, OPEN_GATES),
+        'layer_scale': None if response else draw.choose(OPEN_GATES),
         'response_norm': response,
-        'convolutional_mlp': chance(rng, 0.3),
-        'norm_before_pooling': chance(rng, 0.1),
-        'act': choose(rng, (*['gelu'] * 8, 'relu', 'silu')),
+        'convolutional_mlp': draw.chance(0.3),
+        'norm_before_pooling': draw.chance(0.1),
+        'act': draw.choose((*['gelu'] * 8, 'relu', 'silu')),
     }
 
 
@@ -91,47 +80,45 @@ def build_convnext(architecture: Architecture, common: dict[str, Any]) -> nn.Mod
     return model
 
 
-def _draw_patches(rng: np.random.Generator, limits: Limits) -> tuple[int, int, int]:
+def _draw_patches(draw: Draws) -> tuple[int, int, int]:
     """Patch size, depth, and tokens along a side of a network without stages; at least 2x2 tokens."""
-    patch = affordable(rng, limits, ((2, 2), (4, 4), (4, 4), (8, 8), (16, 16)), after=2)
-    return patch, choose(rng, (2, 3, 4, 5, 6, 8, 10, 12)), max(1, limits.image_size // patch)
+    patch = draw.affordable(((2, 2), (4, 4), (4, 4), (8, 8), (16, 16)), after=2)
+    return patch, draw.choose((2, 3, 4, 5, 6, 8, 10, 12)), max(1, draw.image_size // patch)
 
 
-def _draw_transformer(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
-    mlp_ratio = choose(rng, (*[4.0] * 6, 1.0, 2.0, 3.0))
-    patch, depth, side = _draw_patches(rng, limits)
-    head = choose(rng, (16, 32, 32, 64))
-    (width,) = stage_widths(
-        rng, limits, (1.0,), depths=(depth,), sides=(side,), per_block=4 + 2 * mlp_ratio, multiple=head
-    )
+def _draw_transformer(draw: Draws) -> dict[str, Any]:
+    mlp_ratio = draw.choose((*[4.0] * 6, 1.0, 2.0, 3.0))
+    patch, depth, side = _draw_patches(draw)
+    head = draw.choose((16, 32, 32, 64))
+    (width,) = draw.widths((1.0,), depths=(depth,), sides=(side,), per_block=4 + 2 * mlp_ratio, multiple=head)
     return {
         'patch': patch,
         'depth': depth,
         'width': width,
         'heads': width // head,
         'mlp_ratio': mlp_ratio,
-        'qkv_bias': chance(rng, 0.92),
-        'qk_norm': chance(rng, 0.08),
-        'layer_scale': choose(rng, (None, None, None, *OPEN_GATES)),
-        'norm_first': chance(rng, 0.05),
-        'act': choose(rng, (*['gelu'] * 8, 'relu', 'silu')),
+        'qkv_bias': draw.chance(0.92),
+        'qk_norm': draw.chance(0.08),
+        'layer_scale': draw.choose((None, None, None, *OPEN_GATES)),
+        'norm_first': draw.chance(0.05),
+        'act': draw.choose((*['gelu'] * 8, 'relu', 'silu')),
     }
 
 
-def draw_vit(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_vit(draw: Draws) -> dict[str, Any]:
     """With a class token that is read at the end."""
-    options = _draw_transformer(rng, limits)
+    options = _draw_transformer(draw)
     return {**options, 'class_token': True, 'pooling': 'token', 'registers': 0, 'positions': 'learn'}
 
 
-def draw_vit_pooled(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_vit_pooled(draw: Draws) -> dict[str, Any]:
     """Without a class token: tokens are averaged, or pooled by attention; with registers, or without positions."""
     return {
-        **_draw_transformer(rng, limits),
+        **_draw_transformer(draw),
         'class_token': False,
-        'pooling': choose(rng, ('avg', 'avg', 'avg', 'map')),
-        'registers': choose(rng, (0, 0, 0, 1, 4)),
-        'positions': choose(rng, ('learn', 'learn', 'learn', 'none')),
+        'pooling': draw.choose(('avg', 'avg', 'avg', 'map')),
+        'registers': draw.choose((0, 0, 0, 1, 4)),
+        'positions': draw.choose(('learn', 'learn', 'learn', 'none')),
     }
 
 
@@ -160,24 +147,24 @@ def build_vit(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     )
 
 
-def draw_swin(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_swin(draw: Draws) -> dict[str, Any]:
     """Attention in shifted windows, and patches that are merged between stages."""
-    stages = choose(rng, (2, 3, 3, 4))
-    patch = affordable(rng, limits, ((1, 1), (2, 2), (2, 2), (4, 4), (4, 4)), after=2 ** (stages - 1))
-    depths = tuple(2 * choose(rng, (1, 1, 2)) if chance(rng, 0.8) else 1 for _ in range(stages))
-    mlp_ratio = choose(rng, (2.0, 3.0, 4.0))
-    head = choose(rng, (8, 16, 32))
-    sides = stage_sides(limits.image_size, (patch, *(2,) * (stages - 1)))
+    stages = draw.choose((2, 3, 3, 4))
+    patch = draw.affordable(((1, 1), (2, 2), (2, 2), (4, 4), (4, 4)), after=2 ** (stages - 1))
+    depths = tuple(2 * draw.choose((1, 1, 2)) if draw.chance(0.8) else 1 for _ in range(stages))
+    mlp_ratio = draw.choose((2.0, 3.0, 4.0))
+    head = draw.choose((8, 16, 32))
+    sides = draw.sides(patch, *(2,) * (stages - 1))
     ratios = tuple(2.0**stage for stage in range(stages))
-    widths = stage_widths(rng, limits, ratios, depths=depths, sides=sides, per_block=4 + 2 * mlp_ratio, multiple=head)
+    widths = draw.widths(ratios, depths=depths, sides=sides, per_block=4 + 2 * mlp_ratio, multiple=head)
     return {
         'patch': patch,
         'depths': depths,
         'width': widths[0],
         'heads': tuple(width // head for width in widths),
-        'window': choose(rng, (2, 4, 4, 7, 8)),
+        'window': draw.choose((2, 4, 4, 7, 8)),
         'mlp_ratio': mlp_ratio,
-        'qkv_bias': chance(rng, 0.92),
+        'qkv_bias': draw.chance(0.92),
     }
 
 
@@ -209,20 +196,20 @@ _MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw_mixer(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_mixer(draw: Draws) -> dict[str, Any]:
     """Linear layers over positions: MLP-Mixer, ResMLP, gMLP."""
-    block = choose(rng, ('mixer', 'mixer', 'resmlp', 'gmlp'))
-    ratio = choose(rng, (2.0, 3.0, 4.0))
-    patch, depth, side = _draw_patches(rng, limits)
-    (width,) = stage_widths(rng, limits, (1.0,), depths=(depth,), sides=(side,), per_block=2 * ratio, multiple=16)
+    block = draw.choose(('mixer', 'mixer', 'resmlp', 'gmlp'))
+    ratio = draw.choose((2.0, 3.0, 4.0))
+    patch, depth, side = _draw_patches(draw)
+    (width,) = draw.widths((1.0,), depths=(depth,), sides=(side,), per_block=2 * ratio, multiple=16)
     return {
         'block': block,
         'patch': patch,
         'depth': depth,
         'width': width,
-        'mlp_ratio': (choose(rng, (0.5, 0.5, 1.0)), ratio) if block == 'mixer' else ratio,
-        'stem_norm': chance(rng, 0.2),
-        'act': choose(rng, ('gelu', 'gelu', 'relu', 'silu')),
+        'mlp_ratio': (draw.choose((0.5, 0.5, 1.0)), ratio) if block == 'mixer' else ratio,
+        'stem_norm': draw.chance(0.2),
+        'act': draw.choose(('gelu', 'gelu', 'relu', 'silu')),
     }
 
 
@@ -246,27 +233,25 @@ def build_mixer(architecture: Architecture, common: dict[str, Any]) -> nn.Module
     )
 
 
-def draw_poolformer(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_poolformer(draw: Draws) -> dict[str, Any]:
     """Average pooling in the place of attention."""
-    options = _draw_metaformer(rng, limits, per_block=8, multiple=16)
+    options = _draw_metaformer(draw, per_block=8, multiple=16)
     return {**options, 'mixers': ('pool',) * 4}
 
 
-def draw_caformer(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+def draw_caformer(draw: Draws) -> dict[str, Any]:
     """Separable convolutions in the first stages, attention in the last: ConvFormer, CAFormer."""
-    options = _draw_metaformer(rng, limits, per_block=12, multiple=HEAD)
-    convolutional = choose(rng, (2, 3, 4))
+    options = _draw_metaformer(draw, per_block=12, multiple=HEAD)
+    convolutional = draw.choose((2, 3, 4))
     return {**options, 'mixers': tuple('convolution' if stage < convolutional else 'attention' for stage in range(4))}
 
 
-def _draw_metaformer(rng: np.random.Generator, limits: Limits, *, per_block: float, multiple: int) -> dict[str, Any]:
-    kernel, stride = affordable(rng, limits, (((3, 1), 1), ((3, 2), 2), ((7, 2), 2), ((7, 4), 4)), after=8)
-    depths = draw_depths(rng, 4, 2)
-    sides = stage_sides(limits.image_size, (stride, 2, 2, 2))
-    widths = stage_widths(
-        rng, limits, draw_ratios(rng, 4), depths=depths, sides=sides, per_block=per_block, multiple=multiple
-    )
-    version = choose(rng, (1, 2))
+def _draw_metaformer(draw: Draws, *, per_block: float, multiple: int) -> dict[str, Any]:
+    kernel, stride = draw.affordable((((3, 1), 1), ((3, 2), 2), ((7, 2), 2), ((7, 4), 4)), after=8)
+    depths = draw.depths(4, 2)
+    sides = draw.sides(stride, 2, 2, 2)
+    widths = draw.widths(draw.ratios(4), depths=depths, sides=sides, per_block=per_block, multiple=multiple)
+    version = draw.choose((1, 2))
     return {
         'stem_kernel': kernel,
         'stem_stride': stride,
@@ -274,9 +259,9 @@ def _draw_metaformer(rng: np.random.Generator, limits: Limits, *, per_block: flo
         'widths': widths,
         # The first version has biases and a layer scale, the second neither, but scales its shortcuts.
         'bias': version == 1,
-        'layer_scale': choose(rng, OPEN_GATES) if version == 1 else None,
+        'layer_scale': draw.choose(OPEN_GATES) if version == 1 else None,
         'residual_scale': version == 2,
-        'act': choose(rng, ('gelu', 'relu')) if version == 1 else choose(rng, ('star_relu', 'gelu')),
+        'act': draw.choose(('gelu', 'relu')) if version == 1 else draw.choose(('star_relu', 'gelu')),
     }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from timm_ghn.architectures.architecture import SPLITS, Architecture, Task, register_family
 from timm_ghn.architectures.cost import Limits, cost_of, count_parameters
+from timm_ghn.architectures.draws import Draws
 from timm_ghn.architectures.families import FAMILIES, TRAIN_FAMILIES
 from timm_ghn.architectures.small_images import adapt_to_small_images_, size_arguments
 from timm_ghn.errors import ConfigError
@@ -95,9 +96,9 @@ class TimmSampler(Limits, ArchitectureSampler):
     def sample(self, rng: np.random.Generator) -> Architecture:
         """Draw an architecture within the limits."""
         family = self.families[int(rng.integers(len(self.families)))]
-        fewest, most = self.parameters
+        draws, (fewest, most) = Draws(rng, self), self.parameters
         for _ in range(self.attempts):
-            architecture = Architecture(family, FAMILIES[family](rng, self), **self.task)
+            architecture = Architecture(family, FAMILIES[family](draws), **self.task)
             if self.split not in (None, architecture.split):
                 continue
             model = architecture.build()
@@ -131,12 +132,12 @@ def evaluation_set(sampler: TimmSampler, *, seed: int, count: int, split: str = 
         one = dataclasses.replace(sampler, families=(family,), split=split, attempts=20 * sampler.attempts)
         rng = np.random.default_rng([seed, zlib.crc32(family.encode())])
         found: dict[str, Architecture] = {}
-        attempts = 20 * count
-        while len(found) < count and attempts:
+        for _ in range(20 * count):
             architecture = one.sample(rng)
             found.setdefault(architecture.key, architecture)
-            attempts -= 1
-        if len(found) < count:
+            if len(found) == count:
+                break
+        else:
             raise ConfigError(f'expected {count} members of {family} within the limits (got {len(found)})')
         chosen += found.values()
     return tuple(chosen)

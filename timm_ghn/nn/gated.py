@@ -90,14 +90,7 @@ def plan_traversal(batch: GraphBatch, cutoff: int, *, backward: bool, like: Tens
 
     In an acyclic graph a shortest path of any length leads upwards too, so the nodes of a level do not read one
     another and can be updated at once, in all graphs of the batch together. The result is the one of visiting node by
-    node.
-
-    Args:
-        batch: Graphs.
-        cutoff: Longest distance that makes an edge; 1 for the real edges only.
-        backward: Whether edges are followed from target to source.
-        like: Features (N, d): their device, dtype and width are those of the pass.
-        backend: See :func:`timm_ghn.ops.rows.split_rows`.
+    node. ``cutoff`` is the longest distance that makes an edge; ``like`` has the device, dtype and width of the pass.
     """
     level_N = torch.cat([graph.backward_levels_N if backward else graph.forward_levels_N for graph in batch.graphs])
     order_N = level_N.argsort(stable=True)

@@ -39,9 +39,7 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over the nodes of one graph, with a bias for each pair of nodes.
 
-    Args:
-        config: Its ``hid``, ``heads`` and ``virtual_edges`` are used.
-        edges: Whether it owns the edge embedding that makes the bias.
+    ``edges``: whether it owns the edge embedding that makes the bias.
     """
 
     def __init__(self, config: GHNConfig, *, edges: bool) -> None:
@@ -73,13 +71,7 @@ class Attention(nn.Module):
         return apply_linear(linear_of(self.proj_e, 2), hidden)
 
     def forward(self, x_Nd: Tensor, sizes: tuple[int, ...], biases: list[Tensor]) -> Tensor:
-        """Attend within each graph.
-
-        Args:
-            x_Nd: Features of the nodes of all graphs.
-            sizes: Number of nodes n of each graph.
-            biases: (heads, n, n) for each graph.
-        """
+        """Attend within each graph of n nodes; ``biases`` are (heads, n, n) for each."""
         qkv = apply_linear(self.to_qkv, x_Nd).view(len(x_Nd), 3, self.heads, -1)
         attended = []
         for qkv_n3hk, bias_hnn in zip(torch.split(qkv, list(sizes)), biases, strict=True):
@@ -92,9 +84,7 @@ class Attention(nn.Module):
 class GraphormerLayer(nn.Module):
     """Pre-norm transformer layer: x <- x + Attention(LN1(x)); x <- x + FF(LN2(x)).
 
-    Args:
-        config: Its ``hid``, ``heads`` and ``virtual_edges`` are used.
-        first: Whether it owns the embeddings of degrees, of the distance from the start, and of edges.
+    The first one owns the embeddings of degrees, of the distance from the start, and of edges.
     """
 
     def __init__(self, config: GHNConfig, *, first: bool) -> None:

@@ -27,10 +27,6 @@ def nearest(vocabulary: tuple[int, ...], exceptions: dict[int, int]) -> Tensor:
 
     A size takes the row of the nearest member, of the smaller one at equal distance; 0 takes the last member's.
 
-    Args:
-        vocabulary: Sizes that have a row, ascending.
-        exceptions: Members to take instead of the nearest one, by size.
-
     Returns:
         int64 (vocabulary[-1] + 1,), on the CPU whatever the default device is.
     """
@@ -100,9 +96,6 @@ class ShapeEncoder(nn.Module):
         """Take over the embeddings of an encoder for another number of classes, in place.
 
         Each size takes that of the same size, and the number of classes that of the other's number of classes.
-
-        Args:
-            other: Of the same width and the same largest kernel.
         """
         self.embed_spatial.weight.copy_(other.embed_spatial.weight)
         rows = {size: row for row, size in enumerate(channel_vocabulary(other.num_classes))}

@@ -93,13 +93,7 @@ _ROLES = {
 
 
 class Bank(nn.Module):
-    """Templates of a role, and the shares and position codes by which they are mixed.
-
-    Args:
-        role: What they look like.
-        config: Its ``templates``, ``codes`` and ``max_shape`` are used.
-        hidden: Number of features that the shares are linear in.
-    """
+    """Templates of a role, and the shares and position codes by which they are mixed."""
 
     def __init__(self, role: _Role, config: GHNConfig, hidden: int) -> None:
         super().__init__()

@@ -56,7 +56,11 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
                 norm.train()
                 norm.reset_running_stats()
                 norm.momentum = None  # cumulative average
-            if not _feed(model, batches, where):
+            count = 0
+            for batch in batches:
+                _run(model, _images(batch).to(where))
+                count += 1
+            if not count:
                 raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
         for name, buffer in model.named_buffers():
             if name.endswith(('running_mean', 'running_var')):
@@ -96,25 +100,16 @@ def batch_statistics(model: M) -> Iterator[M]:
                 norm.track_running_stats = flag
 
 
-def _feed(model: nn.Module, batches: Iterable[Any], device: torch.device | str) -> int:
-    """Run the model on each batch.
-
-    Returns:
-        The number of batches.
-    """
-    count = 0
-    for batch in batches:
-        try:
-            model(_images(batch).to(device))
-        except ValueError as error:
-            if 'more than 1 value per channel' not in str(error):
-                raise
-            raise ConfigError(
-                'a batch has too few images to compute statistics from: a layer sees a single value of each channel; '
-                'give larger batches, or larger images'
-            ) from error
-        count += 1
-    return count
+def _run(model: nn.Module, images: Tensor) -> None:
+    try:
+        model(images)
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise ConfigError(
+            'a batch has too few images to compute statistics from: a layer sees a single value of each channel; '
+            'give larger batches, or larger images'
+        ) from error
 
 
 def _images(batch: Any) -> Tensor:

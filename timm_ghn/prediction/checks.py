@@ -64,11 +64,7 @@ def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], 
 
     What may fail (subclasses of tensors, and what lies on a device) is written first and restored if it does. Copying
     into an ordinary tensor on the CPU cannot fail, only be interrupted: ``KeyboardInterrupt`` is raised when all are
-    written, so no copy of them is needed.
-
-    Args:
-        parameters: All that are to be written, by name.
-        write: Writes one of them in place. It may be called again for the same one.
+    written, so no copy of them is needed. ``write`` may be called again for the same parameter.
 
     Raises:
         PredictionError: if a parameter cannot be written; all are what they were.

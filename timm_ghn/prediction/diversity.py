@@ -77,19 +77,9 @@ class Comparison:
 
 
 def compare(
-    predicted: Mapping[str, Tensor],
-    random: Mapping[str, Tensor],
-    plan: ParameterPlan,
-    options: PostProcess | None,
+    predicted: Mapping[str, Tensor], random: Mapping[str, Tensor], plan: ParameterPlan, options: PostProcess | None
 ) -> Iterator[Comparison]:
-    """Measure each predicted layer as it was predicted, post-processed, and drawn at random, one after the other.
-
-    Args:
-        predicted: Predicted weights by name, see :func:`timm_ghn.predict`; they are left as they are.
-        random: Weights of the untrained model by name.
-        plan: Of the prediction.
-        options: How to post-process; None for not at all.
-    """
+    """Measure each predicted layer as it was predicted, post-processed, and drawn at random, one after the other."""
     changed = {row.name for row in processed_layers(plan, options)} if options else set()
     generator = torch.Generator().manual_seed(options.seed if options else 0)
     for number, row in enumerate(layers(plan), start=1):

@@ -133,10 +133,7 @@ def fan_in_scale(shape: tuple[int, ...]) -> float | None:
 def scaled(decoded: Tensor, fit: Fit, dtype: torch.dtype | None = None) -> Tensor:
     """Apply the scale or the activation of a fit to a decoded tensor, before it is repeated.
 
-    Args:
-        decoded: What the GHN decoded.
-        fit: From :func:`fit_of`.
-        dtype: Of the result, which then is contiguous and has memory of its own; by default differentiable.
+    By default it is differentiable; with a dtype, the result is contiguous and has memory of its own.
     """
     if dtype is not None and fit.activation == 'none':
         out = torch.empty(decoded.shape, dtype=dtype, device=decoded.device)
@@ -155,14 +152,7 @@ def fitted(decoded: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.G
 
 
 def repeated(values: Tensor, fit: Fit, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """The parameter that the values of :func:`scaled` become; it may be a view of them.
-
-    Args:
-        values: From :func:`scaled`.
-        fit: From :func:`fit_of`.
-        shape: Of the parameter.
-        generator: On the CPU; draws the tokens without a position.
-    """
+    """The parameter that the values of :func:`scaled` become; it may be a view of them."""
     if not fit.columns:
         return values.repeat(-(-math.prod(shape) // fit.rows))[: math.prod(shape)].view(shape)
     size = positional_size(shape)
@@ -199,13 +189,7 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
 
 
 def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:
-    """Write what :func:`repeated` gives into a parameter in place, without a temporary of its size.
-
-    Args:
-        target: The parameter, of any floating dtype and on any device; no positional embedding.
-        values: From :func:`scaled`.
-        fit: From :func:`fit_of`.
-    """
+    """Write what :func:`repeated` gives into a parameter, no positional embedding, without a temporary of its size."""
     if fit.columns:
         values = _with_axes(values.to(target), target.dim())
         _copy_repeated(target, values, (fit.rows, fit.columns))

@@ -219,12 +219,6 @@ def process_(
 ) -> None:
     """Replace weights by their post-processed ones in a dictionary; the tensors themselves stay.
 
-    Args:
-        values: Finite weights by name.
-        rows: What to process, in the order of the layers: see :func:`processed_layers`.
-        options: How.
-        generator: Draws the noise; by default one on the CPU with the seed of the options.
-
     Raises:
         PredictionError: if a post-processed weight is not finite.
     """

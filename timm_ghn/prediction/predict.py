@@ -236,17 +236,7 @@ def _prepare(
 
 
 class _Decoded:
-    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes.
-
-    Args:
-        ghn: The GHN.
-        plan: Of the model.
-        seed: Of the tokens without a position.
-        devices: Of the parameters by name; the decoded values are moved there.
-
-    Raises:
-        PredictionError: if a value is not finite in the dtype of its parameter.
-    """
+    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes."""
 
     @torch.no_grad()
     def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int, devices: Mapping[str, torch.device]) -> None:
@@ -307,8 +297,5 @@ def provenance(
         'head': head,
         'seed': seed,
         'postprocess': None if postprocess is None else postprocess.to_dict(),
-        'tensors': totals['tensors'],
-        'predicted_tensors': totals['predicted_tensors'],
-        'elements': totals['elements'],
-        'predicted_elements': totals['predicted_elements'],
+        **{name: totals[name] for name in ('tensors', 'predicted_tensors', 'elements', 'predicted_elements')},
     }

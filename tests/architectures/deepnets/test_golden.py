@@ -34,13 +34,11 @@ def record_of(file: Path) -> tuple[dict, DeepNet]:
         return record, DeepNet(NetworkConfig.from_dict(record['arguments']))
 
 
-def cases(wanted: object = lambda record: True) -> list:
+def cases() -> list:
     marked = [(file, [] if file.stem in SAMPLE else [pytest.mark.slow]) for file in FILES]
-    return [
-        pytest.param(file, id=file.stem, marks=marks)
-        for file, marks in marked
-        if wanted(json.loads(file.read_text())['arguments'])
-    ] or [pytest.param(None, marks=pytest.mark.skip(reason='no large golden set: set TIMM_GHN_GOLDEN to its folder'))]
+    return [pytest.param(file, id=file.stem, marks=marks) for file, marks in marked] or [
+        pytest.param(None, marks=pytest.mark.skip(reason='no large golden set: set TIMM_GHN_GOLDEN to its folder'))
+    ]
 
 
 def ops_of(arguments: dict) -> set[str]:
@@ -59,17 +57,12 @@ def ghn2() -> GHN:
     return load_ghn(LARGE_GOLDEN / 'checkpoints' / 'ghn2_cifar10.pt')
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('file', cases())
-def test_parameters_are_those_of_the_reference(file):
+def test_parameters_and_logits_are_those_of_the_reference(file):
     record, model = record_of(file)
     assert [(name, list(p.shape)) for name, p in model.named_parameters()] == list(record['shapes'].items())
     assert sum(p.numel() for p in model.parameters()) == record['num_params']
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('file', cases())
-def test_logits_are_those_of_the_reference(file):
-    record, model = record_of(file)
     fill(model)
     expected = torch.tensor(record['forward']['output'])
     images = torch.sin(0.013 * torch.arange(4 * 3 * 32 * 32, dtype=torch.float64)).view(4, 3, 32, 32).float()

@@ -43,10 +43,7 @@ def make_op(name: str, channels: int, stride: int, norm: str | None) -> nn.Modul
         return SqueezeExcite(channels, stride)
     kernel = max(int(number) for number in re.findall(r'\d+', name))
     if name.startswith('sep_conv'):
-        return Convolutions(
-            *_separable(channels, kernel, stride, 1, norm),
-            *_separable(channels, kernel, 1, 1, norm),
-        )
+        return Convolutions(*_separable(channels, kernel, stride, 1, norm), *_separable(channels, kernel, 1, 1, norm))
     if name.startswith('dil_conv'):
         return Convolutions(*_separable(channels, kernel, stride, 2, norm))
     if name == 'conv_7x1_1x7':
@@ -62,9 +59,7 @@ def make_op(name: str, channels: int, stride: int, norm: str | None) -> nn.Modul
 def relu_conv_norm(in_channels: int, channels: int, kernel: int, stride: int, norm: str | None) -> nn.Module:
     """ReLU, a convolution without bias, a normalisation."""
     return Convolutions(
-        nn.ReLU(),
-        nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
-        make_norm(norm, channels),
+        nn.ReLU(), nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False), make_norm(norm, channels)
     )
 
 

@@ -5,7 +5,6 @@ Importing this module needs the package h5py.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -114,23 +113,24 @@ def write_official(path: Path, records: Iterable[tuple[str, NetRecord]]) -> None
     """Write networks, each with its split, in the official form: an HDF5 file and its JSON file."""
     meta: dict[str, Any] = {}
     ids: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
-    with contextlib.ExitStack() as stack:
-        part = stack.enter_context(atomic_write(path))
-        part_meta = stack.enter_context(atomic_write(meta_path(path)))
-        with h5py.File(part, 'w') as file:
-            file.attrs['title'] = _TITLE
-            for split, record in records:
-                nets = meta.setdefault(split, {'nets': []})['nets']
-                primitives, names = ids.setdefault(split, ({}, {}))
-                rows = [
-                    (primitives.setdefault(primitive, len(primitives)), cell, names.setdefault(name, len(names)))
-                    for primitive, cell, name in zip(record.primitives, record.cells, record.names, strict=True)
-                ]
-                group = file.create_group(f'{split}/{len(nets)}')
-                group.create_dataset('adj', data=record.distances_NN(), compression='gzip')
-                group.create_dataset('nodes', data=np.array(rows, dtype=np.uint16), compression='gzip')
-                config = dataclasses.asdict(record.config)
-                nets.append({**config, 'num_nodes': len(record), 'num_params': dict(record.num_params)})
+    with (
+        atomic_write(path) as part,
+        atomic_write(meta_path(path)) as part_meta,
+        h5py.File(part, 'w') as file,
+    ):
+        file.attrs['title'] = _TITLE
+        for split, record in records:
+            nets = meta.setdefault(split, {'nets': []})['nets']
+            primitives, names = ids.setdefault(split, ({}, {}))
+            rows = [
+                (primitives.setdefault(primitive, len(primitives)), cell, names.setdefault(name, len(names)))
+                for primitive, cell, name in zip(record.primitives, record.cells, record.names, strict=True)
+            ]
+            group = file.create_group(f'{split}/{len(nets)}')
+            group.create_dataset('adj', data=record.distances_NN(), compression='gzip')
+            group.create_dataset('nodes', data=np.array(rows, dtype=np.uint16), compression='gzip')
+            config = dataclasses.asdict(record.config)
+            nets.append({**config, 'num_nodes': len(record), 'num_params': dict(record.num_params)})
         for split, (primitives, names) in ids.items():
             meta[split]['meta'] = {
                 'primitives_ext': {str(number): name for name, number in primitives.items()},

@@ -120,10 +120,7 @@ def _primitives(graph: Graph) -> tuple[str, ...]:
 
 
 def sorted_record(
-    config: NetworkConfig,
-    num_params: Mapping[str, int],
-    nodes: Sequence[tuple[str, int, str]],
-    edges: np.ndarray,
+    config: NetworkConfig, num_params: Mapping[str, int], nodes: Sequence[tuple[str, int, str]], edges: np.ndarray
 ) -> NetRecord:
     """A record of nodes (primitive, cell, name) in any order."""
     if all(source < target for source, target in edges.tolist()):
