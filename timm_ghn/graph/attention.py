@@ -96,7 +96,7 @@ def _tables(flow: Flow) -> frozenset[str]:
         kind = flow.ops[index].kind
         if kind in _ADDS or (kind in COMPUTE and index in added and len(flow.data_inputs(index)) == 1):
             found.update(joined.name for joined in flow.joining(index))
-    return frozenset(name for name in found if len(flow.shapes[name]) > 1 and not is_layer(flow.owner(name)))
+    return frozenset(name for name in found if len(flow.recording.shapes[name]) > 1 and not is_layer(flow.owner(name)))
 
 
 def _layers_behind_product(flow: Flow) -> dict[int, int]:
@@ -120,7 +120,7 @@ def _layers_before_softmax(flow: Flow) -> dict[int, int]:
     for index in reversed(flow.order):
         if not flow.data[index]:
             continue
-        for reader in flow.readers[index]:
+        for reader in flow.recording.readers[index]:
             multiplies = flow.ops[reader].kind in COMPUTE
             if is_softmax(flow, reader):
                 found[index] = 0

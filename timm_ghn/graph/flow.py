@@ -70,16 +70,6 @@ class Flow:
         """All ops of the recording."""
         return self.recording.ops
 
-    @property
-    def readers(self) -> tuple[tuple[int, ...], ...]:
-        """Ops that read each op."""
-        return self.recording.readers
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter."""
-        return self.recording.shapes
-
     def data_inputs(self, index: int) -> list[int]:
         """Ops with data that an op reads, as often as it reads them."""
         return [child for child in self.ops[index].children if self.data[child]]
@@ -123,7 +113,7 @@ class Flow:
         if len(shape) != 2 or op.kind not in ('Mm', 'Addmm'):
             return None
         at = index
-        while len(readers := self.readers[at]) == 1:
+        while len(readers := self.recording.readers[at]) == 1:
             reader = self.ops[readers[0]]
             if reader.kernel is not None and reader.kernel_op == at:
                 images, rest = divmod(math.prod(reader.kernel), shape[1])

@@ -98,12 +98,6 @@ def encoded_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return padded[0], padded[1], padded[2], padded[3]
 
 
-#: Normalisations that are no subclass of a published one.
-_OTHER_NORMS: tuple[tuple[type[nn.Module], Primitive], ...] = (
-    (nn.modules.batchnorm._NormBase, Primitive.BN),
-    (nn.GroupNorm, Primitive.LN),
-)
-
 #: A parameter (1, n, C) of at most so many rows holds class or register tokens, not positions.
 _MOST_TOKENS = 8
 
@@ -119,9 +113,10 @@ def norm_primitive(module: nn.Module) -> Primitive | None:
     kind = published_kind(module)
     if kind is not None:
         return _TABLE[kind] if _TABLE[kind] in (Primitive.BN, Primitive.LN) else None
-    for base, primitive in _OTHER_NORMS:
-        if isinstance(module, base):
-            return primitive
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return Primitive.BN
+    if isinstance(module, nn.GroupNorm):
+        return Primitive.LN
     name = type(module).__name__.lower()
     weight = module._parameters.get('weight')
     if 'norm' in name and weight is not None and weight.dim() == 1:
