@@ -32,7 +32,7 @@ PAIRS = {
     'vit_tiny_patch16_224': 'vit_ti_16',  # in torchvision only by its class
 }
 #: Those whose predictions are compared too.
-PREDICTED = ('resnet18', 'convnext_tiny', 'regnety_004', 'mobilenetv3_small_100', 'vit_tiny_patch16_224')
+PREDICTED = ('convnext_tiny', 'regnety_004', 'mobilenetv3_small_100')
 SIZES = {'inception_v3': 299, 'swinv2_tiny_window8_256': 256}
 
 

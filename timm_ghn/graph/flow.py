@@ -13,12 +13,7 @@ from torch.nn.utils import parametrize
 from timm_ghn.graph.autograd import Op
 from timm_ghn.graph.paths import reachable, topological_order
 from timm_ghn.graph.trace import Recording
-from timm_ghn.graph.vocabulary import is_layer
-
-#: Ops that multiply data with weights.
-COMPUTE = frozenset(
-    {'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'}
-)
+from timm_ghn.graph.vocabulary import MULTIPLIES, is_layer
 
 #: Ops that rearrange elements without changing them.
 RESHAPES = frozenset(
@@ -160,7 +155,7 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
     for index in order:
         op = ops[index]
         data[index] = op.reads_image or any(data[child] for child in op.children)
-        computes[index] = op.kind in COMPUTE or any(computes[child] for child in op.children)
+        computes[index] = op.kind in MULTIPLIES or any(computes[child] for child in op.children)
         own = {name for name in op.parameters if len(shapes[name]) > 1}
         weights[index] = frozenset(own).union(*(weights[child] for child in op.children))
     layers = {name for name, shape in shapes.items() if len(shape) == 2 or is_layer(recording.owners[name])}

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from timm_ghn.graph.attention import Attention
-from timm_ghn.graph.flow import COMPUTE, Flow
+from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.published import Draft, Label, pool_shape
-from timm_ghn.graph.vocabulary import operator_primitive, parameter_primitive
+from timm_ghn.graph.vocabulary import MULTIPLIES, operator_primitive, parameter_primitive
 
 #: Ops whose output lies in a fixed interval: a product with one is a gate.
 GATES = frozenset({'Sigmoid', 'Hardsigmoid', 'Tanh', 'Hardtanh', 'Clamp', 'Softmax', 'SafeSoftmax'})
@@ -175,7 +175,7 @@ class _OperatorRules:
             if op.kind in kinds:
                 return index
             below = self.flow.data_inputs(index)
-            if len(below) != 1 or op.parameters or op.kind in COMPUTE or op.kind.startswith('Native'):
+            if len(below) != 1 or op.parameters or op.kind in MULTIPLIES or op.kind.startswith('Native'):
                 return None
             index = below[0]
 

@@ -94,7 +94,7 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
     if isinstance(size, Sequence) and len(size) == 2:
         size = (channels, *size)
     is_size = isinstance(size, Sequence) and len(size) == 3
-    if not is_size or not all(isinstance(n, int) and 1 <= n <= _MAX_SIDE for n in size):
+    if not is_size or not all(type(n) is int and 1 <= n <= _MAX_SIDE for n in size):
         raise UnsupportedModelError(
             'expected input_size to be a side, (height, width) or (channels, height, width), with numbers from 1 to '
             f'{_MAX_SIDE} (got {input_size!r})'
