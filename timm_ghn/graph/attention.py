@@ -95,7 +95,7 @@ def _tables(flow: Flow) -> frozenset[str]:
     for index in logits | added:
         kind = flow.ops[index].kind
         if kind in _ADDS or (kind in MULTIPLIES and index in added and len(flow.data_inputs(index)) == 1):
-            found.update(joined.name for joined in flow.joining(index))
+            found.update(flow.joining(index))
     return frozenset(name for name in found if len(flow.recording.shapes[name]) > 1 and not is_layer(flow.owner(name)))
 
 

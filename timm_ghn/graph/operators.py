@@ -201,13 +201,12 @@ def operator_draft(flow: Flow, attention: Attention) -> tuple[Draft, list[int]]:
 def joined_labels(flow: Flow, attention: Attention, index: int) -> Iterator[Label]:
     """Parameters that an op brings to the data, as labels; those that have no node are left out."""
     kind = flow.ops[index].kind
-    for joined in flow.joining(index):
-        name = joined.name
+    for name, unchanged in flow.joining(index).items():
         owner, shape = flow.owner(name), flow.recording.shapes[name]
-        table, unchanged = name in attention.tables, joined.unchanged
+        table = name in attention.tables
         primitive = parameter_primitive(name, owner, shape, kind, table=table, unchanged=unchanged)
         if primitive is None or name in flow.norms_apart:
             continue
-        kernel = flow.kernel_of(index, joined, shape) if primitive is Primitive.CONV else None
+        kernel = flow.kernel_of(index, name, shape) if primitive is Primitive.CONV else None
         blocks = flow.blocks_of(index, shape) if primitive is Primitive.POS_ENC else None
         yield Label(name, owner, shape, primitive, kernel, blocks)
