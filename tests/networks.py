@@ -32,10 +32,6 @@ def plain(classes: int = 1000) -> nn.Module:
     )
 
 
-def frozen() -> nn.Module:
-    return plain().requires_grad_(False)
-
-
 def partly_in_eval_mode() -> nn.Module:
     model = plain().eval()
     model.head.train()
@@ -46,10 +42,6 @@ def mixed_dtypes() -> nn.Module:
     model = plain().half()
     model.body[1].bfloat16()
     return model
-
-
-def double() -> nn.Module:
-    return plain().double()
 
 
 def hooked() -> nn.Module:
@@ -79,13 +71,6 @@ def reparametrised() -> nn.Module:
     return model
 
 
-def reparametrised_with_state() -> nn.Module:
-    """Spectral normalisation updates its buffers in training mode."""
-    model = plain()
-    parametrizations.spectral_norm(model.head)
-    return model
-
-
 class Remembering(nn.Module):
     """Keeps what passes through it, and counts: in attributes, containers and buffers."""
 
@@ -99,7 +84,6 @@ class Remembering(nn.Module):
         self.last: Tensor | None = None
         self.count = 0
         self.history: list[Tensor] = []
-        self.by_size: dict[int, Tensor] = {7: torch.ones(1)}
         self.by_layer: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.nested: dict[str, dict[str, list[int]]] = {'seen': {'widths': [3]}}
         self.noise = torch.zeros(3)
@@ -113,10 +97,8 @@ class Remembering(nn.Module):
         self.last = x
         self.count += 1
         self.history.append(x)
-        self.by_size[x.shape[-1]] = x
         self.by_layer['conv'].append(x)
         self.nested['seen']['widths'].append(x.shape[-1])
-        self.fresh = x
         self.noise.uniform_()
         self.average[0].mul_(0.9).add_(random.random() + np.random.rand())
         self.train(not self.training)
@@ -239,14 +221,13 @@ class InPlace(nn.Module):
 NETWORKS: dict[str, Callable[[], Case]] = {
     'plain': lambda: Case(plain()),
     'few classes': lambda: Case(plain(10)),
-    'frozen': lambda: Case(frozen()),
+    'frozen': lambda: Case(plain().requires_grad_(False)),
     'partly in eval mode': lambda: Case(partly_in_eval_mode()),
     'mixed dtypes': lambda: Case(mixed_dtypes()),
-    'double': lambda: Case(double()),
+    'double': lambda: Case(plain().double()),
     'hooked': lambda: Case(hooked()),
     'tied': lambda: Case(tied()),
     'reparametrised': lambda: Case(reparametrised()),
-    'reparametrised with state': lambda: Case(reparametrised_with_state()),
     'remembering': lambda: Case(Remembering()),
     'plain tensors': lambda: Case(PlainTensors()),
     'direct': lambda: Case(Direct()),

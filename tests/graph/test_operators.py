@@ -55,18 +55,27 @@ def test_squeeze_and_excite_is_a_gate_and_its_mean_no_pooling(gate):
         assert {'a.weight>se.weight', 'se.weight>cse', 'a.weight>cse', 'cse>b.weight'} <= edges(graph)
 
 
-ACTIVATIONS = {
+def standardised(*axes: int) -> Callable[[Tensor], Tensor]:
+    def compute(x: Tensor) -> Tensor:
+        x = x - x.mean(axes, keepdim=True)
+        return x * (x.pow(2).mean(axes, keepdim=True) + 1e-6).rsqrt()
+
+    return compute
+
+
+TRANSPARENT = {
     'silu by hand': lambda x: x * x.sigmoid(),
     'hard swish by hand': lambda x: nn.functional.relu6(x + 3) / 6 * x,
     'mish by hand': lambda x: x * torch.tanh(nn.functional.softplus(x)),
     'gelu by hand': lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))),
     'square': lambda x: x * x,
+    **{f'a norm over {axes}': standardised(*axes) for axes in ((2, 3), (1, 2, 3), (1,))},
 }
 
 
-@pytest.mark.parametrize('activation', ACTIVATIONS.values(), ids=ACTIVATIONS)
-def test_an_activation_is_no_gate(activation):
-    graph = read(lambda net, x: net.b(activation(net.a(x))), a=conv(3), b=conv())
+@pytest.mark.parametrize('form', TRANSPARENT.values(), ids=TRANSPARENT)
+def test_an_activation_is_no_gate_and_the_mean_of_a_norm_no_pooling(form):
+    graph = read(lambda net, x: net.b(form(net.a(x))), a=conv(3), b=conv())
     assert labels(graph) == ['input', 'a.weight', 'b.weight']
 
 
@@ -74,16 +83,6 @@ def test_a_product_without_a_bounded_factor_is_no_gate():
     graph = read(lambda net, x: net.c(net.a(x) * net.b(x)), a=conv(3), b=conv(3), c=conv())
     assert Primitive.CSE not in counts(graph)
     assert {'a.weight>c.weight', 'b.weight>c.weight'} <= edges(graph)
-
-
-@pytest.mark.parametrize('axes', [(2, 3), (1, 2, 3), (1,)])
-def test_a_mean_that_a_normalisation_takes_is_no_pooling(axes):
-    def compute(net, x):
-        x = net.a(x)
-        x = x - x.mean(axes, keepdim=True)
-        return net.b(x * (x.pow(2).mean(axes, keepdim=True) + 1e-6).rsqrt())
-
-    assert labels(read(compute, a=conv(3), b=conv())) == ['input', 'a.weight', 'b.weight']
 
 
 def test_a_pooling_that_leads_elsewhere_too_stays():
@@ -121,11 +120,10 @@ def test_attention_is_the_same_however_it_is_computed(joint):
     for options in ({'fused': True}, {'fused': True, 'dropout': 0.5}, {'fused': False, 'dropout': 0.5}):
         assert same_graph(attention_graph(joint=joint, **options), plain)
     if joint:
-        assert labels(plain)[2:-1] == ['qkv.weight', 'qkv.bias', 'msa', 'proj.weight', 'proj.bias']
         assert len(plain.edges_E2) == len(plain) - 1, 'a chain'
     else:
-        assert counts(plain)[Primitive.MSA] == 1
         assert {f'qkv.{index}.bias>msa' for index in range(3)} <= edges(plain)
+    assert counts(plain)[Primitive.MSA] == 1
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_vit_relpos', 'test_maxvit'])
@@ -144,11 +142,6 @@ def test_transformers_have_one_graph_with_every_kernel_rate_and_mode(name):
         assert same_graph(trace(plain, rules=rules), expected)
         assert same_graph(trace(dropping, rules=rules), expected)
     assert same_graph(trace(dropping.eval(), rules=rules), expected)
-
-
-def test_a_softmax_over_channels_is_no_attention():
-    graph = read(lambda net, x: net.a(x).softmax(1), a=conv(3))
-    assert Primitive.MSA not in counts(graph)
 
 
 # -- layers
@@ -191,28 +184,24 @@ def test_a_layer_norm_is_the_same_in_either_layout():
         graph = read(lambda net, x, form=form: net.b(form(net, net.a(x))).mean((2, 3)), a=conv(3), norm=norm, b=conv())
         assert labels(graph) == ['input', 'a.weight', 'norm.weight', 'b.weight', 'glob_avg']
         assert len(graph.edges_E2) == 4
-        assert graph.nodes[2].primitive is Primitive.LN
-        assert graph.nodes[2].norm_bias == 'norm.bias'
+        assert (graph.nodes[2].primitive, graph.nodes[2].norm_bias) == (Primitive.LN, 'norm.bias')
 
 
 @pytest.mark.parametrize(
-    ('norm', 'primitive', 'with_bias'),
+    ('norm', 'expected'),
     [
-        (nn.SyncBatchNorm(8), Primitive.BN, True),
-        (nn.InstanceNorm2d(8, affine=True), Primitive.BN, True),
-        (nn.GroupNorm(2, 8), Primitive.LN, True),
-        (timm.layers.RmsNorm2d(8), Primitive.LN, False),
-        (timm.layers.BatchNormAct2d(8), Primitive.BN, True),
-        (timm.layers.LayerNormAct2d(8), Primitive.LN, True),
-        (timm.layers.FrozenBatchNormAct2d(8), None, False),
+        (nn.SyncBatchNorm(8), [(Primitive.BN, 'norm.bias')]),
+        (nn.InstanceNorm2d(8, affine=True), [(Primitive.BN, 'norm.bias')]),
+        (nn.GroupNorm(2, 8), [(Primitive.LN, 'norm.bias')]),
+        (timm.layers.RmsNorm2d(8), [(Primitive.LN, None)]),
+        (timm.layers.BatchNormAct2d(8), [(Primitive.BN, 'norm.bias')]),
+        (timm.layers.FrozenBatchNormAct2d(8), []),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else '',
 )
-def test_a_norm_is_known_by_what_it_is_and_predicts_its_bias(norm, primitive, with_bias):
+def test_a_norm_is_known_by_what_it_is_and_predicts_its_bias(norm, expected):
     graph = read(lambda net, x: net.b(net.norm(net.a(x))), a=conv(3), norm=norm, b=conv())
-    found = [node for node in graph.nodes if node.parameter and node.parameter.startswith('norm')]
-    assert [node.primitive for node in found] == ([primitive] if primitive is not None else [])
-    assert [node.norm_bias for node in found] == (['norm.bias' if with_bias else None] if found else [])
+    assert [(node.primitive, node.norm_bias) for node in graph.nodes if node.label.startswith('norm')] == expected
 
 
 def test_a_convolution_that_standardises_its_weight_is_a_convolution():

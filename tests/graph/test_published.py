@@ -171,26 +171,17 @@ def swin(draft: Draft) -> None:
 
 RULES: dict[str, tuple[Callable[[Draft], None], str, str, str]] = {
     'contracting a cycle leaves no edge from a node to itself': (
-        lambda draft: draft.contract({1}), 'a.weight b.weight', 'a.weight>b.weight>a.weight', 'a.weight'
-    ),
+        lambda draft: draft.contract({1}), 'a.weight b.weight', 'a.weight>b.weight>a.weight', 'a.weight'),
     'unknown operators and layers are contracted': (
-        filter_operators,
-        'View conv2.weight oned.weight norm.bias conv1.weight',
-        'conv1.weight>norm.bias>oned.weight>conv2.weight>View',
-        'conv1.weight>conv2.weight',
-    ),
+        filter_operators, 'View conv2.weight oned.weight norm.bias conv1.weight',
+        'conv1.weight>norm.bias>oned.weight>conv2.weight>View', 'conv1.weight>conv2.weight'),
     'biases of norms are contracted, since the weights predict them': (
-        filter_operators,
-        'norm.bias norm.weight conv.bias',
-        'conv.bias>norm.weight>norm.bias',
-        'conv.bias>norm.weight',
-    ),
+        filter_operators, 'norm.bias norm.weight conv.bias', 'conv.bias>norm.weight>norm.bias',
+        'conv.bias>norm.weight'),
     'a join of one input is contracted': (
-        filter_operators,
-        'Add Cat AddBackward1 conv1.weight conv2.weight',
+        filter_operators, 'Add Cat AddBackward1 conv1.weight conv2.weight',
         'conv1.weight>Cat>Add, conv2.weight>Cat, conv1.weight>AddBackward1>Add',
-        'conv1.weight>Cat>Add, conv2.weight>Cat, conv1.weight>Add',
-    ),
+        'conv1.weight>Cat>Add, conv2.weight>Cat, conv1.weight>Add'),
     'and again afterwards': (filter_joins, 'Add conv.weight', 'conv.weight>Add', 'conv.weight'),
     **{
         f'squeeze and excite with {gate} keeps its product, not its squeeze': (
@@ -202,83 +193,45 @@ RULES: dict[str, tuple[Callable[[Draft], None], str, str, str]] = {
         for gate in ('Sigmoid', 'Hardsigmoid')
     },
     'without a sigmoid no product is a gate and every mean a pooling': (
-        filter_operators,
-        GATED.replace('GATE', 'Tanh'),
-        GATED_EDGES.replace('GATE', 'Tanh'),
+        filter_operators, GATED.replace('GATE', 'Tanh'), GATED_EDGES.replace('GATE', 'Tanh'),
         'conv1.weight>MeanBackward2>convse.weight>convse.bias>conv2.weight>conv2.bias>MeanBackward1>head.bias, '
-        'conv1.weight>conv2.weight, head.weight>head.bias',
-    ),
+        'conv1.weight>conv2.weight, head.weight>head.bias'),
     # An accident of the reference, which matches substrings.
     'an unknown parameter takes along those whose names contain its own': (
-        filter_operators,
-        'conv.1norm.bias conv.1norm.weight norm.bias norm.weight',
-        'norm.weight>norm.bias>conv.1norm.weight>conv.1norm.bias',
-        'norm.weight>conv.1norm.weight',
-    ),
+        filter_operators, 'conv.1norm.bias conv.1norm.weight norm.bias norm.weight',
+        'norm.weight>norm.bias>conv.1norm.weight>conv.1norm.bias', 'norm.weight>conv.1norm.weight'),
     # The same: its name begins with a dot in the reference, and '.w' is in '.weight'.
     'a parameter of the model itself takes every weight along': (
-        filter_operators,
-        'conv.bias conv.weight w',
-        'w>conv.weight>conv.bias',
-        'conv.bias',
-    ),
+        filter_operators, 'conv.bias conv.weight w', 'w>conv.weight>conv.bias', 'conv.bias'),
     'a linear weight comes between its input and its bias': (
-        insert_weights,
-        'other.bias l.bias conv.weight l.weight',
-        'conv.weight>l.bias>other.bias, l.weight>l.bias',
-        'conv.weight>l.weight>l.bias>other.bias',
-    ),
+        insert_weights, 'other.bias l.bias conv.weight l.weight', 'conv.weight>l.bias>other.bias, l.weight>l.bias',
+        'conv.weight>l.weight>l.bias>other.bias'),
     'the weight of attention without biases comes before the softmax': (
-        insert_weights,
-        'Softmax ln.weight Add qkv.weight',
-        'Add>ln.weight>Softmax, qkv.weight>Softmax',
-        'Add>ln.weight>qkv.weight>Softmax',
-    ),
+        insert_weights, 'Softmax ln.weight Add qkv.weight', 'Add>ln.weight>Softmax, qkv.weight>Softmax',
+        'Add>ln.weight>qkv.weight>Softmax'),
     'a weight of another layer is not inserted': (
-        insert_weights,
-        'a.bias b.weight conv.weight',
-        'conv.weight>a.bias, b.weight>a.bias',
-        'conv.weight>a.bias, b.weight>a.bias',
-    ),
+        insert_weights, 'a.bias b.weight conv.weight', 'conv.weight>a.bias, b.weight>a.bias',
+        'conv.weight>a.bias, b.weight>a.bias'),
     'values of a joint projection go through the softmax only': (
-        route_values_through_softmax,
-        'proj.weight Softmax qkv.bias',
-        'qkv.bias>Softmax>proj.weight, qkv.bias>proj.weight',
-        'qkv.bias>Softmax>proj.weight',
-    ),
+        route_values_through_softmax, 'proj.weight Softmax qkv.bias',
+        'qkv.bias>Softmax>proj.weight, qkv.bias>proj.weight', 'qkv.bias>Softmax>proj.weight'),
     'values of their own projection are moved to the softmax': (
-        route_values_through_softmax,
-        'proj.weight Softmax qk.bias v.bias',
-        'qk.bias>Softmax>proj.weight, v.bias>proj.weight',
-        'qk.bias>Softmax>proj.weight, v.bias>Softmax',
-    ),
+        route_values_through_softmax, 'proj.weight Softmax qk.bias v.bias',
+        'qk.bias>Softmax>proj.weight, v.bias>proj.weight', 'qk.bias>Softmax>proj.weight, v.bias>Softmax'),
     'an edge that a longer path bypasses goes even behind the softmax': (
-        route_values_through_softmax,
-        'Add b.weight a.bias Softmax',
+        route_values_through_softmax, 'Add b.weight a.bias Softmax',
         'Softmax>a.bias>b.weight>Add, Softmax>Add, Softmax>b.weight, a.bias>Add',
-        'Softmax>a.bias>b.weight>Add, Softmax>Add, Softmax>b.weight',
-    ),
+        'Softmax>a.bias>b.weight>Add, Softmax>Add, Softmax>b.weight'),
     'the image feeds the weights that have no input': (
-        add_input,
-        'conv2.weight conv1.weight conv1.bias p',
-        'conv1.weight>conv1.bias',
-        'input>conv1.weight>conv1.bias, input>conv2.weight, p',
-    ),
+        add_input, 'conv2.weight conv1.weight conv1.bias p', 'conv1.weight>conv1.bias',
+        'input>conv1.weight>conv1.bias, input>conv2.weight, p'),
     "the stages of torchvision's Swin are joined by the reduction": (
-        swin,
-        SWIN,
-        SWIN_EDGES,
-        '0.norm.weight>0.reduction.weight, 1.norm1.weight>1.attn.proj.bias>Add',
-    ),
+        swin, SWIN, SWIN_EDGES, '0.norm.weight>0.reduction.weight, 1.norm1.weight>1.attn.proj.bias>Add'),
     'those of another class are not': (
-        lambda draft: connect_swin_stages(draft, nn.Module()), SWIN, SWIN_EDGES, f'{SWIN_EDGES}, 0.reduction.weight'
-    ),
+        lambda draft: connect_swin_stages(draft, nn.Module()), SWIN, SWIN_EDGES, f'{SWIN_EDGES}, 0.reduction.weight'),
     "the residual of torchvision's Swin does not end in the reduction": (
-        swin,
-        'Add 1.reduction.weight 1.attn.proj.bias',
-        '1.attn.proj.bias>1.reduction.weight>Add',
-        '1.attn.proj.bias>Add, 1.reduction.weight>Add',
-    ),
+        swin, 'Add 1.reduction.weight 1.attn.proj.bias', '1.attn.proj.bias>1.reduction.weight>Add',
+        '1.attn.proj.bias>Add, 1.reduction.weight>Add'),
 }  # fmt: skip
 
 

@@ -44,12 +44,3 @@ def test_parts_are_lists_where_matrices_would_be_mostly_zeros():
     parts = split_rows(far, [2000, 2000], torch.ones(4000, 32))
     assert isinstance(parts[0], SparseRows)
     assert sum(part.edges.weight_E.numel() for part in parts) == 4000
-
-
-def test_arguments_that_do_not_fit_are_refused():
-    edges = banded(30)
-    with pytest.raises(ValueError, match='30 targets in all .got 29'):
-        split_rows(edges, [29], torch.ones(30, 3))
-    bare = Edges.of(edges.source_E, edges.target_E, num_sources=30, num_targets=30)
-    with pytest.raises(ValueError, match='expected factors'):
-        split_rows(bare, [30], torch.ones(30, 3))

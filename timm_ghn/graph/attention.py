@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from timm_ghn.graph.flow import COMPUTE, Flow
+from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
-from timm_ghn.graph.vocabulary import is_layer, operator_primitive
+from timm_ghn.graph.vocabulary import MULTIPLIES, is_layer, operator_primitive
 
 #: Ops that add a table to the logits (``CopySlices`` to a slice in place).
 _ADDS = frozenset({'Add', 'Sub', 'Baddbmm', 'CopySlices'})
@@ -61,7 +61,7 @@ def _weights(flow: Flow) -> tuple[frozenset[int], frozenset[int]]:
             continue
         softmaxes = frozenset().union(*(carried[child] for child in carriers))
         by_data = any(child in scaled for child in carriers)
-        if op.kind in COMPUTE:
+        if op.kind in MULTIPLIES:
             if len(children) > 1 or not by_data:
                 found |= softmaxes
             continue
@@ -89,14 +89,14 @@ def _tables(flow: Flow) -> frozenset[str]:
     sums = [index for index in logits if flow.ops[index].kind in _ADDS and len(flow.data_inputs(index)) > 1]
     added = reachable(  # ops whose output is added to logits
         (child for index in sums for child in flow.data_inputs(index)),
-        lambda index: () if flow.ops[index].kind in COMPUTE else flow.data_inputs(index),
+        lambda index: () if flow.ops[index].kind in MULTIPLIES else flow.data_inputs(index),
     )
     found: set[str] = set()
     for index in logits | added:
         kind = flow.ops[index].kind
-        if kind in _ADDS or (kind in COMPUTE and index in added and len(flow.data_inputs(index)) == 1):
-            found.update(joined.name for joined in flow.joining(index))
-    return frozenset(name for name in found if len(flow.shapes[name]) > 1 and not is_layer(flow.owner(name)))
+        if kind in _ADDS or (kind in MULTIPLIES and index in added and len(flow.data_inputs(index)) == 1):
+            found.update(flow.joining(index))
+    return frozenset(name for name in found if len(flow.recording.shapes[name]) > 1 and not is_layer(flow.owner(name)))
 
 
 def _layers_behind_product(flow: Flow) -> dict[int, int]:
@@ -106,7 +106,7 @@ def _layers_behind_product(flow: Flow) -> dict[int, int]:
         if not flow.data[index] or _stops(flow, index):
             continue
         children = flow.data_inputs(index)
-        multiplies = flow.ops[index].kind in COMPUTE
+        multiplies = flow.ops[index].kind in MULTIPLIES
         if multiplies and len(children) > 1:
             found[index] = 0
         elif reached := [found[child] + multiplies for child in children if child in found]:
@@ -120,8 +120,8 @@ def _layers_before_softmax(flow: Flow) -> dict[int, int]:
     for index in reversed(flow.order):
         if not flow.data[index]:
             continue
-        for reader in flow.readers[index]:
-            multiplies = flow.ops[reader].kind in COMPUTE
+        for reader in flow.recording.readers[index]:
+            multiplies = flow.ops[reader].kind in MULTIPLIES
             if is_softmax(flow, reader):
                 found[index] = 0
             elif reader in found and not (multiplies and len(flow.data_inputs(reader)) > 1):

@@ -94,7 +94,7 @@ def _op(function: Any, inputs: tuple[int | str, ...], reads_image: bool) -> Op:
     """A backward function as a record."""
     name = type(function).__name__
     if name.endswith('Backward'):
-        name += '1' if name == 'MeanBackward' else '0'  # of a stand-in: autograd appends the number of the overload
+        name += '0'  # of a stand-in: autograd appends the number of the overload
     kernel_size = dims = rank = sizes = None
     if 'Pool' in name and hasattr(function, '_saved_kernel_size'):
         kernel_size = tuple(int(k) for k in function._saved_kernel_size)

@@ -131,9 +131,9 @@ class _Reading:
         wanted = self.reached.intersection(kept)
         if not wanted:
             return frozenset()
-        flow, names = self.flow, self.recording.names
+        flow, names, readers = self.flow, self.recording.names, self.recording.readers
         start = (index for index, op in enumerate(flow.ops) if not wanted.isdisjoint(op.parameters))
-        on_the_way = reachable(start, lambda index: () if flow.data[index] else flow.readers[index])
+        on_the_way = reachable(start, lambda index: () if flow.data[index] else readers[index])
         sites = [index for index in on_the_way if flow.data[index]]  # ops that bring them to the data
         labels = [label for index in sites for label in joined_labels(flow, self.attention, index)]
         return frozenset(name for label in labels for name in (label.name, _norm_bias(label, names)) if name in wanted)

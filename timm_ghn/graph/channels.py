@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from timm_ghn.graph.graph import Graph, Node
-from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.primitives import CONVOLUTIONS, Primitive
 from timm_ghn.graph.vocabulary import encoded_position, positional_size
 
 #: What a weight with two channel axes can be.
@@ -21,7 +21,6 @@ ROLES = ('dense', 'conv', 'depthwise', 'stem', 'position', 'head')
 #: Most channels of an image; a layer that reads more directly from the input reads patches, as a linear layer does.
 _IMAGE_CHANNELS = 4
 
-_WEIGHTS = (Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV)
 _NORMS = (Primitive.BN, Primitive.LN, Primitive.BIAS)
 
 
@@ -76,7 +75,7 @@ def channel_layouts(graph: Graph) -> tuple[ChannelLayout, ...]:
             if positional_size(shape) and node.shape == encoded_position(shape):
                 found[index] = ChannelLayout('position')
             left[index] = _Channels(node.shape[1], node.shape[1])
-        elif node.shape and node.primitive in _WEIGHTS and shape:
+        elif node.shape and node.primitive in CONVOLUTIONS and shape:
             queries = len(shape) == 2 and _meets_attention(index, graph.nodes, targets)
             found[index] = layout = _layout(
                 node.kernel or shape, widest, head=node.parameter in graph.class_weights, queries=queries

@@ -9,15 +9,10 @@ from torch import argsort
 from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.graph import Graph
 from timm_ghn.graph.paths import neighbours, reachable
-from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.primitives import CONVOLUTIONS, Primitive
+from timm_ghn.graph.vocabulary import MULTIPLIES
 
-WEIGHTS = frozenset(
-    {Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV, Primitive.BN, Primitive.LN, Primitive.BIAS}
-)
-
-#: Ops that multiply. A chain of ops that computes from constants only and contains one is a network of its own: its
-#: weights have no place in the order along the image, but come before all that their result meets.
-MULTIPLIES = ('Mm', 'Addmm', 'Bmm', 'Baddbmm', 'Convolution')
+WEIGHTS = (*CONVOLUTIONS, Primitive.BN, Primitive.LN, Primitive.BIAS)
 
 
 def flaws_of(graph: Graph, flow: Flow) -> list[str]:
@@ -118,6 +113,8 @@ def _weights_before(flow: Flow) -> tuple[dict[str, int], dict[str, int], dict[st
         joining = set(ops[i].parameters).union(*(carried[child] for child in children if not image[child]))
         if not image[i]:
             carried[i] = joining
+            # A chain of ops that computes from constants only and multiplies is a network of its own: its weights have
+            # no place in the order along the image, but come before all that their result meets.
             aside |= joining if ops[i].kind in MULTIPLIES or joining & aside else set()
             continue
         for name in joining:

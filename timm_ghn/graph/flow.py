@@ -13,35 +13,12 @@ from torch.nn.utils import parametrize
 from timm_ghn.graph.autograd import Op
 from timm_ghn.graph.paths import reachable, topological_order
 from timm_ghn.graph.trace import Recording
-from timm_ghn.graph.vocabulary import is_layer
-
-#: Ops that multiply data with weights.
-COMPUTE = frozenset(
-    {'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'}
-)
+from timm_ghn.graph.vocabulary import MULTIPLIES, is_layer
 
 #: Ops that rearrange elements without changing them.
 RESHAPES = frozenset(
     {'Clone', 'Expand', 'Permute', 'Squeeze', 'T', 'ToCopy', 'Transpose', 'UnsafeView', 'Unsqueeze', 'View'}
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Joined:
-    """A parameter that an op brings to the data.
-
-    Attributes:
-        name: Its name.
-        through: Kinds of the ops without data on its way to the op.
-    """
-
-    name: str
-    through: frozenset[str] = frozenset()
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether its elements reach the op as they are, or normalised (in weight normalisation)."""
-        return all(kind in RESHAPES or kind.startswith('WeightNorm') for kind in self.through)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,34 +47,27 @@ class Flow:
         """All ops of the recording."""
         return self.recording.ops
 
-    @property
-    def readers(self) -> tuple[tuple[int, ...], ...]:
-        """Ops that read each op."""
-        return self.recording.readers
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter."""
-        return self.recording.shapes
-
     def data_inputs(self, index: int) -> list[int]:
         """Ops with data that an op reads, as often as it reads them."""
         return [child for child in self.ops[index].children if self.data[child]]
 
-    def joining(self, index: int) -> list[Joined]:
-        """Parameters that an op reads directly or through ops without data, each once."""
-        found: dict[str, Joined] = {}
-        stack: list[tuple[int | str, frozenset[str]]] = [
-            (item, frozenset()) for item in reversed(self.ops[index].inputs)
-        ]
+    def joining(self, index: int) -> dict[str, bool]:
+        """Parameters that an op reads directly or through ops without data.
+
+        Returns:
+            For each, whether its elements reach the op as they are, or normalised (in weight normalisation).
+        """
+        found: dict[str, bool] = {}
+        stack: list[tuple[int | str, bool]] = [(item, True) for item in reversed(self.ops[index].inputs)]
         while stack:
-            item, through = stack.pop()
+            item, unchanged = stack.pop()
             if isinstance(item, str):
-                found.setdefault(item, Joined(item, through))
+                found.setdefault(item, unchanged)
             elif not self.data[item]:
-                through |= {self.ops[item].kind}
-                stack.extend((below, through) for below in reversed(self.ops[item].inputs))
-        return list(found.values())
+                kind = self.ops[item].kind
+                unchanged = unchanged and (kind in RESHAPES or kind.startswith('WeightNorm'))
+                stack.extend((below, unchanged) for below in reversed(self.ops[item].inputs))
+        return found
 
     def owner(self, name: str) -> nn.Module:
         """The layer that a parameter belongs to, also if the layer's weight is computed from it (parametrisation)."""
@@ -113,7 +83,7 @@ class Flow:
         pairs = [op.inputs for op in self.ops if op.kind.startswith('WeightNorm') and len(op.inputs) == 2]
         return frozenset(norm for _, norm in pairs if isinstance(norm, str))
 
-    def kernel_of(self, index: int, joined: Joined, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    def kernel_of(self, index: int, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape (out, in, ...) of the kernels that a parameter holds, where its own shape is another one.
 
         Rows of a matrix may be kernels that are mixed into one for each image (a conditional convolution); and the
@@ -123,7 +93,7 @@ class Flow:
         if len(shape) != 2 or op.kind not in ('Mm', 'Addmm'):
             return None
         at = index
-        while len(readers := self.readers[at]) == 1:
+        while len(readers := self.recording.readers[at]) == 1:
             reader = self.ops[readers[0]]
             if reader.kernel is not None and reader.kernel_op == at:
                 images, rest = divmod(math.prod(reader.kernel), shape[1])
@@ -132,8 +102,8 @@ class Flow:
             if reader.kind not in RESHAPES:
                 break
             at = readers[0]
-        is_right = len(op.inputs) > 1 and op.inputs[-1] == joined.name
-        return shape[::-1] if is_right and not is_layer(self.owner(joined.name)) else None
+        is_right = len(op.inputs) > 1 and op.inputs[-1] == name
+        return shape[::-1] if is_right and not is_layer(self.owner(name)) else None
 
     def blocks_of(self, index: int, shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
         """(rows, columns, height, width) of the blocks in which a positional embedding (1, blocks, positions, C) lies.
@@ -170,7 +140,7 @@ def _with_data(recording: Recording, order: Sequence[int]) -> tuple[bool, ...]:
     for index in order:
         op = ops[index]
         data[index] = op.reads_image or any(data[child] for child in op.children)
-        computes[index] = op.kind in COMPUTE or any(computes[child] for child in op.children)
+        computes[index] = op.kind in MULTIPLIES or any(computes[child] for child in op.children)
         own = {name for name in op.parameters if len(shapes[name]) > 1}
         weights[index] = frozenset(own).union(*(weights[child] for child in op.children))
     layers = {name for name, shape in shapes.items() if len(shape) == 2 or is_layer(recording.owners[name])}

@@ -99,16 +99,13 @@ class Graph:
     rules: str
 
     def __post_init__(self) -> None:
-        n = len(self.nodes)
-        edges = self.edges_E2
+        n, edges = len(self.nodes), self.edges_E2
         if edges.dtype != torch.int64 or edges.dim() != 2 or edges.shape[1] != 2:
             raise UnsupportedModelError(
                 f'expected int64 edges of shape (E, 2) (got {edges.dtype} {tuple(edges.shape)})'
             )
-        if len(edges) and not (0 <= int(edges.min()) and int(edges.max()) < n):
-            raise UnsupportedModelError(f'an edge names a node outside 0..{n - 1}')
-        if not 0 <= self.start < n:
-            raise UnsupportedModelError(f'the start node {self.start} is outside 0..{n - 1}')
+        if not all(0 <= node < n for node in (self.start, *edges.flatten().tolist())):
+            raise UnsupportedModelError(f'an edge or the start names a node outside 0..{n - 1}')
 
     def __len__(self) -> int:
         return len(self.nodes)

@@ -132,7 +132,7 @@ class MetaMode(TorchFunctionMode):
         if output is not NotImplemented:
             return output
         if func in _RECURRENT and not isinstance(args[3], (tuple, list)):
-            return _one_step(*args, gates=_RECURRENT[func])
+            return _one_step(_RECURRENT[func], *args)
         if func in _CONSTRUCTORS:
             return func(*args, **{**kwargs, 'device': 'meta'})
         if func is Tensor.cpu or func is Tensor.cuda:
@@ -207,23 +207,12 @@ _RECURRENT: dict[Any, int] = {
 }
 
 
-def _one_step(
-    data: Tensor,
-    state: Any,
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
-    gates: int,
-) -> tuple[Tensor, ...]:
+def _one_step(gates: int, *args: Any) -> tuple[Tensor, ...]:
     """A recurrent layer as if every time step were the first, so that each weight is read once.
 
     Unrolled over the time steps, the graph would be as long as the sequence and read its weights again and again.
     """
+    data, _, weights, has_biases, num_layers, _, _, bidirectional, batch_first = args
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)
     last_states = []
@@ -231,7 +220,7 @@ def _one_step(
         outputs = []
         for direction in range(directions):
             w_ih, w_hh, *biases = weights[(layer * directions + direction) * each :][:each]
-            b_ih, b_hh = biases or (None, None)
+            b_ih, b_hh = biases if has_biases else (None, None)
             size = w_hh.shape[0] // gates
             hidden = nn.functional.linear(data, w_ih, b_ih)[..., : w_hh.shape[1]]
             hidden = nn.functional.linear(hidden, w_hh, b_hh)[..., :size].tanh()

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from timm_ghn.graph.attention import Attention
-from timm_ghn.graph.flow import COMPUTE, Flow
+from timm_ghn.graph.flow import Flow
 from timm_ghn.graph.paths import reachable
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.published import Draft, Label, pool_shape
-from timm_ghn.graph.vocabulary import operator_primitive, parameter_primitive
+from timm_ghn.graph.vocabulary import MULTIPLIES, operator_primitive, parameter_primitive
 
 #: Ops whose output lies in a fixed interval: a product with one is a gate.
 GATES = frozenset({'Sigmoid', 'Hardsigmoid', 'Tanh', 'Hardtanh', 'Clamp', 'Softmax', 'SafeSoftmax'})
@@ -42,8 +42,8 @@ class _OperatorRules:
         self.out: dict[int, frozenset[int]] = {}
         self.gates: dict[int, frozenset[int]] = {}
 
-    def build(self) -> Draft:
-        """Visit the ops in topological order; drop joins of a single input."""
+    def build(self) -> tuple[Draft, list[int]]:
+        """Visit the ops in topological order; drop joins of a single input. Returns as :func:`operator_draft`."""
         for index in self.flow.order:
             if self.flow.data[index]:
                 self.out[index] = self._visit(index)
@@ -52,7 +52,9 @@ class _OperatorRules:
         labels, predecessors = self.draft.labels, self.draft.predecessors
         joins = {x for x in self.draft.order if labels[x].primitive in (Primitive.SUM, Primitive.CONCAT)}
         self.draft.contract({x for x in joins if len(predecessors[x]) < 2})
-        return self.draft
+        order = self.draft.sort()
+        assert order is not None, 'edges follow the data'
+        return self.draft, [0, *(x for x in order if x != 0)]
 
     def _visit(self, index: int) -> frozenset[int]:
         """Add the nodes of one op; returns the positions that hold its output."""
@@ -142,7 +144,7 @@ class _OperatorRules:
             return True
         if op.rank < 3 or (op.rank == 4 and len(op.dims) == 1):
             return False
-        readers = self.flow.readers
+        readers = self.flow.recording.readers
 
         def passed_on(reader: int) -> tuple[int, ...]:
             op = self.ops[reader]
@@ -173,7 +175,7 @@ class _OperatorRules:
             if op.kind in kinds:
                 return index
             below = self.flow.data_inputs(index)
-            if len(below) != 1 or op.parameters or op.kind in COMPUTE or op.kind.startswith('Native'):
+            if len(below) != 1 or op.parameters or op.kind in MULTIPLIES or op.kind.startswith('Native'):
                 return None
             index = below[0]
 
@@ -193,22 +195,18 @@ def operator_draft(flow: Flow, attention: Attention) -> tuple[Draft, list[int]]:
     Returns:
         The graph and its positions in topological order; the input comes first.
     """
-    draft = _OperatorRules(flow, attention).build()
-    order = draft.sort()
-    assert order is not None, 'edges follow the data'
-    return draft, [0, *(x for x in order if x != 0)]
+    return _OperatorRules(flow, attention).build()
 
 
 def joined_labels(flow: Flow, attention: Attention, index: int) -> Iterator[Label]:
     """Parameters that an op brings to the data, as labels; those that have no node are left out."""
     kind = flow.ops[index].kind
-    for joined in flow.joining(index):
-        name = joined.name
-        owner, shape = flow.owner(name), flow.shapes[name]
-        table, unchanged = name in attention.tables, joined.unchanged
+    for name, unchanged in flow.joining(index).items():
+        owner, shape = flow.owner(name), flow.recording.shapes[name]
+        table = name in attention.tables
         primitive = parameter_primitive(name, owner, shape, kind, table=table, unchanged=unchanged)
         if primitive is None or name in flow.norms_apart:
             continue
-        kernel = flow.kernel_of(index, joined, shape) if primitive is Primitive.CONV else None
+        kernel = flow.kernel_of(index, name, shape) if primitive is Primitive.CONV else None
         blocks = flow.blocks_of(index, shape) if primitive is Primitive.POS_ENC else None
         yield Label(name, owner, shape, primitive, kernel, blocks)

@@ -25,3 +25,7 @@ class Primitive(enum.IntEnum):
     LN = 12
     POS_ENC = 13
     GLOB_AVG = 14
+
+
+#: Weights of linear layers and convolutions.
+CONVOLUTIONS = (Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV)

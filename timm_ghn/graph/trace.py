@@ -94,7 +94,7 @@ def resolve_input_size(model: nn.Module, input_size: int | Sequence[int] | None 
     if isinstance(size, Sequence) and len(size) == 2:
         size = (channels, *size)
     is_size = isinstance(size, Sequence) and len(size) == 3
-    if not is_size or not all(isinstance(n, int) and 1 <= n <= _MAX_SIDE for n in size):
+    if not is_size or not all(type(n) is int and 1 <= n <= _MAX_SIDE for n in size):
         raise UnsupportedModelError(
             'expected input_size to be a side, (height, width) or (channels, height, width), with numbers from 1 to '
             f'{_MAX_SIDE} (got {input_size!r})'
@@ -225,21 +225,18 @@ def _list_parameters(
 ) -> tuple[tuple[ParameterInfo, ...], dict[str, nn.Module], dict[int, str]]:
     """Every parameter once (also a tied one): its facts, its module by name, and its name by identity."""
     names: dict[int, list[str]] = {}
-    found: dict[int, tuple[nn.Parameter, nn.Module]] = {}
-    for prefix, module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            name = f'{prefix}.{key}' if prefix else key
-            if nn.parameter.is_lazy(parameter):
-                raise UnsupportedModelError(f"'{name}' has no shape yet; run the model once to initialise lazy layers")
-            names.setdefault(id(parameter), []).append(name)
-            found[id(parameter)] = parameter, module
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in modules[0][1].named_parameters(remove_duplicate=False):
+        if nn.parameter.is_lazy(parameter):
+            raise UnsupportedModelError(f"'{name}' has no shape yet; run the model once to initialise lazy layers")
+        names.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    by_path = dict(modules)
+    owners = {first: by_path[[first, *aliases][-1].rpartition('.')[0]] for first, *aliases in names.values()}
     infos = tuple(
-        ParameterInfo(first, tuple(parameter.shape), parameter.dtype, class_path(module), tuple(aliases))
-        for (parameter, module), (first, *aliases) in zip(found.values(), names.values(), strict=True)
+        ParameterInfo(first, tuple(parameter.shape), parameter.dtype, class_path(owners[first]), tuple(aliases))
+        for parameter, (first, *aliases) in zip(parameters.values(), names.values(), strict=True)
     )
-    owners = {first: module for (_, module), (first, *_) in zip(found.values(), names.values(), strict=True)}
     return infos, owners, {key: first for key, (first, *_) in names.items()}
 
 

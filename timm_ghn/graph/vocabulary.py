@@ -98,12 +98,6 @@ def encoded_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return padded[0], padded[1], padded[2], padded[3]
 
 
-#: Normalisations that are no subclass of a published one.
-_OTHER_NORMS: tuple[tuple[type[nn.Module], Primitive], ...] = (
-    (nn.modules.batchnorm._NormBase, Primitive.BN),
-    (nn.GroupNorm, Primitive.LN),
-)
-
 #: A parameter (1, n, C) of at most so many rows holds class or register tokens, not positions.
 _MOST_TOKENS = 8
 
@@ -111,7 +105,9 @@ _MOST_TOKENS = 8
 _ADDS = frozenset({'Add', 'Addmm', 'Baddbmm', 'Convolution'})
 
 #: Ops that multiply data with a weight matrix or kernel.
-_MULTIPLIES = frozenset({'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'Mv'})
+MULTIPLIES = frozenset(
+    {'Addmm', 'Mm', 'Bmm', 'Baddbmm', 'Addbmm', 'Convolution', 'ConvolutionOverrideable', 'Mv', 'Addmv'}
+)
 
 
 def norm_primitive(module: nn.Module) -> Primitive | None:
@@ -119,9 +115,10 @@ def norm_primitive(module: nn.Module) -> Primitive | None:
     kind = published_kind(module)
     if kind is not None:
         return _TABLE[kind] if _TABLE[kind] in (Primitive.BN, Primitive.LN) else None
-    for base, primitive in _OTHER_NORMS:
-        if isinstance(module, base):
-            return primitive
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return Primitive.BN
+    if isinstance(module, nn.GroupNorm):
+        return Primitive.LN
     name = type(module).__name__.lower()
     weight = module._parameters.get('weight')
     if 'norm' in name and weight is not None and weight.dim() == 1:
@@ -151,15 +148,15 @@ def parameter_primitive(
         return norm if leaf == 'weight' else None
     if table:
         return None
-    is_matrix = len(shape) == 2 and kind in _MULTIPLIES and unchanged
+    is_matrix = len(shape) == 2 and kind in MULTIPLIES and unchanged
     if 'weight' not in leaf and 'bias' not in leaf and sum(n > 1 for n in shape) <= 1 and not is_matrix:
         return None  # a gain, such as that of a weight-standardised convolution
     published = published_primitive(name, module)
     if published is not None and published is not Primitive.POS_ENC:
         return published
-    if len(shape) > 1 and kind in _MULTIPLIES and is_token(shape) and leaf != 'weight':
+    if len(shape) > 1 and kind in MULTIPLIES and is_token(shape) and leaf != 'weight':
         return None  # a token from which a query is made
-    if len(shape) > 1 and kind in _MULTIPLIES:
+    if len(shape) > 1 and kind in MULTIPLIES:
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
             return Primitive.DIL_CONV if min(module.dilation) > 1 else Primitive.SEP_CONV
         return Primitive.CONV

@@ -24,13 +24,6 @@ def aggregate(
 
     The step that all message passing shares (arXiv 1704.01212, equation 1). Half precision is added up in float32.
 
-    ==========  =====================================================================================
-    index_add   plain torch, a temporary row for each edge
-    bag         torch's embedding bag: no temporary rows
-    scatter     torch-scatter's ``segment_csr``, where it is installed
-    triton      one fused kernel for each of sum and gradients; float32 and bfloat16, on a GPU
-    ==========  =====================================================================================
-
     Shapes:
         messages_Md: (M, d), float64, float32, bfloat16 or float16. weight_E: (E,). Result: (T, d).
 
@@ -39,7 +32,9 @@ def aggregate(
         edges: The sorted edges, on the same device, with or without factors.
         weight_E: Factor of each edge, in the order in which the edges were given, in the dtype of the messages; None
             for those of ``edges``, or for 1.
-        backend: One of the names above, or ``'auto'``; None for that of :func:`timm_ghn.ops.use_backend`.
+        backend: ``'index_add'``, ``'bag'`` (torch's embedding bag), ``'scatter'`` (torch-scatter), ``'triton'`` (a
+            fused kernel on a GPU, float32 and bfloat16) or ``'auto'``; None for that of
+            :func:`timm_ghn.ops.use_backend`.
         deterministic: Whether equal inputs must give equal bits; None asks torch's
             ``are_deterministic_algorithms_enabled``. ``'auto'`` is always deterministic.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -64,13 +65,9 @@ def split_rows(edges: Edges, sizes: Sequence[int], like: Tensor, *, backend: str
         backend: ``'dense'`` for matrices, one of :data:`timm_ghn.ops.backends.BACKENDS`, or ``'auto'``.
 
     Raises:
-        ValueError: if the sizes do not sum up to T, the edges have no factors, or the backend cannot run.
+        ValueError: if the backend cannot run.
     """
-    if sum(sizes) != edges.num_targets or edges.weight_E is None:
-        raise ValueError(f'expected factors and parts of {edges.num_targets} targets in all (got {sum(sizes)})')
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
+    starts = list(itertools.accumulate(sizes, initial=0))
     counts = edges.pointer_T1.cpu()[starts].diff().tolist()
     windows = [_window(source_e) for source_e in edges.source_E.cpu().split(counts)]
     elements = sum(size * (window.stop - window.start) for size, window in zip(sizes, windows, strict=True))
