@@ -23,7 +23,7 @@ from timm_ghn.runs.results import read_results
 from timm_ghn.train import loop
 from timm_ghn.train.evaluate import EvaluateOptions, evaluate
 from timm_ghn.train.loop import train
-from timm_ghn.train.options import GROUPS, TrainOptions
+from timm_ghn.train.options import TrainOptions
 from timm_ghn.train.step import Outcome
 
 CHEAP = {
@@ -315,7 +315,7 @@ def test_two_processes_that_were_killed_end_as_one_does(base, tmp_path):
 
 def test_the_command_line_names_families_and_options_of_a_sampler():
     parser = argparse.ArgumentParser()
-    add_arguments(parser, TrainOptions, GROUPS)
+    add_arguments(parser, TrainOptions)
     words = ['--dataset', 'x', '--held-out', 'regnet, densenet', '--sampler-args', '{families: [vgg, resnetv2]}']
     options = options_of(parser.parse_args(words), TrainOptions)
     assert options.unseen_families() == ('regnet', 'densenet')

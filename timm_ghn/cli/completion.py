@@ -13,7 +13,7 @@ except ImportError as error:
     raise ConfigError('completion needs shtab: pip install shtab') from error
 
 
-def print_completion(args: argparse.Namespace) -> int:
+def run_completion(args: argparse.Namespace) -> int:
     """Print the script."""
     parser = build_parser(every=True)
     _complete_files(parser)
