@@ -27,9 +27,5 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _complete_files(command)
-            continue
-        words = set(str(action.metavar).split('|'))
-        if words & {'FILE', 'PATH', 'IN', 'OUT'}:
+        if set(str(action.metavar).split('|')) & {'FILE', 'PATH', 'IN', 'OUT', 'DIR', 'FOLDER'}:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif words & {'DIR', 'FOLDER'}:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

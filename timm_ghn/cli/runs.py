@@ -74,20 +74,13 @@ def _print_once(*lines: Any) -> None:
         print(*(line for line in lines if line is not None), sep='\n')
 
 
-class _Line(logging.Formatter):
-    """One printable line for each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(record.getMessage(), LONGEST)
-
-
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Write the log records of the package to the standard error."""
+    """Write the log records of the package to the standard error, each as one printable line."""
     logger = logging.getLogger('timm_ghn')
     logger.setLevel(logging.INFO)
     handler = logging.StreamHandler()
-    handler.setFormatter(_Line())
+    handler.format = lambda record: printable(record.getMessage(), LONGEST)  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         yield
