@@ -30,7 +30,7 @@ COMMANDS = {
         'resnet50 -o out.safetensors',
         'Predict the weights of a timm model, into a file.',
     ),
-    'inspect': ('models', 'convnext_base --plot graph.html', 'Print what a GHN predicts of a model, or how diverse.'),
+    'inspect': ('models', 'convnext_base --plot graph.html', 'Print the plan of a prediction, or how diverse it is.'),
     'finetune': ('runs', '--config examples/recipes/quick.yaml', 'Fine-tune a timm model from a start of your choice.'),
     'push': ('hub', 'out.safetensors user/resnet50.ghn', 'Push a model or a GHN to the Hub, with a model card.'),
     'train': ('runs', '--config examples/recipes/ghn_tiny.yaml', 'Train a GHN on architectures of timm and images.'),
@@ -109,7 +109,8 @@ def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.A
     parser = _Parser(
         prog='timm-ghn',
         description='Predict the parameters of timm models with graph hypernetworks.',
-        epilog='examples:\n' + '\n'.join(f'  timm-ghn {name} {words}' for name, (_, words, _) in COMMANDS.items()),
+        epilog='examples:\n'
+        + '\n'.join(f'  timm-ghn {name} {words}'.rstrip() for name, (_, words, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'timm_ghn {__version__}')
