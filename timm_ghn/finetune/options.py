@@ -29,6 +29,7 @@ STEMS = ('auto', 'on', 'off')
 OTHER_INITS = ('random', 'pretrained')
 #: The init that lets several starts race.
 RACE = 'race'
+_OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,9 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         super().__post_init__()
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
-        of_target = (self.hub_private, self.hub_revision, self.hub_create_pr, self.hub_license)
-        if self.push_to_hub is None and any(of_target):
-            raise ConfigError('hub_private and the like are about the repository of push_to_hub, which is not given')
+        given = [name for name in _OF_TARGET if getattr(self, name)]
+        if self.push_to_hub is None and given:
+            raise ConfigError(f'{given[0]} is about the repository of push_to_hub, which is not given')
         _ = self.post('orth'), self.arguments, self.target  # their own checks
 
     @property
