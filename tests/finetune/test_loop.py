@@ -141,11 +141,21 @@ def test_the_best_weights_are_tested_once_at_the_end(base, monkeypatch):
     assert lines[-1]['test_top1'] == result.test_top1 == pytest.approx(100 * right / 21)
 
 
-def test_no_time_left_is_a_stop_and_no_error(base):
+def test_a_run_that_is_out_of_time_goes_on_and_is_not_written_over(base):
     result = finetune(dataclasses.replace(base, time_limit=1e-6))
-    assert not result.finished
-    assert result.steps <= 1
+    assert (result.finished, result.steps <= 1) == (False, True)
+    before = (base.output / 'results.jsonl').read_bytes()
+    with pytest.raises(ConfigError, match='holds a run: go on with --resume'):
+        finetune(base)
+    with pytest.raises(CheckpointError, match=r'is of another run \(lr was 0.003 and is 0.1'):
+        finetune(dataclasses.replace(base, resume=True, lr=0.1))
+    assert (base.output / 'results.jsonl').read_bytes() == before
     assert finetune(dataclasses.replace(base, resume=True)).finished
+    done = weights(base)
+    again = finetune(dataclasses.replace(base, resume=True))
+    assert again.finished
+    assert same(weights(base), done), 'nothing is left to do'
+    assert [line['epoch'] for line in again.epochs] == [0, 1, 2]
 
 
 @pytest.fixture
@@ -188,35 +198,13 @@ def test_a_run_in_a_thread_leaves_signals_alone(base, heard):
     assert len(heard) == 1
 
 
-def test_a_finished_run_that_is_resumed_changes_nothing(base):
-    finetune(base)
-    before = weights(base)
-    again = finetune(dataclasses.replace(base, resume=True))
-    assert again.finished
-    assert same(weights(base), before)
-    assert [line['epoch'] for line in again.epochs] == [0, 1, 2]
-
-
-def test_a_run_is_not_written_over(base):
-    finetune(dataclasses.replace(base, max_steps=1))
-    before = (base.output / 'results.jsonl').read_bytes()
-    with pytest.raises(ConfigError, match='holds a run: go on with --resume'):
-        finetune(base)
-    with pytest.raises(CheckpointError, match=r'is of another run \(lr was 0.003 and is 0.1'):
-        finetune(dataclasses.replace(base, resume=True, lr=0.1))
-    assert (base.output / 'results.jsonl').read_bytes() == before
-
-
-@pytest.mark.parametrize('harm', ['change', 'remove'])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, tmp_path, harm):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(base, tmp_path):
     finetune(dataclasses.replace(base, max_steps=5, checkpoint_steps=2))
     found = checkpoints.checkpoints_in(base.output / 'checkpoints')
     assert [place.name for place in found] == ['step_00000004', 'step_00000005']
     target = found[-1] / 'model.safetensors'
     data = target.read_bytes()
-    target.unlink()
-    if harm == 'change':
-        target.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    target.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.warns(UserWarning, match=r'step_00000005.* is passed over: model.safetensors'):
         assert finetune(dataclasses.replace(base, resume=True)).finished
     whole = dataclasses.replace(base, output=tmp_path / 'whole')
@@ -435,24 +423,12 @@ def test_what_lies_ahead_of_a_run_is_removed_and_never_kept_in_its_place(base):
 
 
 def test_channels_last_changes_the_layout_and_not_the_result(base, tmp_path):
-    options = dataclasses.replace(base, model='test_nfnet', opt='sgd', lr=0.01)
+    options = dataclasses.replace(base, model='test_nfnet', opt='sgd', lr=0.01, epochs=1)
     finetune(options)
     last = dataclasses.replace(options, channels_last=True, output=tmp_path / 'last')
-    layouts = []
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: (
-            layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-            if isinstance(module, torch.nn.Conv2d) and torch.is_grad_enabled() and inputs[0].shape[-1] > 1
-            else None
-        )
-    )
-    try:
-        assert not finetune(dataclasses.replace(last, max_steps=3)).finished
-        assert finetune(dataclasses.replace(last, resume=True)).finished
-    finally:
-        hook.remove()
-    assert len(layouts) > 50
-    assert all(layouts)
+    convolution = build(last, 3).model.stem.conv2
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    finetune(last)
     whole = weights(options)
     for name, value in weights(last).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=3e-4)

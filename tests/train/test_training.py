@@ -23,7 +23,7 @@ from timm_ghn.runs.results import read_results
 from timm_ghn.train import loop
 from timm_ghn.train.evaluate import EvaluateOptions, evaluate
 from timm_ghn.train.loop import train
-from timm_ghn.train.options import GROUPS, TrainOptions
+from timm_ghn.train.options import TrainOptions
 from timm_ghn.train.step import Outcome
 
 CHEAP = {
@@ -73,7 +73,7 @@ def losses(options):
 def test_networks_that_were_never_trained_tell_colours_apart(base):
     # Only what many architectures share serves those that were never seen.
     options = dataclasses.replace(
-        base, hid=32, codes=16, pool=50, steps=150, lr=2e-3, log_steps=50, eval_steps=150, ema_decay=0.9
+        base, hid=32, codes=16, pool=20, steps=100, lr=2e-3, log_steps=50, eval_steps=100, ema_decay=0.9
     )
     result = train(options)
     assert result.finished
@@ -83,16 +83,8 @@ def test_networks_that_were_never_trained_tell_colours_apart(base):
     assert (options.output / 'curves.png').read_bytes().startswith(b'\x89PNG')
     recipe = options.output / 'recipe.yaml'
     recipe.write_text(json.dumps({'sampler_args': CHEAP}))
-    rows = evaluate(
-        EvaluateOptions(
-            ghn=str(options.output / 'ghn'),
-            dataset=options.dataset,
-            families='vgg,resnet_basic',
-            count=1,
-            recipe=recipe,
-            images=60,
-        )
-    )
+    chosen = {'ghn': str(options.output / 'ghn'), 'dataset': options.dataset, 'families': 'vgg,resnet_basic'}
+    rows = evaluate(EvaluateOptions(**chosen, count=1, recipe=recipe, images=60))
     assert {row.family for row in rows} == {'vgg', 'resnet_basic'}
     assert all(0 <= row.top1 <= 100 and 0 < row.parameters <= 60_000 for row in rows)
 
@@ -315,7 +307,7 @@ def test_two_processes_that_were_killed_end_as_one_does(base, tmp_path):
 
 def test_the_command_line_names_families_and_options_of_a_sampler():
     parser = argparse.ArgumentParser()
-    add_arguments(parser, TrainOptions, GROUPS)
+    add_arguments(parser, TrainOptions)
     words = ['--dataset', 'x', '--held-out', 'regnet, densenet', '--sampler-args', '{families: [vgg, resnetv2]}']
     options = options_of(parser.parse_args(words), TrainOptions)
     assert options.unseen_families() == ('regnet', 'densenet')

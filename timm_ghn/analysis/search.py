@@ -22,12 +22,8 @@ from timm_ghn.nn.ghn import GHN
 from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, option
 from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprint, Blueprints
-from timm_ghn.train.evaluate import GROUPS as _GROUPS, NetworkOptions, batches_of, check_outputs, load_ghn_and_splits
+from timm_ghn.train.evaluate import NetworkOptions, batches_of, check_outputs, load_ghn_and_splits
 from timm_ghn.train.step import accuracy_with, predict_parameters
-
-#: Headings of the help, by the option that each begins with.
-GROUPS = {name: group for name, group in _GROUPS.items() if name != 'count'}
-GROUPS |= {'num': 'architectures', 'steps': 'run'}
 
 #: Candidates that are drawn for each that is wanted, before giving up.
 _ATTEMPTS = 100
@@ -36,6 +32,8 @@ _ATTEMPTS = 100
 @dataclasses.dataclass(frozen=True)
 class SearchOptions(NetworkOptions):
     """Which architectures to rank, by which GHN and images."""
+
+    groups = NetworkOptions.groups | {'num': 'architectures', 'steps': 'run'}
 
     num: int = option(20, 'architectures to rank: the first within the limits', within=POSITIVE)
     max_params: int | None = option(None, 'most parameters of an architecture', within=POSITIVE)

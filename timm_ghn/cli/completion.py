@@ -13,7 +13,7 @@ except ImportError as error:
     raise ConfigError('completion needs shtab: pip install shtab') from error
 
 
-def print_completion(args: argparse.Namespace) -> int:
+def run_completion(args: argparse.Namespace) -> int:
     """Print the script."""
     parser = build_parser(every=True)
     _complete_files(parser)
@@ -27,9 +27,5 @@ def _complete_files(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _complete_files(command)
-            continue
-        words = set(str(action.metavar).split('|'))
-        if words & {'FILE', 'PATH', 'IN', 'OUT'}:
+        if set(str(action.metavar).split('|')) & {'FILE', 'PATH', 'IN', 'OUT', 'DIR', 'FOLDER'}:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif words & {'DIR', 'FOLDER'}:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

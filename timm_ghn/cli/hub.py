@@ -17,7 +17,7 @@ from timm_ghn.hub.storage import WEIGHTS_FILE, save_ghn
 from timm_ghn.publish.push import Target, push_path
 
 
-def list_ghns(args: argparse.Namespace) -> int:
+def run_list(args: argparse.Namespace) -> int:
     """Print the catalogue."""
     entries = known_ghns()
     if args.json:
@@ -31,7 +31,7 @@ def list_ghns(args: argparse.Namespace) -> int:
     return 0
 
 
-def convert_ghn(args: argparse.Namespace) -> int:
+def run_convert(args: argparse.Namespace) -> int:
     """Convert a GHN, and print where it is and how large."""
     folder: Path = args.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -48,7 +48,7 @@ def convert_ghn(args: argparse.Namespace) -> int:
     return 0
 
 
-def show_cache(args: argparse.Namespace) -> int:
+def run_cache(args: argparse.Namespace) -> int:
     """Print what the cache holds, or remove from it."""
     cache = cache_folder()
     if cache is None:
@@ -69,7 +69,7 @@ def show_cache(args: argparse.Namespace) -> int:
     return 0
 
 
-def verify_ghn(args: argparse.Namespace) -> int:
+def run_verify(args: argparse.Namespace) -> int:
     """Compare parameter norms with the published ones, a row for each network as it comes; 1 if any does not agree."""
     expected = norms.published_norms(args.name, known_ghns(), args.arch)
     ghn = load_ghn(args.name, device=args.device)
@@ -93,7 +93,7 @@ def verify_ghn(args: argparse.Namespace) -> int:
     return 0 if agreed == len(expected) else 1
 
 
-def push_model(args: argparse.Namespace) -> int:
+def run_push(args: argparse.Namespace) -> int:
     """Push a model or a GHN; the token is that of HF_TOKEN or ``hf auth login``."""
     target = Target(args.repo, args.private or None, args.revision, args.create_pr)
     commit = push_path(args.source, target, license=args.license, commit_message=args.message)

@@ -22,73 +22,29 @@ from typing import Any, NoReturn
 from timm_ghn.errors import LONGEST, GHNError, printable
 from timm_ghn.version import __version__
 
-#: Module and function, example and description of each command.
+#: Of each command: the module that has its function ``run_COMMAND``, arguments of an example, and what it does.
 COMMANDS = {
-    'list': ('hub:list_ghns', 'timm-ghn list', 'List the GHNs that can be named.'),
+    'list': ('hub', '', 'List the GHNs that can be named.'),
     'predict': (
-        'models:predict_weights',
-        'timm-ghn predict resnet50 --num-classes 10 -o out.safetensors',
-        'Predict the weights of a timm model and write them to a file.',
+        'models',
+        'resnet50 -o out.safetensors',
+        'Predict the weights of a timm model, into a file.',
     ),
-    'inspect': (
-        'models:inspect_model',
-        'timm-ghn inspect convnext_base --plot graph.html',
-        'Print what a GHN would predict of a timm model, or how diverse it is.',
-    ),
-    'finetune': (
-        'runs:finetune_model',
-        'timm-ghn finetune --model resnet18 --dataset uoft-cs/cifar10 --image-size 32 --shots 100',
-        'Fine-tune a timm model from a predicted, random or pretrained start.',
-    ),
-    'push': (
-        'hub:push_model',
-        'timm-ghn push out.safetensors user/resnet50.ghn --private',
-        'Push a predicted or fine-tuned model, or a GHN, to the Hub, with a model card.',
-    ),
-    'train': (
-        'runs:train_ghn',
-        'timm-ghn train --config examples/recipes/ghn_tiny.yaml --dataset uoft-cs/cifar10',
-        'Train a GHN on architectures of timm and a data set of images.',
-    ),
-    'evaluate': (
-        'runs:evaluate_ghn',
-        'timm-ghn evaluate --ghn train-out/ghn --dataset uoft-cs/cifar10',
-        'Accuracy of predicted networks without any training.',
-    ),
-    'search': (
-        'runs:search_architectures',
-        'timm-ghn search --ghn train-out/ghn --dataset uoft-cs/cifar10 --num 100 --max-params 500000',
-        'Rank architectures by the accuracy of predicted networks.',
-    ),
-    'convert': (
-        'hub:convert_ghn',
-        'timm-ghn convert ghn3_tm8 -o ghn3-t',
-        'Convert a GHN to the native format: config.json and safetensors.',
-    ),
-    'cache': (
-        'hub:show_cache',
-        'timm-ghn cache --remove ghn3_tm8',
-        'List the official checkpoints that were converted when they were first loaded.',
-    ),
-    'verify': (
-        'hub:verify_ghn',
-        'timm-ghn verify ghn3_tm8 --arch resnet50 --arch vit_b_16',
-        'Compare the norms of predicted torchvision networks with the published ones.',
-    ),
-    'deepnets': (
-        'deepnets:run_deepnets',
-        'timm-ghn deepnets generate --split train --num 1000 -o nets.arrow',
-        'Generate, convert and describe files of DeepNets-1M architectures.',
-    ),
-    'completion': (
-        'completion:print_completion',
-        'timm-ghn completion bash',
-        'Print a script that completes commands, options and files in a shell.',
-    ),
+    'inspect': ('models', 'convnext_base --plot graph.html', 'Print the plan of a prediction, or how diverse it is.'),
+    'finetune': ('runs', '--config examples/recipes/quick.yaml', 'Fine-tune a timm model from a start of your choice.'),
+    'push': ('hub', 'out.safetensors user/resnet50.ghn', 'Push a model or a GHN to the Hub, with a model card.'),
+    'train': ('runs', '--config examples/recipes/ghn_tiny.yaml', 'Train a GHN on architectures of timm and images.'),
+    'evaluate': ('runs', '--ghn train-out/ghn --dataset FOLDER', 'Accuracy of predicted networks, without training.'),
+    'search': ('runs', '--ghn train-out/ghn --dataset FOLDER', 'Rank architectures by the accuracy of predictions.'),
+    'convert': ('hub', 'ghn3_tm8 -o ghn3-t', 'Convert a GHN to the native format: config.json and safetensors.'),
+    'cache': ('hub', '--remove ghn3_tm8', 'List the official checkpoints that were converted when first loaded.'),
+    'verify': ('hub', 'ghn3_tm8 --arch resnet50', 'Compare norms of predicted networks with the published ones.'),
+    'deepnets': ('deepnets', 'stats nets.arrow', 'Generate, convert and describe networks of DeepNets-1M.'),
+    'completion': ('completion', 'bash', 'Print a script that completes commands, options and files in a shell.'),
 }
 
 #: Commands whose options are the fields of a dataclass.
-RUNS = ('finetune', 'train', 'evaluate', 'search')
+RUNS = tuple(name for name, (module, _, _) in COMMANDS.items() if module == 'runs')
 
 #: What may be a token of the Hub.
 _TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{16,}')
@@ -100,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = build_parser(given).parse_args(given)
-            module, function = COMMANDS[args.command][0].split(':')
+            module = _module_of(COMMANDS[args.command][0])
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: _say('warning', str(message))
-                code: int = getattr(_module_of(module), function)(args)
+                code: int = getattr(module, f'run_{args.command}')(args)
                 return code
         finally:
             sys.stdout.flush()
@@ -153,23 +109,22 @@ def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.A
     parser = _Parser(
         prog='timm-ghn',
         description='Predict the parameters of timm models with graph hypernetworks.',
-        epilog='examples:\n' + '\n'.join(f'  {example}' for _, example, _ in COMMANDS.values()),
+        epilog='examples:\n'
+        + '\n'.join(f'  timm-ghn {name} {words}'.rstrip() for name, (_, words, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'timm_ghn {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True, parser_class=_Parser)
     of = {
-        name: commands.add_parser(name, help=text, description=text, epilog=f'example: {example}')
-        for name, (_, example, text) in COMMANDS.items()
+        name: commands.add_parser(name, help=text, description=text, epilog=f'example: timm-ghn {name} {words}')
+        for name, (_, words, text) in COMMANDS.items()
     }
     for name in RUNS if every else set(argv[:1]).intersection(RUNS):
         try:
-            _module_of('runs').add_options(of[name], name)
+            options = _module_of('runs')
+            options.add_arguments(of[name], options.OPTIONS[name])
         except ImportError as error:
-            message = (
-                f"'{name}' needs more packages ({error}): install timm_ghn with its extra 'finetune', in a checkout "
-                "with pip install '.[finetune]'"
-            )
+            message = f"'{name}' needs more packages ({error}): install timm_ghn with its extra 'finetune'"
             raise SystemExit(_fail(message)) from error
 
     _add_model_options(of['predict'], postprocess='none')

@@ -22,7 +22,7 @@ from timm_ghn.prediction.postprocess import PostProcess, layers, postprocess_
 from timm_ghn.prediction.predict import predict, provenance
 
 
-def predict_weights(args: argparse.Namespace) -> int:
+def run_predict(args: argparse.Namespace) -> int:
     """Predict the weights of a timm model and write them with those that are kept, raw unless asked otherwise."""
     check_output(args.output)
     model = _build_model(args)
@@ -46,7 +46,7 @@ def predict_weights(args: argparse.Namespace) -> int:
     return 0
 
 
-def inspect_model(args: argparse.Namespace) -> int:
+def run_inspect(args: argparse.Namespace) -> int:
     """Print the plan of a timm model and draw its graph, or do so with the diversity of what is predicted for it."""
     if args.diversity:
         return _inspect_diversity(args)

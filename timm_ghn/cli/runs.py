@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from timm_ghn.analysis.search import SearchOptions, search
 from timm_ghn.cli.tables import aligned
 from timm_ghn.errors import LONGEST, printable
-from timm_ghn.runs.recipes import add_arguments, options_of
+from timm_ghn.finetune import FinetuneOptions, finetune
+from timm_ghn.runs.recipes import add_arguments as add_arguments, options_of
+from timm_ghn.train import TrainOptions, train
+from timm_ghn.train.evaluate import EvaluateOptions, evaluate, summaries
 
-#: Module and name of the dataclass of each command's options.
-_OPTIONS = {
-    'finetune': ('timm_ghn.finetune.options', 'FinetuneOptions'),
-    'train': ('timm_ghn.train.options', 'TrainOptions'),
-    'evaluate': ('timm_ghn.train.evaluate', 'EvaluateOptions'),
-    'search': ('timm_ghn.analysis.search', 'SearchOptions'),
-}
+#: The dataclass of each command's options.
+OPTIONS = {'finetune': FinetuneOptions, 'train': TrainOptions, 'evaluate': EvaluateOptions, 'search': SearchOptions}
 
 
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
-    """Give the parser of a command an option for every field of its dataclass."""
-    module, name = _OPTIONS[command]
-    options = importlib.import_module(module)
-    add_arguments(parser, getattr(options, name), options.GROUPS)
-
-
-def finetune_model(args: argparse.Namespace) -> int:
+def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune a model."""
-    from timm_ghn.finetune import FinetuneOptions, finetune
-
     options = options_of(args, FinetuneOptions)
     with log_to_stderr():
         result = finetune(options)
@@ -41,10 +30,8 @@ def finetune_model(args: argparse.Namespace) -> int:
     return 0
 
 
-def train_ghn(args: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> int:
     """Train a GHN."""
-    from timm_ghn.train import TrainOptions, train
-
     options = options_of(args, TrainOptions)
     with log_to_stderr():
         result = train(options)
@@ -52,10 +39,8 @@ def train_ghn(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate_ghn(args: argparse.Namespace) -> int:
+def run_evaluate(args: argparse.Namespace) -> int:
     """Print the accuracy of predicted networks."""
-    from timm_ghn.train.evaluate import EvaluateOptions, evaluate, summaries
-
     options = options_of(args, EvaluateOptions)
     rows = evaluate(options)
     if options.split:
@@ -71,10 +56,8 @@ def evaluate_ghn(args: argparse.Namespace) -> int:
     return 0
 
 
-def search_architectures(args: argparse.Namespace) -> int:
+def run_search(args: argparse.Namespace) -> int:
     """Print architectures, ranked by the accuracy of predicted networks."""
-    from timm_ghn.analysis.search import SearchOptions, search
-
     rows = search(options_of(args, SearchOptions))
     cells = [
         (str(rank), row.name, f'{row.parameters:,}', f'{row.macs:,}', f'{row.top1:.2f}', f'{row.loss:.3f}')
@@ -91,20 +74,13 @@ def _print_once(*lines: Any) -> None:
         print(*(line for line in lines if line is not None), sep='\n')
 
 
-class _Line(logging.Formatter):
-    """One printable line for each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(record.getMessage(), LONGEST)
-
-
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Write the log records of the package to the standard error."""
+    """Write the log records of the package to the standard error, each as one printable line."""
     logger = logging.getLogger('timm_ghn')
     logger.setLevel(logging.INFO)
     handler = logging.StreamHandler()
-    handler.setFormatter(_Line())
+    handler.format = lambda record: printable(record.getMessage(), LONGEST)  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         yield

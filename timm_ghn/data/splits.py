@@ -6,9 +6,8 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
@@ -19,7 +18,7 @@ from timm_ghn.errors import DataError
 #: Names under which labels stand, the first that exists wins; a single column of class labels is found by its type.
 LABEL_COLUMNS = ('label', 'labels', 'class', 'target', 'category')
 
-#: How the types of labels begin that are no class labels.
+#: How the types of labels begin; that of class labels is int64.
 _LABEL_TYPES = ('int', 'uint', 'bool', 'string', 'large_string')
 
 #: Splits that are validated on where none is named, the first that exists wins.
@@ -98,8 +97,9 @@ def load_splits(options: DataOptions, *, shots: int | None = None, shots_seed: i
         share = None if val_name else HELD_OUT
     if share is not None:
         val_name = f'{share:g} of {options.train_split}'
-    image_column = _column(train, options.image_column, 'image_column', lambda _, feature: isinstance(feature, Image))
-    label_column = _label_column(train, options.label_column)
+    images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
+    image_column = _column(train, 'image_column', options.image_column, images)
+    label_column = _column(train, 'label_column', options.label_column, _label_columns(train, options.label_column))
     classes = _classes(train, label_column)
 
     def read(part: Dataset, name: str) -> Split:
@@ -212,26 +212,23 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
     return concatenate_datasets([parts[name].select(chosen or []) for name, chosen in rows])
 
 
-def _column(part: Dataset, named: str | None, option: str, fits: Callable[[str, Any], bool]) -> str:
+def _column(part: Dataset, option: str, named: str | None, fitting: list[str]) -> str:
     """The column of a name, or the only one that fits."""
-    found = [str(name) for name, feature in part.features.items() if fits(str(name), feature)]
-    if named is not None:
-        found = [named] if named in found else []
+    found = fitting if named is None else [name for name in fitting if name == named]
     if len(found) != 1:
         columns = ', '.join(part.column_names)
         raise DataError(f'expected {option} to name one column of that kind (got {named!r}; there are {columns})')
     return found[0]
 
 
-def _label_column(part: Dataset, named: str | None) -> str:
-    def is_label(name: str, feature: Any) -> bool:
-        return isinstance(feature, ClassLabel) or str(getattr(feature, 'dtype', '')).startswith(_LABEL_TYPES)
-
-    usual = [name for name in LABEL_COLUMNS if name in part.features and is_label(name, part.features[name])]
-    if named is None and usual:
-        return usual[0]
-    fits = is_label if named is not None else lambda name, feature: isinstance(feature, ClassLabel)
-    return _column(part, named, 'label_column', fits)
+def _label_columns(part: Dataset, named: str | None) -> list[str]:
+    """Columns that may hold the labels; the usual ones first, where none is named."""
+    types = {name: str(getattr(feature, 'dtype', '')) for name, feature in part.features.items()}
+    fitting = [name for name, kind in types.items() if kind.startswith(_LABEL_TYPES)]
+    if named is not None:
+        return fitting
+    usual = [name for name in LABEL_COLUMNS if name in fitting]
+    return usual[:1] or [name for name in fitting if isinstance(part.features[name], ClassLabel)]
 
 
 def _classes(train: Dataset, column: str) -> tuple[str, ...]:

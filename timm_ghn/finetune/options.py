@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm_ghn.data.options import DataOptions, TransformOptions
 from timm_ghn.errors import ConfigError
@@ -24,15 +24,12 @@ from timm_ghn.runs.recipes import (
     read_yaml,
 )
 
-#: Headings of the help, by the option that each begins with.
-GROUPS = {'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'model': 'start', 'image_size': 'images',
-          'epochs': 'training', 'lr': 'training', 'seed': 'run', 'output': 'run', 'workers': 'run',
-          'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)'}  # fmt: skip
 STEMS = ('auto', 'on', 'off')
 #: Inits that are not a GHN's.
 OTHER_INITS = ('random', 'pretrained')
 #: The init that lets several starts race.
 RACE = 'race'
+_OF_TARGET = ('hub_private', 'hub_revision', 'hub_create_pr', 'hub_license')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,39 +40,33 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         ConfigError: if options contradict themselves.
     """
 
+    groups: ClassVar = {
+        'dataset': 'data', 'no_aug': 'augmentation', 'shots': 'few shots', 'model': 'start', 'image_size': 'images',
+        'epochs': 'training', 'lr': 'training', 'seed': 'run', 'output': 'run', 'workers': 'run',
+        'push_to_hub': 'Hub (the token is that of HF_TOKEN or `hf auth login`)',
+    }  # fmt: skip
+
     shots: int | None = option(None, 'train on so many images of each class (default: all)', within=POSITIVE)
     shots_seed: int | None = option(None, 'draw the shots (default: the first of each class)', within=NOT_NEGATIVE)
 
-    model: str = option('', 'timm model', metavar='NAME')
+    model: str = option('', 'timm model')
     init: str = option(
         'ghn',
         "start: 'ghn', the name or path of a GHN, 'random' or 'pretrained' (timm's), 'donor:NAME' (a relative's "
         "weights: timm name, file or hf-hub:), 'donor:auto' (timm's nearest), or 'race' (the best on your data)",
     )
-    race_inits: tuple[str, ...] = option(
-        ('ghn', 'donor:auto'), "starts that race beside timm's own, comma-separated", metavar='INITS'
-    )
+    race_inits: tuple[str, ...] = option(('ghn', 'donor:auto'), "starts that race beside timm's own, comma-separated")
     race_steps: int = option(20, 'optimiser steps of each start and rate in the first round', within=POSITIVE)
     race_minutes: float | None = option(None, 'bound on the time of the race', within=POSITIVE)
-    postprocess: str = option(
-        'auto', "'orth', 'noise' or 'none', or like 'orth,layer=37,beta=3e-5'; auto: what the GHN recommends"
-    )
+    postprocess: str = option('auto', 'orth, noise, none, auto (as the GHN recommends), or orth,layer=37,beta=3e-5')
     head: str = option('auto', 'classifier of a GHN: auto, predict or keep', choices=HEAD_OPTIONS)
     model_args: Any = option(None, "more arguments of timm.create_model, as in 'drop_path_rate=0.1,act_layer=gelu'")
 
     image_size: int | None = option(None, "side of the images in pixels (default: the model's own)", within=POSITIVE)
-    small_stem: str = option(
-        'auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=('auto', 'on', 'off')
-    )
-    crop_pct: float | None = option(
-        None,
-        "share of the side the centre crop keeps (default: the model's; 1 if small)",
-        within=POSITIVE_PROPORTION,
-    )
+    small_stem: str = option('auto', 'stem for small images: on, off, or auto (up to 64 pixels)', choices=STEMS)
+    crop_pct: float | None = option(None, 'share of the side that a centre crop keeps', within=POSITIVE_PROPORTION)
     mean: tuple[float, ...] | None = option(None, "mean of each channel (default: the model's)")
-    std: tuple[float, ...] | None = option(
-        None, "standard deviation of each channel (default: the model's)", within=POSITIVE
-    )
+    std: tuple[float, ...] | None = option(None, 'standard deviation of each channel', within=POSITIVE)
     mixup: float = option(0.0, 'alpha of mixup', within=NOT_NEGATIVE)
     cutmix: float = option(0.0, 'alpha of cutmix', within=NOT_NEGATIVE)
 
@@ -90,38 +81,34 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
     decay_norms: bool = option(False, 'weight decay also on biases and norm layers, as in plain torch')
     layer_decay: float | None = option(None, 'factor of the learning rate from layer to layer', within=POSITIVE)
     sched: str = option('cosine', "schedule of timm; 'none' for a constant rate")
-    warmup_epochs: int = option(
-        0, 'epochs of linear warm-up; the first is at warmup_lr, unless sched_on_updates', within=NOT_NEGATIVE
-    )
+    warmup_epochs: int = option(0, 'epochs of linear warm-up, the first at warmup_lr', within=NOT_NEGATIVE)
     warmup_lr: float = option(1e-6, 'learning rate at the start of the warm-up', within=NOT_NEGATIVE)
     min_lr: float = option(0.0, 'learning rate at the end', within=NOT_NEGATIVE)
     sched_on_updates: bool = option(False, 'change the rate after every step, not every epoch')
     clip_grad: float | None = option(None, 'largest norm of the gradient', within=POSITIVE)
     model_ema: bool = option(False, 'also evaluate an average of the weights')
     model_ema_decay: float = option(0.999, 'decay of that average', within=BELOW_ONE)
-    calibrate_batches: int = option(
-        8, 'batches for batch-norm statistics before training; not if pretrained', within=NOT_NEGATIVE
-    )
+    calibrate_batches: int = option(8, 'batches for batch-norm statistics before training', within=NOT_NEGATIVE)
 
     workers: int = option(0, 'processes that load images, of each process', within=NOT_NEGATIVE)
     torchcompile: bool = option(False, 'compile the model')
     channels_last: bool = option(False, 'channels-last memory: often faster for convolutions, on a CPU too')
-    output: Path = option(Path('finetune-out'), 'folder for results, checkpoints and weights', metavar='DIR')
+    output: Path = option(Path('finetune-out'), 'folder for results, checkpoints and weights')
 
     # No token: options are written into results, weights and trackers, and whoever lists the processes reads them.
-    push_to_hub: str | None = option(None, 'push the best weights there when all is done', metavar='USER/NAME')
+    push_to_hub: str | None = option(None, 'push the best weights there when all is done')
     hub_private: bool = option(False, 'refuse a public repository, make a private one')
-    hub_revision: str | None = option(None, 'branch; it is made if it does not exist (default: main)', metavar='BRANCH')
+    hub_revision: str | None = option(None, 'branch; it is made if it does not exist (default: main)')
     hub_create_pr: bool = option(False, 'open a pull request instead')
-    hub_license: str | None = option(None, "licence of the model (default: that of the catalogue's GHN)", metavar='ID')
+    hub_license: str | None = option(None, "licence of the model (default: that of the catalogue's GHN)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.model:
             raise ConfigError('expected a model, for instance --model resnet50')
-        of_target = (self.hub_private, self.hub_revision, self.hub_create_pr, self.hub_license)
-        if self.push_to_hub is None and any(of_target):
-            raise ConfigError('hub_private and the like are about the repository of push_to_hub, which is not given')
+        given = [name for name in _OF_TARGET if getattr(self, name)]
+        if self.push_to_hub is None and given:
+            raise ConfigError(f'{given[0]} is about the repository of push_to_hub, which is not given')
         _ = self.post('orth'), self.arguments, self.target  # their own checks
 
     @property

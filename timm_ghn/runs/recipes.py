@@ -16,13 +16,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from timm_ghn.errors import ConfigError
 
-OptionsType = TypeVar('OptionsType')
+OptionsType = TypeVar('OptionsType', bound='Options')
 
 #: Ranges of numbers, in words that stand after 'expected lr'.
 POSITIVE = 'above 0'
@@ -49,17 +49,9 @@ _TYPES: dict[Any, tuple[str, Any]] = {
 }
 
 
-def option(
-    default: Any,
-    help_text: str,
-    *,
-    within: str | None = None,
-    choices: Iterable[str] | None = None,
-    metavar: str | None = None,
-) -> Any:
+def option(default: Any, text: str, *, within: str | None = None, choices: Iterable[str] | None = None) -> Any:
     """A field of a dataclass of options: what the command line says of it, and which values it may have."""
-    more = {'within': within, 'choices': None if choices is None else tuple(choices), 'metavar': metavar}
-    return dataclasses.field(default=default, metadata={'help': help_text, **more})
+    return dataclasses.field(default=default, metadata={'help': text, 'within': within, 'choices': choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +61,9 @@ class Options:
     Raises:
         ConfigError: if one is not.
     """
+
+    #: Headings of the help in their order, by the options with which they begin or go on.
+    groups: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         for name, value in converted(type(self), vars(self)).items():
@@ -85,17 +80,13 @@ class Options:
 class RunOptions(Options):
     """What every run of training is told."""
 
-    output: Path = option(Path('out'), 'folder for the log, checkpoints and weights', metavar='DIR')
+    output: Path = option(Path('out'), 'folder for the log, checkpoints and weights')
     resume: bool = option(False, 'go on from the last good checkpoint in the output folder')
-    checkpoint_steps: int | None = option(
-        None, 'steps between checkpoints (default: after each epoch)', within=POSITIVE
-    )
+    checkpoint_steps: int | None = option(None, 'steps between checkpoints (default: each epoch)', within=POSITIVE)
     checkpoint_hist: int = option(2, 'checkpoints to keep', within=POSITIVE)
-    time_limit: float | None = option(
-        None, 'stop, with a checkpoint, after so many minutes', within=POSITIVE, metavar='MINUTES'
-    )
+    time_limit: float | None = option(None, 'minutes after which to stop, with a checkpoint', within=POSITIVE)
     mixed_precision: str | None = option(
-        None, 'no, fp16 or bf16 (default: as accelerate is configured)', choices=('no', 'fp16', 'bf16')
+        None, "no, fp16 or bf16 (default: accelerate's)", choices=('no', 'fp16', 'bf16')
     )
     log_with: str | None = option(None, "tracker of accelerate, e.g. 'tensorboard' or 'wandb'")
     lr: float = option(1e-3, 'learning rate', within=POSITIVE)
@@ -190,20 +181,14 @@ def _scalar(name: str, kind: Any, value: Any) -> Any:
     return kind(number)
 
 
-def add_arguments(parser: argparse.ArgumentParser, options: Any, groups: Mapping[str, str]) -> None:
-    """Add an option for every field; what is not given on the command line is not in the namespace.
-
-    Args:
-        parser: Gets the options.
-        options: Dataclass of the options.
-        groups: Headings of the help in their order, by the options with which they begin or go on.
-    """
+def add_arguments(parser: argparse.ArgumentParser, options: type[Options]) -> None:
+    """Add an option for every field of a dataclass; what is not given on the command line is not in the namespace."""
     parser.add_argument('--config', type=Path, metavar='FILE', help='recipe in YAML; other options override it')
     hints = typing.get_type_hints(options)
-    sections = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(groups.values())}
+    sections = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(options.groups.values())}
     group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(options):
-        group = sections[groups[field.name]] if field.name in groups else group
+        group = sections[options.groups[field.name]] if field.name in options.groups else group
         kind = str(hints[field.name])
         text = field.metadata['help']
         if field.default not in (None, '', False, ()) and 'default' not in text:
@@ -213,15 +198,16 @@ def add_arguments(parser: argparse.ArgumentParser, options: Any, groups: Mapping
         if hints[field.name] is bool:
             more = {'action': argparse.BooleanOptionalAction}
         else:
-            word = 'N' if 'int' in kind else 'X' if 'float' in kind else 'TEXT'
-            more = {'metavar': field.metadata['metavar'] or word, 'nargs': '+' if 'tuple[float' in kind else None}
+            words = {'int': 'N', 'float': 'X', 'Path': 'PATH'}
+            word = next((word for part, word in words.items() if part in kind), 'TEXT')
+            more = {'metavar': word, 'nargs': '+' if 'tuple[float' in kind else None}
         flag = '--' + field.name.replace('_', '-')
         group.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **more)
 
 
 def options_of(namespace: argparse.Namespace, options: type[OptionsType]) -> OptionsType:
     """The options of a command line: its own, then those of its recipe, then the defaults."""
-    names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(options)}
     values = read_recipe(namespace.config, options) if namespace.config is not None else {}
     values.update({name: value for name, value in vars(namespace).items() if name in names})
     return options(**values)

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -30,14 +31,15 @@ from timm_ghn.train.blueprints import Blueprints
 from timm_ghn.train.options import TrainOptions
 from timm_ghn.train.step import accuracies_of
 
-#: Headings of the help, by the option that each begins with.
-GROUPS = {'dataset': 'data', 'image_size': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'seed': 'run',
-          'batch_size': 'run', 'count': 'architectures'}  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOptions(DataOptions):
     """A GHN, networks to predict and images to measure them on."""
+
+    groups: ClassVar = {
+        'dataset': 'data', 'image_size': 'data', 'ghn': 'GHN', 'archs': 'architectures', 'seed': 'run',
+        'batch_size': 'run', 'count': 'architectures',
+    }  # fmt: skip
 
     train_split: str = option('train', 'split that gives the classes')
     val_split: str = option(
@@ -46,33 +48,22 @@ class NetworkOptions(DataOptions):
         'else a tenth of the training split)',
     )
     image_size: int = option(32, 'side of the images in pixels', within=POSITIVE)
-    images: int | None = option(
-        None, 'evaluate on so many images, drawn over the classes (default: all)', within=POSITIVE
-    )
+    images: int | None = option(None, 'images to evaluate on (default: all)', within=POSITIVE)
 
     ghn: str = option('ghn', 'name or path of a GHN')
 
-    archs: tuple[str, ...] = option(
-        ('families',), "'families': drawn test architectures of each family; else names of timm models, comma-separated"
-    )
+    archs: tuple[str, ...] = option(('families',), "'families', for drawn networks of each; or names of timm models")
     families: tuple[str, ...] = option(('all',), "'all', or some of the families, comma-separated")
-    split: tuple[str, ...] = option(
-        (),
-        'networks of splits of DeepNets-1M instead, comma-separated: test, wide, deep, dense, bnfree, val, search',
-    )
-    file: Path | None = option(
-        None, 'read the networks of --split from this Arrow or HDF5 file (default: drawn by the seed)', metavar='FILE'
-    )
+    split: tuple[str, ...] = option((), 'instead networks of splits of DeepNets-1M: test, wide, deep, dense, bnfree')
+    file: Path | None = option(None, 'Arrow or HDF5 file with the networks of --split (default: drawn)')
     small_stem: bool = option(True, 'named models get a stem for small images')
-    recipe: Path | None = option(
-        None, 'recipe of a training run: drawn architectures keep to its limits', metavar='FILE'
-    )
+    recipe: Path | None = option(None, 'recipe of a training run, to whose limits drawn networks keep')
 
     batch_size: int = option(64, 'images whose statistics batch normalisation uses', within=POSITIVE)
     device: str = option('cpu', "where to compute, e.g. 'cuda'")
-    cache: Path | None = option(None, 'folder for traced architectures', metavar='DIR')
-    plot: Path | None = option(None, 'also draw the accuracy into this file', metavar='FILE')
-    json: Path | None = option(None, 'also write the numbers to this file', metavar='FILE')
+    cache: Path | None = option(None, 'folder for traced architectures')
+    plot: Path | None = option(None, 'also draw the accuracy into this file')
+    json: Path | None = option(None, 'also write the numbers to this file')
 
     def __post_init__(self) -> None:
         super().__post_init__()

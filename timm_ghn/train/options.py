@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm_ghn.architectures.families import FAMILIES, HELD_OUT
 from timm_ghn.architectures.samplers import ArchitectureSampler, build_sampler, families_of
@@ -13,10 +13,6 @@ from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import ConfigError
 from timm_ghn.nn.config import GHNConfig
 from timm_ghn.runs.recipes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, RunOptions, option, read_yaml
-
-#: Headings of the help, by the option that each begins with.
-GROUPS = {'dataset': 'data', 'image_size': 'data', 'name': 'GHN', 'sampler': 'architectures', 'steps': 'training',
-          'lr': 'training', 'seed': 'run', 'output': 'run', 'eval_steps': 'run'}  # fmt: skip
 
 OPTIMISERS = ('adamw', 'muon')
 #: Options that are hyper-parameters of the GHN.
@@ -31,6 +27,11 @@ class TrainOptions(RunOptions, DataOptions):
         ConfigError: if options contradict themselves.
     """
 
+    groups: ClassVar = {
+        'dataset': 'data', 'image_size': 'data', 'name': 'GHN', 'sampler': 'architectures', 'steps': 'training',
+        'lr': 'training', 'seed': 'run', 'output': 'run', 'eval_steps': 'run',
+    }  # fmt: skip
+
     image_size: int = option(32, 'side of the images in pixels', within=POSITIVE)
     augment: str = option('crop', 'none, flip (horizontally), or crop: random crops and flips', choices=AUGMENTATIONS)
 
@@ -44,24 +45,15 @@ class TrainOptions(RunOptions, DataOptions):
     smooth: bool = option(True, 'describe nodes by numbers that vary smoothly with sizes and depth')
     templates: int = option(32, 'number of templates of the decoder templates')
     codes: int = option(64, 'size of its channel codes')
-    max_channels: int | None = option(
-        None,
-        'channels that are decoded at once; more are repeated (default: 2048; 64 or hid for conv and mlp)',
-        within=POSITIVE,
-    )
+    max_channels: int | None = option(None, 'channels that are decoded at once; more are repeated', within=POSITIVE)
     max_kernel: int = option(16, 'side of the largest kernel that is decoded as it is', within=POSITIVE)
     virtual_edges: int = option(50, 'longest path that becomes an edge')
 
     sampler: str = option('timm', 'source of architectures: timm, names or mix')
-    sampler_args: Any = option(
-        None,
-        "its options (see timm_ghn.architectures.samplers): in a recipe a mapping, else YAML like '{families: [vgg]}'",
-    )
-    held_out: tuple[str, ...] | None = option(
-        None, 'families to evaluate on that are never trained, comma-separated (default: of the sampler timm)'
-    )
+    sampler_args: Any = option(None, "its options: in a recipe a mapping, else YAML like '{families: [vgg]}'")
+    held_out: tuple[str, ...] | None = option(None, 'families to evaluate on that are never trained')
     pool: int = option(2000, 'number of architectures to train on; 0 for ever new ones', within=NOT_NEGATIVE)
-    cache: Path | None = option(None, 'folder for traced architectures (default: in the output folder)', metavar='DIR')
+    cache: Path | None = option(None, 'folder for traced architectures (default: in the output folder)')
 
     steps: int = option(2000, 'optimiser steps', within=POSITIVE)
     meta_batch: int = option(4, 'architectures in a step, of all processes', within=POSITIVE)
@@ -70,14 +62,10 @@ class TrainOptions(RunOptions, DataOptions):
     opt: str = option('adamw', 'optimiser: adamw, or muon for the templates and adamw for the rest', choices=OPTIMISERS)
     weight_decay: float = option(0.01, 'weight decay', within=NOT_NEGATIVE)
     warmup_steps: int = option(100, 'steps of linear warm-up', within=NOT_NEGATIVE)
-    decay_steps: int = option(
-        0, 'steps of linear decay at the end, after a constant rate; 0 for half a cosine', within=NOT_NEGATIVE
-    )
+    decay_steps: int = option(0, 'steps of linear decay at the end; 0 for half a cosine', within=NOT_NEGATIVE)
     clip_grad: float = option(1.0, 'largest norm of the gradient', within=POSITIVE)
     clip_network: float = option(1.0, 'largest norm of the gradient of each network', within=POSITIVE)
-    ema_decay: float = option(
-        0.998, 'decay of the averaged weights, which are evaluated and shipped; 0 for none', within=BELOW_ONE
-    )
+    ema_decay: float = option(0.998, 'decay of the average that is evaluated and shipped, or 0', within=BELOW_ONE)
     max_skipped: int = option(50, 'give up after so many steps in a row without a finite loss', within=POSITIVE)
 
     eval_steps: int = option(500, 'steps between evaluations', within=POSITIVE)
@@ -85,10 +73,8 @@ class TrainOptions(RunOptions, DataOptions):
     eval_images: int = option(512, 'images to evaluate on', within=POSITIVE)
     log_steps: int = option(20, 'steps between lines of the log', within=POSITIVE)
     checkpoint_steps: int = option(200, 'steps between checkpoints', within=POSITIVE)
-    mixed_precision: str | None = option(
-        None, 'no or bf16, for the networks (default: as accelerate says)', choices=('no', 'bf16')
-    )
-    output: Path = option(Path('train-out'), 'folder for the log, checkpoints and the GHN', metavar='DIR')
+    mixed_precision: str | None = option(None, "no or bf16 (default: accelerate's)", choices=('no', 'bf16'))
+    output: Path = option(Path('train-out'), 'folder for the log, checkpoints and the GHN')
 
     def __post_init__(self) -> None:
         super().__post_init__()
