@@ -167,7 +167,7 @@ def test_a_run_that_is_not_done_is_not_pushed(hub: HubServer, options, caplog):
 @pytest.mark.parametrize(
     ('token', 'changes', 'message'),
     [
-        (None, {}, '401.*hf auth login.*HF_TOKEN'),
+        (None, {}, 'no token found.*hf auth login.*HF_TOKEN'),
         ('hf_reader', {}, 'may only read'),
         ('hf_other', {'push_to_hub': 'user/new'}, '403.*write access'),
         (TOKEN, {'hub_private': True}, 'is public'),

@@ -8,7 +8,7 @@ import shlex
 from timm_ghn.errors import GHNError, HubError, UnsupportedModelError
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.finetune.setup import Start
-from timm_ghn.publish.push import Target, api_of, check_access, check_pushable, push_path
+from timm_ghn.publish.push import Target, check_access, check_pushable, push_path
 
 _logger = logging.getLogger('timm_ghn.finetune')
 
@@ -21,7 +21,7 @@ def check_target(options: FinetuneOptions) -> None:
         HubError: if the Hub cannot be reached, if nobody is logged in, or if that user may not write there.
     """
     if options.target is not None:
-        check_access(options.target, api_of(None))
+        check_access(options.target)
 
 
 def check_start(options: FinetuneOptions, start: Start) -> None:

@@ -29,7 +29,6 @@ class Facts:
         parameters: Number of elements of all parameters.
         license: Identifier of the licence, as the Hub writes it.
         origin: Where the weights of the GHN came from; None if that is not known.
-        training: The run that the weights come from.
     """
 
     repo_id: str
@@ -37,12 +36,6 @@ class Facts:
     parameters: int
     license: str | None
     origin: Origin | None
-    training: Training | MetaTraining | None
-
-    @property
-    def entry(self) -> GHNEntry | None:
-        """The entry of the catalogue with this origin; None for another GHN of the same name."""
-        return entry_of(self.origin)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +50,7 @@ class ModelFacts(Facts):
         provenance: Facts about the prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them; None if
             the weights are not known to be predicted.
         unchanged: Whether the weights are those of the prediction.
+        training: The fine-tuning run that the weights come from.
     """
 
     architecture: str
@@ -65,28 +59,28 @@ class ModelFacts(Facts):
     num_classes: int
     provenance: Mapping[str, Any] | None
     unchanged: bool
+    training: Training | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GHNFacts(Facts):
-    """Facts for the card of a GHN with these hyper-parameters."""
+    """Facts for the card of a GHN with these hyper-parameters, and the run that trained it."""
 
     config: GHNConfig
+    training: MetaTraining | None
 
 
 def origin_of(provenance: Mapping[str, Any] | None) -> Origin | None:
     """Origin of the GHN that made a prediction."""
     if provenance is None:
         return None
-    recorded = provenance.get('origin') or {}
-    known: dict[str, Any] = {field.name: recorded.get(field.name) for field in dataclasses.fields(Origin)}
-    origin = Origin(**known)
+    origin = Origin(**(provenance.get('origin') or {}))
     return dataclasses.replace(origin, name=origin.name or provenance.get('ghn'))
 
 
 def entry_of(origin: Origin | None) -> GHNEntry | None:
     """The entry of the catalogue with an origin; None for another GHN of the same name."""
-    entry = None if origin is None or origin.name is None else known_ghns().get(origin.name)
+    entry = None if origin is None else known_ghns().get(origin.name or '')
     if origin is None or entry is None:
         return None
     return entry if origin.embedded or (entry.repo_id and entry.repo_id == origin.repo_id) else None
