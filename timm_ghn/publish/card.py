@@ -12,9 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_ghn.errors import LIMIT, ConfigError, printable
 from timm_ghn.hub.catalogue import REPO
 from timm_ghn.nn.config import Origin
+from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.postprocess import PostProcess
-from timm_ghn.publish.facts import GHNFacts, ModelFacts, entry_of, origin_of
-from timm_ghn.publish.training import GROUPS, Training
+from timm_ghn.publish.facts import ModelFacts, entry_of, origin_of
+from timm_ghn.publish.training import GROUPS, MetaTraining, Training
 from timm_ghn.version import __version__
 
 #: Papers behind every prediction, by their number at arXiv.
@@ -86,40 +87,60 @@ def markdown(text: object, limit: int = LIMIT) -> Markdown:
     return text if isinstance(text, Markdown) else Markdown(_MARKUP.sub(r'\\\g<0>', printable(text, limit)))
 
 
-def make_card(facts: ModelFacts | GHNFacts) -> ModelCard:
-    """Write the card of a timm model or of a GHN.
+def model_card(facts: ModelFacts) -> ModelCard:
+    """Write the card of a timm model.
 
     Raises:
         ConfigError: if huggingface_hub refuses the metadata, or if facts are incomplete.
     """
     try:
-        parts = _model_parts(facts) if isinstance(facts, ModelFacts) else _ghn_parts(facts)
-        rows = [(markdown(key), markdown(value)) for key, value in parts.pop('rows')]
-        name = facts.repo_id.split('/')[1]
-        data = parts.pop('data')
-        card: ModelCard = ModelCard.from_template(
-            data, template_str=_TEMPLATE, name=name, rows=rows, version=__version__, papers=PAPERS, **parts
+        return _card(facts.repo_id, **_model_parts(facts))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f'the facts for the card are incomplete ({type(error).__name__}: {error})') from error
+
+
+def ghn_card(
+    ghn: GHN, repo_id: str, revision: str | None, *, training: MetaTraining | None, license: str | None
+) -> ModelCard:
+    """Write the card of a GHN; arguments and errors are as of :func:`model_card`."""
+    pinned = f', revision={revision!r}' if revision else ''
+    try:
+        return _card(
+            repo_id,
+            data=_metadata(license, training, ['parameter-prediction'], library_name='timm_ghn'),
+            summary=_ghn_summary(ghn, training),
+            usage=(
+                f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({repo_id!r}{pinned})\n'
+                f"model = timm_ghn.ghn_init(timm.create_model('resnet18', num_classes={ghn.config.num_classes}), ghn)"
+            ),
+            rows=_ghn_rows(ghn, training),
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f'the facts for the card are incomplete ({type(error).__name__}: {error})') from error
+
+
+def _card(repo_id: str, *, data: ModelCardData, rows: _Rows, **parts: Any) -> ModelCard:
+    name, cells = repo_id.split('/')[1], [(markdown(key), markdown(value)) for key, value in rows]
+    card: ModelCard = ModelCard.from_template(
+        data, template_str=_TEMPLATE, name=name, rows=cells, version=__version__, papers=PAPERS, **parts
+    )
     return card
 
 
-def _metadata(facts: ModelFacts | GHNFacts, tags: list[str], **more: Any) -> ModelCardData:
+def _metadata(
+    license: str | None, training: Training | MetaTraining | None, tags: list[str], **more: Any
+) -> ModelCardData:
     """The metadata of a card, which the Hub reads."""
-    training = facts.training
     return ModelCardData(
-        license=facts.license,
+        license=license,
         datasets=[training.shown('dataset')] if training is not None and not training.is_local('dataset') else None,
         tags=[*tags, 'timm', 'timm_ghn', 'graph-hypernetwork', *(f'arxiv:{arxiv}' for arxiv in PAPERS)],
         **more,
     )
 
 
-def _origin_rows(origin: Origin | None) -> _Rows:
+def _origin_rows(origin: Origin) -> _Rows:
     """Where the weights of a GHN came from; never a folder of this machine."""
-    if origin is None:
-        return
     if origin.repo_id:
         link = Markdown(f'[{origin.repo_id}](https://huggingface.co/{origin.repo_id})')
         yield 'repository of the GHN', link if REPO.fullmatch(origin.repo_id) else origin.repo_id
@@ -136,7 +157,7 @@ def _origin_rows(origin: Origin | None) -> _Rows:
 
 def _model_parts(facts: ModelFacts) -> dict[str, Any]:
     training, task = facts.training, 'image-classification' if facts.num_classes else 'image-feature-extraction'
-    metadata = _metadata(facts, [task, 'transformers'], library_name='timm', pipeline_tag=task)
+    metadata = _metadata(facts.license, training, [task, 'transformers'], library_name='timm', pipeline_tag=task)
     code = None
     if training is not None:
         metadata.metrics, metadata.model_name = ['accuracy'], facts.repo_id.split('/')[1]
@@ -149,7 +170,7 @@ def _model_parts(facts: ModelFacts) -> dict[str, Any]:
         'data': metadata,
         'summary': _model_summary(facts),
         'usage': f"import timm  # alone\n\nmodel = timm.create_model('{address}', pretrained=True)",
-        'rows': [*_model_rows(facts)],
+        'rows': _model_rows(facts),
         'code': code,
     }
 
@@ -174,7 +195,7 @@ def _evaluation(training: Training) -> EvalResult:
 
 def _model_summary(facts: ModelFacts) -> str:
     training, provenance = facts.training, facts.provenance
-    name = None if provenance is None else markdown(_name_of(facts))
+    name = None if provenance is None else markdown(_name_of(origin_of(provenance)))
     if training is not None:
         start = f'parameters that the graph hypernetwork {name} predicted' if name else None
         start = start or f'the start {markdown(training.shown("init"))}'
@@ -199,11 +220,8 @@ def _model_summary(facts: ModelFacts) -> str:
     return text + (f' {name} itself is untrained: its predictions are worth no more than random ones.' * untrained)
 
 
-def _name_of(facts: ModelFacts) -> str:
+def _name_of(origin: Origin) -> str:
     """Human-readable name of the GHN."""
-    origin = facts.origin
-    if origin is None:
-        return 'without a name'
     return str(origin.name or origin.repo_id or PurePath(origin.file or 'without a name').name)
 
 
@@ -214,8 +232,8 @@ def _model_rows(facts: ModelFacts) -> _Rows:
     yield 'parameters', f'{facts.parameters:,}'
     provenance, training = facts.provenance, facts.training
     if provenance is not None:
-        yield 'GHN', _name_of(facts)
-        yield from _origin_rows(facts.origin)
+        yield 'GHN', _name_of(origin_of(provenance))
+        yield from _origin_rows(origin_of(provenance))
         if provenance.get('elements'):
             predicted, elements = provenance['predicted_elements'], provenance['elements']
             yield 'predicted parameters', f'{100 * predicted / elements:.2f} % ({predicted:,} of {elements:,})'
@@ -236,10 +254,10 @@ def _model_rows(facts: ModelFacts) -> _Rows:
 
 def _prediction_code(facts: ModelFacts) -> str:
     """Code that makes a predicted model again."""
-    provenance, origin = facts.provenance or {}, facts.origin or Origin()
+    provenance, origin = facts.provenance or {}, origin_of(facts.provenance)
     entry = entry_of(origin)
     name = entry.name if entry is not None else origin.repo_id or PurePath(origin.file or '').name
-    ghn = repr(printable(name or _name_of(facts)))
+    ghn = repr(printable(name or _name_of(origin)))
     if origin.revision:
         ghn = f'timm_ghn.load_ghn({ghn}, revision={printable(origin.revision)!r})'
     options = provenance.get('postprocess')
@@ -274,50 +292,36 @@ def _keywords(arguments: Mapping[str, Any]) -> str:
 # GHNs
 
 
-def _ghn_parts(facts: GHNFacts) -> dict[str, Any]:
-    pinned = f', revision={facts.revision!r}' if facts.revision else ''
-    return {
-        'data': _metadata(facts, ['parameter-prediction'], library_name='timm_ghn'),
-        'summary': _ghn_summary(facts),
-        'usage': (
-            f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({facts.repo_id!r}{pinned})\n'
-            f"model = timm_ghn.ghn_init(timm.create_model('resnet18', num_classes={facts.config.num_classes}), ghn)"
-        ),
-        'rows': [*_ghn_rows(facts)],
-    }
-
-
-def _ghn_summary(facts: GHNFacts) -> str:
-    training = facts.training
+def _ghn_summary(ghn: GHN, training: MetaTraining | None) -> str:
     text = (
         'A graph hypernetwork: it predicts the parameters of timm models. A predicted network is a start for training, '
         'not a trained network. '
     )
-    if not facts.config.trained:
+    if not ghn.config.trained:
         return text + 'Its own weights are **random, not trained**: expect no more of its predictions than of these.'
     if training is not None:
         text += f'Trained with timm_ghn for {training.steps:,} steps on {markdown(training.shown("dataset"))}'
         begun = training.shown('init')
         return text + (f', begun with the GHN {markdown(begun)}.' if begun else '.')
-    if facts.origin is None:
+    if ghn.origin is None:
         return text + 'How its weights were made was not recorded.'
-    entry = entry_of(facts.origin)
+    entry = entry_of(ghn.origin)
     described = f': {markdown(entry.description, 1000)}' if entry is not None else ''
     return text + (
         f'Its weights were loaded from the place below{described}. What was done to them since was not recorded.'
     )
 
 
-def _ghn_rows(facts: GHNFacts) -> _Rows:
-    config, training = facts.config, facts.training
+def _ghn_rows(ghn: GHN, training: MetaTraining | None) -> _Rows:
+    config = ghn.config
     more = f', {config.layers} layers, {config.heads} heads' if config.gnn == 'graphormer' else ''
     yield 'graph network', f'{config.gnn}{more}'
     yield 'decoder', f'{config.decoder}, {" x ".join(map(str, config.max_shape))} at once'
-    yield 'parameters', f'{facts.parameters:,}'
+    yield 'parameters', f'{sum(parameter.numel() for parameter in ghn.parameters()):,}'
     yield 'classes', config.num_classes
     if training is None:
-        yield from _origin_rows(facts.origin)
-        entry = entry_of(facts.origin)
+        yield from _origin_rows(ghn.origin or Origin())
+        entry = entry_of(ghn.origin)
         if entry is not None and entry.paper:
             yield 'paper', Markdown(entry.paper)
         return

@@ -22,8 +22,8 @@ from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, save_ghn
 from timm_ghn.nn.config import Origin
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.predict import Prediction
-from timm_ghn.publish.card import make_card
-from timm_ghn.publish.facts import GHNFacts, ModelFacts, entry_of, origin_of, provenance_of
+from timm_ghn.publish.card import ghn_card, model_card
+from timm_ghn.publish.facts import ModelFacts, entry_of, origin_of, provenance_of
 from timm_ghn.publish.files import check_model, read_source, write_model
 from timm_ghn.publish.training import MetaTraining, Training
 from timm_ghn.runs.results import RESULTS
@@ -127,18 +127,22 @@ def push_to_hub(
     api = HfApi(token=token, library_name='timm_ghn', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
         folder = Path(name)
-        facts: ModelFacts | GHNFacts
         if isinstance(model, GHN):
             if prediction is not None or model_args is not None:
                 raise ConfigError('prediction and model_args are about timm models, not GHNs')
-            facts = _write_ghn(model, folder, target, results, license)
+            if model.device.type == 'meta':
+                raise CheckpointError('the GHN is on the meta device and has no weights that could be pushed')
+            training = None if results is None else MetaTraining.read(results, model.config)
+            save_ghn(model, folder)
             title = f'{printable(model.config.name or "GHN")}, a graph hypernetwork'
+            license = license or _license_of(model.origin)
+            card = ghn_card(model, repo_id, target.pinned, training=training, license=license)
         else:
             facts = _write_model(
                 model, folder, target, prediction=prediction, results=results, model_args=model_args, license=license
             )
-            title = facts.architecture
-        make_card(facts).save(folder / 'README.md')
+            title, card = facts.architecture, model_card(facts)
+        card.save(folder / 'README.md')
         with _hub_errors(target, api):
             _prepare(target, api)
             return api.upload_folder(
@@ -148,17 +152,6 @@ def push_to_hub(
                 revision=target.revision,
                 create_pr=create_pr,
             )
-
-
-def _write_ghn(
-    ghn: GHN, folder: Path, target: Target, results: str | os.PathLike[str] | None, license: str | None
-) -> GHNFacts:
-    """Write weights and configuration of a GHN, and gather what is known."""
-    if ghn.device.type == 'meta':
-        raise CheckpointError('the GHN is on the meta device and has no weights that could be pushed')
-    training = None if results is None else MetaTraining.read(results, ghn.config)
-    save_ghn(ghn, folder)
-    return GHNFacts(config=ghn.config, training=training, **_common(ghn, target, ghn.origin, license))
 
 
 def _write_model(
@@ -176,7 +169,7 @@ def _write_model(
     training = None if results is None else Training.read(results)
     try:
         provenance, unchanged = provenance_of(model, prediction, training)
-        common = _common(model, target, origin_of(provenance), license)
+        license = license or _license_of(origin_of(provenance))
         config = write_model(model, folder, model_args=model_args, provenance=provenance, training=training)
     except (AttributeError, LookupError, TypeError) as error:
         raise ConfigError(f'the facts about the weights are incomplete ({type(error).__name__}: {error})') from error
@@ -185,28 +178,24 @@ def _write_model(
     if config['num_classes'] != known.get('num_classes'):
         arguments['num_classes'] = int(config['num_classes'])
     return ModelFacts(
+        repo_id=target.repo_id,
+        revision=target.pinned,
+        license=license,
         architecture=architecture,
         # Sorted, so that the same facts give the same card: a header of safetensors has no order.
         model_args=dict(sorted(arguments.items())),
         input_size=tuple(config['pretrained_cfg']['input_size']),
         num_classes=int(config['num_classes']),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         provenance=provenance,
         unchanged=unchanged,
         training=training,
-        **common,
     )
 
 
-def _common(model: nn.Module, target: Target, origin: Origin | None, license: str | None) -> dict[str, Any]:
-    """The facts for every card."""
+def _license_of(origin: Origin | None) -> str | None:
     entry = entry_of(origin)
-    return {
-        'repo_id': target.repo_id,
-        'revision': target.pinned,
-        'parameters': sum(parameter.numel() for parameter in model.parameters()),
-        'license': license or (entry.license if entry is not None else None),
-        'origin': origin,
-    }
+    return None if entry is None else entry.license
 
 
 def push_path(
