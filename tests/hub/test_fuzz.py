@@ -14,7 +14,6 @@ import random
 import signal
 import struct
 import sys
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,31 +229,17 @@ def payloads(marker: Path) -> tuple[bytes, ...]:
     )  # fmt: skip
 
 
-#: Globals that pickles of checkpoints name, and what may stand in their place.
-_NAMES = (
-    b'torch._utils\n_rebuild_tensor_v2', b'collections\nOrderedDict', b'torch\nFloatStorage',
-    b'torch.storage\n_load_from_bytes', b'os\nsystem', b'builtins\nexec', b'torch\nLongStorage', b'torch\nSize',
-    b'argparse\nNamespace', b'torch._utils\n_rebuild_parameter', b'torch\ndevice',
-)  # fmt: skip
-
-
 def pickle_mutation(marker: Path) -> Mutation:
-    """Mutations of a stream of pickles, some of them with payloads."""
+    """Mutations of a stream of pickles, half of them with payloads."""
     pieces = payloads(marker)
 
     def mutate(rng: random.Random, data: bytes) -> bytes:
-        kind = rng.randrange(4)
-        if kind == 0:
+        if rng.random() < 0.5:
             at = rng.randrange(min(len(data), rng.choice((100, 3000, len(data)))))
             data = data[:at] + rng.choice(pieces) + data[at + rng.choice((0, 0, 1, 5)) :]
-        elif kind == 1:
-            data = data.replace(rng.choice(_NAMES[:4]), rng.choice(_NAMES), rng.choice((1, -1)))
-        elif kind == 2:
-            piece = rng.choice((b'M', b'K', b'J', b'\x85', b'\x86', b'\x87', b'h', b'q', b'X', b'R', b'b'))
-            places = [at for at in range(min(len(data), 4000)) if data[at : at + 1] == piece] or [0]
-            at, number = rng.choice(places), rng.choice((0, 1, 255, 2**31 - 1, 2**32 - 1))
-            data = data[: at + 1] + number.to_bytes(4, 'little') + data[at + 1 + rng.choice((1, 2, 4)) :]
-        return damage(rng, data) if kind == 3 or rng.random() < 0.2 else data
+        elif rng.random() < 0.5:
+            data = data.replace(b'torch._utils\n_rebuild_tensor_v2', b'os\nsystem', rng.choice((1, -1)))
+        return damage(rng, data) if rng.random() < 0.6 else data
 
     return mutate
 
@@ -272,13 +257,7 @@ def zip_mutation(marker: Path) -> Mutation:
                 content, name = source.read(info), info.filename
                 if name.endswith('data.pkl'):
                     content = inner(rng, content)
-                elif rng.random() < 0.02:
-                    content = content[: rng.randrange(len(content) + 1)]
-                elif rng.random() < 0.02:
-                    name = rng.choice((f'../{name}', f'{name}x', '/etc/passwd'))
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # of names that are there twice
-                    target.writestr(name, content, zipfile.ZIP_DEFLATED if rng.random() < 0.02 else zipfile.ZIP_STORED)
+                target.writestr(name, content, zipfile.ZIP_DEFLATED if rng.random() < 0.02 else zipfile.ZIP_STORED)
         return result.getvalue()
 
     return mutate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -93,10 +93,7 @@ def model_card(facts: ModelFacts) -> ModelCard:
     Raises:
         ConfigError: if huggingface_hub refuses the metadata, or if facts are incomplete.
     """
-    try:
-        return _card(facts.repo_id, **_model_parts(facts))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f'the facts for the card are incomplete ({type(error).__name__}: {error})') from error
+    return _card(facts.repo_id, lambda: _model_parts(facts))
 
 
 def ghn_card(
@@ -104,26 +101,29 @@ def ghn_card(
 ) -> ModelCard:
     """Write the card of a GHN; arguments and errors are as of :func:`model_card`."""
     pinned = f', revision={revision!r}' if revision else ''
+    usage = f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({repo_id!r}{pinned})\nmodel = timm_ghn.ghn_init('
+    usage += f"timm.create_model('resnet18', num_classes={ghn.config.num_classes}), ghn)"
+    return _card(
+        repo_id,
+        lambda: {
+            'data': _metadata(license, training, ['parameter-prediction'], library_name='timm_ghn'),
+            'summary': _ghn_summary(ghn, training),
+            'usage': usage,
+            'rows': _ghn_rows(ghn, training),
+        },
+    )
+
+
+def _card(repo_id: str, gather: Callable[[], dict[str, Any]]) -> ModelCard:
     try:
-        return _card(
-            repo_id,
-            data=_metadata(license, training, ['parameter-prediction'], library_name='timm_ghn'),
-            summary=_ghn_summary(ghn, training),
-            usage=(
-                f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({repo_id!r}{pinned})\n'
-                f"model = timm_ghn.ghn_init(timm.create_model('resnet18', num_classes={ghn.config.num_classes}), ghn)"
-            ),
-            rows=_ghn_rows(ghn, training),
+        parts = gather()
+        data, rows = parts.pop('data'), [(markdown(key), markdown(value)) for key, value in parts.pop('rows')]
+        name = repo_id.split('/')[1]
+        card: ModelCard = ModelCard.from_template(
+            data, template_str=_TEMPLATE, name=name, rows=rows, version=__version__, papers=PAPERS, **parts
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f'the facts for the card are incomplete ({type(error).__name__}: {error})') from error
-
-
-def _card(repo_id: str, *, data: ModelCardData, rows: _Rows, **parts: Any) -> ModelCard:
-    name, cells = repo_id.split('/')[1], [(markdown(key), markdown(value)) for key, value in rows]
-    card: ModelCard = ModelCard.from_template(
-        data, template_str=_TEMPLATE, name=name, rows=cells, version=__version__, papers=PAPERS, **parts
-    )
     return card
 
 
