@@ -22,8 +22,7 @@ from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN
 from timm_ghn.nn.config import POSTPROCESSING
-from timm_ghn.publish.card import make_card
-from timm_ghn.publish.facts import GHNFacts
+from timm_ghn.publish.card import ghn_card
 from timm_ghn.publish.training import MetaTraining
 from timm_ghn.train.loop import TRAINED
 
@@ -43,16 +42,7 @@ def make(run: Path, folder: Path, *, postprocess: str) -> GHN:
 
 def card(ghn: GHN, training: MetaTraining, note: str, earlier: Sequence[str]) -> str:
     """The card of the GHN, with the data sets of the runs that came before the last one."""
-    facts = GHNFacts(
-        repo_id=_NOWHERE,
-        revision=None,
-        config=ghn.config,
-        parameters=sum(parameter.numel() for parameter in ghn.parameters()),
-        origin=None,
-        training=training,
-        license='mit',
-    )
-    made = make_card(facts)
+    made = ghn_card(ghn, _NOWHERE, None, training=training, license='mit')
     made.data.datasets = [*earlier, *(made.data.datasets or [])]
     text = str(made).replace(_NOWHERE, EMBEDDED)
     before, citation = text.split('\n## Citation\n', 1)

@@ -10,13 +10,10 @@ import argparse
 import contextlib
 import io
 import json
-import pickle
 import random
 import signal
 import struct
 import sys
-import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,8 +39,8 @@ TARGETS = ('config', 'header', 'converted', 'torch', 'legacy', 'joblib', 'traine
 MANY, FEW = 2500, 15
 #: Most memory that a case may take on top of what the process has, and most addresses, in bytes.
 MAX_MEMORY, MAX_ADDRESSES = 500_000_000, 2 << 30
-#: Longest that a case may compute, and longest that it may wait, in seconds; a sound case takes milliseconds.
-MAX_SECONDS, MAX_WAIT = 10.0, 600.0
+#: Longest that a case may take, in seconds; a sound case takes milliseconds.
+MAX_SECONDS = 120
 #: What an executed payload would do.
 EVENTS = ('os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'subprocess.Popen', 'pickle.find_class')
 
@@ -61,22 +58,17 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_audit)
 
 
-class TooSlowError(Exception):
-    pass
-
-
-class TooLargeError(Exception):
-    pass
-
-
-def resident(kind: str) -> int:
-    """Bytes of memory that this process has ('VmRSS'), or had at most since :func:`forget_peak` ('VmHWM')."""
-    status = Path('/proc/self/status').read_text()
-    return 1024 * int(status.partition(f'{kind}:')[2].split()[0])
+def peak() -> int:
+    """The most bytes of memory that this process had since :func:`forget_peak`."""
+    return 1024 * int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])
 
 
 def forget_peak() -> None:
     Path('/proc/self/clear_refs').write_text('5')
+
+
+class TooSlowError(Exception):
+    pass
 
 
 def _ring(*_: object) -> None:
@@ -89,34 +81,25 @@ def limits() -> Iterator[None]:
     global _watching
     pages = int(Path('/proc/self/statm').read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    old = {kind: signal.signal(kind, _ring) for kind in (signal.SIGALRM, signal.SIGVTALRM)}
-    before = resident('VmRSS')
+    handler = signal.signal(signal.SIGALRM, _ring)
     forget_peak()
+    before = peak()
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_ADDRESSES, hard))
     _watching = True
     _executed.clear()
-    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, MAX_WAIT)
+    signal.alarm(MAX_SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.alarm(0)
         _watching = False
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        for kind, handler in old.items():
-            signal.signal(kind, handler)
-    if (taken := resident('VmHWM') - before) > MAX_MEMORY:
-        raise TooLargeError(f'{taken:,} bytes')
+        signal.signal(signal.SIGALRM, handler)
+    assert peak() - before < MAX_MEMORY
 
 
-def run_cases(
-    path: Path, mutate: Mutation, read: Callable[[], object], *, cases: int, seed: int, marker: Path
-) -> tuple[int, int]:
-    """Write mutations of a file and read each: it is read, or refused with an error of ours.
-
-    Returns:
-        How many were read, and how many were refused.
+def run_cases(path: Path, mutate: Mutation, read: Callable[[], object], *, cases: int, seed: int, marker: Path) -> int:
+    """Write mutations of a file and read each; gives how many were refused with an error of ours.
 
     Raises:
         AssertionError: naming seed and case, if anything else happens.
@@ -130,13 +113,11 @@ def run_cases(
                     read()
                 except GHNError:
                     refused += 1
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except Exception as error:
             raise AssertionError(f'seed {seed}, case {case}: {type(error).__name__}: {error}') from error
-        assert not _executed, f'seed {seed}, case {case}: executed: {_executed}'
+        assert not _executed, f'seed {seed}, case {case}: {_executed}'
         assert not marker.exists(), f'seed {seed}, case {case}: executed'
-    return cases - refused, refused
+    return refused
 
 
 # Mutations
@@ -248,31 +229,17 @@ def payloads(marker: Path) -> tuple[bytes, ...]:
     )  # fmt: skip
 
 
-#: Globals that pickles of checkpoints name, and what may stand in their place.
-_NAMES = (
-    b'torch._utils\n_rebuild_tensor_v2', b'collections\nOrderedDict', b'torch\nFloatStorage',
-    b'torch.storage\n_load_from_bytes', b'os\nsystem', b'builtins\nexec', b'torch\nLongStorage', b'torch\nSize',
-    b'argparse\nNamespace', b'torch._utils\n_rebuild_parameter', b'torch\ndevice',
-)  # fmt: skip
-
-
 def pickle_mutation(marker: Path) -> Mutation:
-    """Mutations of a stream of pickles, some of them with payloads."""
+    """Mutations of a stream of pickles, half of them with payloads."""
     pieces = payloads(marker)
 
     def mutate(rng: random.Random, data: bytes) -> bytes:
-        kind = rng.randrange(4)
-        if kind == 0:
+        if rng.random() < 0.5:
             at = rng.randrange(min(len(data), rng.choice((100, 3000, len(data)))))
             data = data[:at] + rng.choice(pieces) + data[at + rng.choice((0, 0, 1, 5)) :]
-        elif kind == 1:
-            data = data.replace(rng.choice(_NAMES[:4]), rng.choice(_NAMES), rng.choice((1, -1)))
-        elif kind == 2:
-            piece = rng.choice((b'M', b'K', b'J', b'\x85', b'\x86', b'\x87', b'h', b'q', b'X', b'R', b'b'))
-            places = [at for at in range(min(len(data), 4000)) if data[at : at + 1] == piece] or [0]
-            at, number = rng.choice(places), rng.choice((0, 1, 255, 2**31 - 1, 2**32 - 1))
-            data = data[: at + 1] + number.to_bytes(4, 'little') + data[at + 1 + rng.choice((1, 2, 4)) :]
-        return damage(rng, data) if kind == 3 or rng.random() < 0.2 else data
+        elif rng.random() < 0.5:
+            data = data.replace(b'torch._utils\n_rebuild_tensor_v2', b'os\nsystem', rng.choice((1, -1)))
+        return damage(rng, data) if rng.random() < 0.6 else data
 
     return mutate
 
@@ -290,13 +257,7 @@ def zip_mutation(marker: Path) -> Mutation:
                 content, name = source.read(info), info.filename
                 if name.endswith('data.pkl'):
                     content = inner(rng, content)
-                elif rng.random() < 0.02:
-                    content = content[: rng.randrange(len(content) + 1)]
-                elif rng.random() < 0.02:
-                    name = rng.choice((f'../{name}', f'{name}x', '/etc/passwd'))
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # of names that are there twice
-                    target.writestr(name, content, zipfile.ZIP_DEFLATED if rng.random() < 0.02 else zipfile.ZIP_STORED)
+                target.writestr(name, content, zipfile.ZIP_DEFLATED if rng.random() < 0.02 else zipfile.ZIP_STORED)
         return result.getvalue()
 
     return mutate
@@ -305,7 +266,7 @@ def zip_mutation(marker: Path) -> Mutation:
 # Files
 
 
-def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, seed: int) -> tuple[int, int]:
+def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, seed: int) -> int:
     if target in ('config', 'header'):
         save_ghn(ghn, tmp_path / 'ghn')
         name, mutate = ('config.json', mutate_json) if target == 'config' else ('model.safetensors', mutate_safetensors)
@@ -338,25 +299,9 @@ def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, see
 @pytest.mark.parametrize('target', TARGETS)
 def test_every_case_is_read_or_refused(target, cases, seed, tmp_path, small_ghn, marker, monkeypatch):
     monkeypatch.setattr('timm_ghn.files.os.fsync', lambda _: None)  # thousands of conversions need not be on the disk
-    _, refused = fuzz(target, tmp_path, small_ghn, marker, cases=cases, seed=seed)
+    refused = fuzz(target, tmp_path, small_ghn, marker, cases=cases, seed=seed)
     # Some mutations must be refused, else they are too tame; a changed conversion is always replaced.
     assert bool(refused) != (target == 'converted')
-
-
-def test_what_must_not_happen_is_noticed(tmp_path, marker, monkeypatch):
-    path = tmp_path / 'file'
-    path.write_bytes(payloads(marker)[0] + b'.')
-    monkeypatch.setitem(globals(), 'MAX_WAIT', 5.0)
-    torch.ones(1)  # the first operation of torch takes addresses for its threads
-    for read, match in (
-        (lambda: torch.ones(150_000_000), 'TooLargeError'),
-        (lambda: {}['x'], 'KeyError'),
-        (lambda: time.sleep(60), 'TooSlowError'),
-        (lambda: pickle.loads(path.read_bytes()), 'executed'),
-    ):
-        with pytest.raises(AssertionError, match=f'seed 7, case 0: {match}'):
-            run_cases(path, lambda rng, data: data, read, cases=1, seed=7, marker=marker)
-    assert marker.exists()
 
 
 # Sizes that lie
@@ -385,8 +330,8 @@ def test_sizes_up_to_those_of_the_file_cost_little(tmp_path):
     path = tmp_path / 'ghn' / 'config.json'
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {'num_classes': 10_000, 'hid': 9_000, 'heads': 8, 'layers': 40}))
-    before = resident('VmRSS')
     forget_peak()
+    before = peak()
     with pytest.raises(GHNError):
         load_ghn(path.parent)
-    assert resident('VmHWM') - before < 300e6
+    assert peak() - before < 300e6

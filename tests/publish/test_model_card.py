@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
 from timm_ghn.nn import GHNConfig
 from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.predict import initialise
-from timm_ghn.publish.card import make_card
-from timm_ghn.publish.facts import GHNFacts, ModelFacts, origin_of
+from timm_ghn.publish.card import ghn_card, model_card
+from timm_ghn.publish.facts import ModelFacts
 from timm_ghn.publish.files import read_source
 from timm_ghn.publish.training import MetaTraining, Training
 
@@ -147,14 +148,13 @@ def test_a_model_of_unknown_origin(push):
 
 
 FACTS = ModelFacts(
-    repo_id=REPO, revision=None, parameters=400_000, license=None, origin=None, training=None,
-    architecture='test_resnet', model_args={}, input_size=(3, 160, 160), num_classes=1000, provenance=None,
-    unchanged=False,
+    repo_id=REPO, revision=None, license=None, architecture='test_resnet', model_args={}, input_size=(3, 160, 160),
+    num_classes=1000, parameters=400_000, provenance=None, unchanged=False, training=None,
 )  # fmt: skip
 
 
 def predicted_facts(said: dict[str, object]) -> ModelFacts:
-    return dataclasses.replace(FACTS, provenance=said, origin=origin_of(said), unchanged=True)
+    return dataclasses.replace(FACTS, provenance=said, unchanged=True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def predicted_facts(said: dict[str, object]) -> ModelFacts:
 )  # fmt: skip
 def test_the_ghn_is_named_so_that_it_can_be_loaded(origin, name, expected):
     said = {'ghn': name, 'origin': dataclasses.asdict(origin), 'seed': 0, 'head': 'auto', 'postprocess': None}
-    card = make_card(predicted_facts(said))
+    card = model_card(predicted_facts(said))
     assert f'timm_ghn.ghn_init(model, {expected}, head=' in code_of(card)
     assert 'secret' not in str(card)
     assert not origin.revision or f'https://huggingface.co/{origin.repo_id}' in card.text
@@ -237,7 +237,7 @@ def test_the_accuracy_is_that_of_the_weights(trained):
     last, best = Training.read(trained / 'model.safetensors'), Training.read(trained)
     assert (last.top1, last.epoch, last.test_top1) == (lines[-2]['val_top1'], 1, None)
     assert (best.top1, best.test_top1) == (lines[-2]['best_top1'], lines[-1]['test_top1'])
-    card = make_card(dataclasses.replace(FACTS, training=last))
+    card = model_card(dataclasses.replace(FACTS, training=last))
     (result,) = card.data.eval_results
     assert result.metric_name == 'top-1 validation accuracy in percent, fine-tuned for 1 epochs'
     assert (result.dataset_split, result.metric_value) == ('0.1 of train', round(last.top1, 4))
@@ -252,13 +252,13 @@ def test_a_data_set_of_the_hub_is_linked_and_a_folder_is_not_told(trained):
     training = Training.read(trained)
     assert training.run['local'] == ['dataset']
     arguments = {**training.arguments, 'dataset': 'uoft-cs/cifar10', 'subset': 'plain_text'}
-    data = make_card(dataclasses.replace(FACTS, training=with_run(training, arguments=arguments, local=[]))).data
+    data = model_card(dataclasses.replace(FACTS, training=with_run(training, arguments=arguments, local=[]))).data
     assert data.datasets == [data.eval_results[0].dataset_type] == ['uoft-cs/cifar10']
     assert data.eval_results[0].dataset_config == 'plain_text'
     arguments = {**training.arguments, 'dataset': 'data/clothes-private', 'init': 'secret-project/ghn'}
     for more in ({}, {'init': 'donor:/home/secret-project/ghn.safetensors'}):
         private = with_run(training, arguments=arguments | more, local=['dataset', 'init'], provenance=None)
-        card = str(make_card(dataclasses.replace(FACTS, training=private)))
+        card = str(model_card(dataclasses.replace(FACTS, training=private)))
         assert 'clothes-private' in card
         assert 'data/' not in card
         assert 'secret-project' not in card
@@ -269,7 +269,7 @@ def test_results_that_are_not_whole_are_refused(trained, key):
     training = Training.read(trained)
     training = dataclasses.replace(training, run={k: v for k, v in training.run.items() if k != key})
     with pytest.raises(ConfigError, match='incomplete'):
-        make_card(dataclasses.replace(FACTS, training=training))
+        model_card(dataclasses.replace(FACTS, training=training))
 
 
 # Text that comes from a file
@@ -277,33 +277,29 @@ def test_results_that_are_not_whole_are_refused(trained, key):
 HOSTILE = '\x1b[2J\r\n| a | <img src=x> [here](https://evil.example) `x` **b** $y$ # t\u202e ' + 'z' * 500
 
 
-def hostile_facts(trained: Path, small: GHNConfig) -> list[ModelFacts | GHNFacts]:
+def hostile_cards(trained: Path, small: GHNConfig) -> Iterator[ModelCard]:
     origin = dict.fromkeys(('name', 'repo_id', 'revision', 'file', 'sha256'), HOSTILE)
     said = {'ghn': HOSTILE, 'origin': origin, 'timm_ghn': HOSTILE, 'head': HOSTILE, 'seed': 0, 'postprocess': None}
     predicted = dataclasses.replace(predicted_facts(said), model_args={HOSTILE: HOSTILE})
+    yield model_card(predicted)
+    yield model_card(dataclasses.replace(predicted, unchanged=False, provenance={**said, 'postprocess': HOSTILE}))
     run = Training.read(trained)
     arguments = {key: HOSTILE if isinstance(value, str) else value for key, value in run.arguments.items()}
     changes = {'arguments': {**arguments, 'subset': HOSTILE}, 'splits': [HOSTILE] * 2, 'provenance': None}
-    runs = [with_run(run, **changes, local=local) for local in ([], ['dataset', 'init'])]
+    for local in ([], ['dataset', 'init']):
+        yield model_card(dataclasses.replace(FACTS, training=with_run(run, **changes, local=local)))
     options = {'dataset': HOSTILE, 'subset': HOSTILE, 'init': HOSTILE, 'sampler': HOSTILE, 'steps': 5, 'seed': HOSTILE,
-               'image_size': 32, 'sampler_args': {'families': [HOSTILE]}, 'val_split': HOSTILE}  # fmt: skip
-    results = {'arguments': options, 'images': {'train': 3}, 'local': []}
-    ghn = GHNFacts(
-        repo_id=REPO, revision=None, parameters=5, license=None, origin=Origin(*[HOSTILE] * 5), training=None,
-        config=dataclasses.replace(small, name=HOSTILE),
-    )  # fmt: skip
-    return [
-        predicted,
-        dataclasses.replace(predicted, unchanged=False, provenance={**said, 'postprocess': HOSTILE}),
-        *(dataclasses.replace(FACTS, training=training) for training in runs),
-        ghn,
-        dataclasses.replace(ghn, training=MetaTraining(results, 5, {'step': 5, 'known': 5.0})),
-    ]
+               'image_size': 32, 'sampler_args': {'families': [HOSTILE]}}  # fmt: skip
+    results = MetaTraining({'arguments': options, 'images': {'train': 3}, 'local': []}, 5, {'step': 5, 'known': 5.0})
+    ghn = GHN(dataclasses.replace(small, name=HOSTILE))
+    ghn.origin = Origin(*[HOSTILE] * 5)
+    for training in (None, results):
+        yield ghn_card(ghn, REPO, None, training=training, license=None)
 
 
 def test_no_text_of_a_file_reaches_a_card_as_it_is(trained, small):
-    for facts in hostile_facts(trained, small):
-        text = str(make_card(facts))
+    for card in hostile_cards(trained, small):
+        text = str(card)
         assert all(line.isprintable() for line in text.split('\n'))
         prose = re.sub(r'```.*?```', '', text.partition('\n---\n')[2], flags=re.DOTALL)
         outside = re.sub(r'`[^`\n]*`', '', prose)

@@ -73,9 +73,7 @@ def test_timm_alone_loads_every_tensor(hub: HubServer, tmp_path):
 @pytest.mark.parametrize('architecture', ['test_resnet', 'test_vit', 'test_nfnet'])
 def test_timm_builds_a_model_again_from_its_configuration(architecture, tmp_path):
     model = timm.create_model(architecture, num_classes=5)
-    config = write_model(model, tmp_path, model_args=None, images=None)
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    check_loads(model.state_dict(), tmp_path)
+    write_model(model, tmp_path, model_args=None)
     with torch.no_grad():
         next(model.parameters()).add_(1)
     with pytest.raises(UnsupportedModelError, match='1 tensors differ'):

@@ -38,7 +38,7 @@ from timm_ghn.finetune.push import check_start, push_when_done
 from timm_ghn.finetune.setup import Batch, build, loaders, loss_of, optimizer_of, race, scheduler_of
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
-from timm_ghn.publish.push import api_of, check_access
+from timm_ghn.publish.push import check_access
 from timm_ghn.runs.run import Progress, Result, Run, session
 
 WEIGHTS = 'model.safetensors'
@@ -108,7 +108,7 @@ class FinetuneRun(Run):
         super().__init__(options, accelerator, FinetuneProgress())
         if accelerator.is_main_process and options.target is not None:
             # Before hours go into a model that could not be pushed.
-            check_access(options.target, api_of(None))
+            check_access(options.target)
         with accelerator.main_process_first():
             splits = load_splits(options, shots=options.shots, shots_seed=options.shots_seed)
             self.num_classes = len(splits.classes)

@@ -26,7 +26,7 @@ from timm_ghn.errors import GHNError, GHNNotFoundError
 from timm_ghn.files import PARTIAL, new_folder
 from timm_ghn.hub.catalogue import GHNEntry
 from timm_ghn.hub.official import open_official, read_official
-from timm_ghn.hub.storage import device_of, digest_in_name, dtype_of, empty_ghn, file_digest, read_ghn, write_native
+from timm_ghn.hub.storage import digest_in_name, empty_ghn, file_digest, read_ghn, write_native
 from timm_ghn.nn.config import GHNConfig, Origin
 from timm_ghn.nn.ghn import GHN
 
@@ -45,21 +45,15 @@ _log = logging.getLogger(__name__)
 _warned: set[Path] = set()
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+def cache_folder() -> Path | None:
     """The folder of the conversions; None if they are not kept.
 
-    It is the folder that TIMM_GHN_CACHE names. Without that, it is ``timm_ghn`` beside huggingface_hub's cache
-    (``~/.cache/huggingface/timm_ghn``); for another cache of the Hub, ``cache_dir``, it is ``.timm_ghn`` inside it.
+    It is in the folder that TIMM_GHN_CACHE names, or in ``timm_ghn`` beside huggingface_hub's cache.
     """
     named = os.environ.get(VARIABLE, '').strip()
     if named.lower() == 'off':
         return None
-    if named:
-        folder = Path(named).expanduser()
-    elif cache_dir is not None:
-        folder = Path(cache_dir) / '.timm_ghn'
-    else:
-        folder = Path(constants.HF_HUB_CACHE).parent / 'timm_ghn'
+    folder = Path(named).expanduser() if named else Path(constants.HF_HUB_CACHE).parent / 'timm_ghn'
     return folder.absolute() / 'converted'
 
 
@@ -74,9 +68,6 @@ def convert_official(path: Path, folder: Path, config: GHNConfig | None = None) 
     """
     with open_official(path, config) as found, new_folder(folder.absolute()) as partial:
         empty_ghn(found.config, found.shapes, str(path))
-        needed = sum(record.nbytes for record in found.weights.values())
-        if shutil.disk_usage(partial).free < needed:
-            raise OSError(errno.ENOSPC, f'no room for {needed:,} bytes', str(folder))
         state = {key: record.read() for key, record in found.weights.items()}
         write_native(state, found.config, partial, label=str(path))
 
@@ -94,7 +85,6 @@ def read_converted(
     The ``origin`` of the GHN names the official file. Errors are those of
     :func:`~timm_ghn.hub.official.read_official`; a file that has them is not kept.
     """
-    device, dtype = device_of(device), dtype_of(dtype)  # what is wrong with them says nothing of the conversion
     origin = Origin(name=entry.name, file=str(path), sha256=file_digest(path))
     stat = path.stat()
     # A Hub cache without symbolic links has no digests: commit, size and time identify the content.

@@ -85,7 +85,7 @@ def load_ghn(
     """
     device, dtype = device_of(device), dtype_of(dtype)  # before anything is downloaded
     access = Access(revision, None if cache_dir is None else Path(cache_dir), token, local_files_only)
-    return _read(find_files(name_or_path, access), access, device=device, dtype=dtype)
+    return _read(find_files(name_or_path, access), device=device, dtype=dtype)
 
 
 def shared_ghn(
@@ -106,7 +106,7 @@ def shared_ghn(
     with _lock:
         if not _last or _last[0][0] != key:
             _last.clear()  # before another one takes as much memory
-            _last.append((key, _read(found, access, device=device, dtype=None)))
+            _last.append((key, _read(found, device=device, dtype=None)))
         return _last[0][1]
 
 
@@ -160,10 +160,10 @@ def _commit(path: Path) -> str | None:
     return parts[parts.index('snapshots') + 1] if 'snapshots' in parts[:-1] else None
 
 
-def _read(found: Found, access: Access, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
+def _read(found: Found, *, device: torch.device | str | None, dtype: torch.dtype | None) -> GHN:
     path, entry = found.path, found.entry
     config = None if entry is None else entry.config
-    cache = cache_folder(access.cache_dir)
+    cache = cache_folder()
     if is_native(path):
         ghn = read_ghn(path, config=config, device=device, dtype=dtype)
     elif found.repo_id is not None and entry is not None and cache is not None:

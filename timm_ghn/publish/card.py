@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -12,13 +12,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_ghn.errors import LIMIT, ConfigError, printable
 from timm_ghn.hub.catalogue import REPO
 from timm_ghn.nn.config import Origin
+from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.postprocess import PostProcess
-from timm_ghn.publish.facts import Facts, GHNFacts, ModelFacts, entry_of, origin_of
+from timm_ghn.publish.facts import ModelFacts, entry_of, origin_of
 from timm_ghn.publish.training import GROUPS, MetaTraining, Training
 from timm_ghn.version import __version__
 
-#: Papers behind every prediction.
-ARXIV = ('2110.13100', '2207.10049', '2303.04143')
+#: Papers behind every prediction, by their number at arXiv.
+PAPERS = {
+    '2110.13100': 'B. Knyazev, M. Drozdzal, G. W. Taylor, A. Romero-Soriano. Parameter Prediction for Unseen Deep '
+    'Architectures. NeurIPS 2021',
+    '2207.10049': 'B. Knyazev. Pretraining a Neural Network before Knowing Its Architecture. 2022',
+    '2303.04143': 'B. Knyazev, D. Hwang, S. Lacoste-Julien. Can We Scale Transformers to Predict Parameters of Diverse '
+    'ImageNet Models? ICML 2023',
+}
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -50,26 +57,9 @@ With timm_ghn {{ version }}:
 {% endif %}
 ## Citation
 
-```bibtex
-@article{knyazev2021parameter,
-  title={Parameter Prediction for Unseen Deep Architectures},
-  author={Boris Knyazev and Michal Drozdzal and Graham W. Taylor and Adriana Romero-Soriano},
-  journal={arXiv:2110.13100},
-  year={2021}
-}
-@article{knyazev2022pretraining,
-  title={Pretraining a Neural Network before Knowing Its Architecture},
-  author={Boris Knyazev},
-  journal={arXiv:2207.10049},
-  year={2022}
-}
-@article{knyazev2023canwescale,
-  title={Can We Scale Transformers to Predict Parameters of Diverse ImageNet Models?},
-  author={Boris Knyazev and Doha Hwang and Simon Lacoste-Julien},
-  journal={arXiv:2303.04143},
-  year={2023}
-}
-```
+{% for arxiv, paper in papers.items() -%}
+- {{ paper }}. [arXiv:{{ arxiv }}](https://arxiv.org/abs/{{ arxiv }})
+{% endfor -%}
 """
 
 #: What Markdown reads as markup inside a line, also of links without brackets; not an underscore inside a word.
@@ -97,58 +87,60 @@ def markdown(text: object, limit: int = LIMIT) -> Markdown:
     return text if isinstance(text, Markdown) else Markdown(_MARKUP.sub(r'\\\g<0>', printable(text, limit)))
 
 
-def make_card(facts: ModelFacts | GHNFacts) -> ModelCard:
-    """Write the card of a timm model or of a GHN.
+def model_card(facts: ModelFacts) -> ModelCard:
+    """Write the card of a timm model.
 
     Raises:
         ConfigError: if huggingface_hub refuses the metadata, or if facts are incomplete.
     """
+    return _card(facts.repo_id, lambda: _model_parts(facts))
+
+
+def ghn_card(
+    ghn: GHN, repo_id: str, revision: str | None, *, training: MetaTraining | None, license: str | None
+) -> ModelCard:
+    """Write the card of a GHN; arguments and errors are as of :func:`model_card`."""
+    pinned = f', revision={revision!r}' if revision else ''
+    usage = f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({repo_id!r}{pinned})\nmodel = timm_ghn.ghn_init('
+    usage += f"timm.create_model('resnet18', num_classes={ghn.config.num_classes}), ghn)"
+    return _card(
+        repo_id,
+        lambda: {
+            'data': _metadata(license, training, ['parameter-prediction'], library_name='timm_ghn'),
+            'summary': _ghn_summary(ghn, training),
+            'usage': usage,
+            'rows': _ghn_rows(ghn, training),
+        },
+    )
+
+
+def _card(repo_id: str, gather: Callable[[], dict[str, Any]]) -> ModelCard:
     try:
-        parts = _model_parts(facts) if isinstance(facts, ModelFacts) else _ghn_parts(facts)
-        rows = [(markdown(key), markdown(value)) for key, value in parts.pop('rows')]
-        name = facts.repo_id.split('/')[1]
-        data = parts.pop('data')
+        parts = gather()
+        data, rows = parts.pop('data'), [(markdown(key), markdown(value)) for key, value in parts.pop('rows')]
+        name = repo_id.split('/')[1]
         card: ModelCard = ModelCard.from_template(
-            data, template_str=_TEMPLATE, name=name, rows=rows, version=__version__, **parts
+            data, template_str=_TEMPLATE, name=name, rows=rows, version=__version__, papers=PAPERS, **parts
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f'the facts for the card are incomplete ({type(error).__name__}: {error})') from error
     return card
 
 
-def _metadata(facts: Facts, results: list[EvalResult], tags: list[str], **more: Any) -> ModelCardData:
+def _metadata(
+    license: str | None, training: Training | MetaTraining | None, tags: list[str], **more: Any
+) -> ModelCardData:
     """The metadata of a card, which the Hub reads."""
-    training = facts.training
     return ModelCardData(
-        license=facts.license,
+        license=license,
         datasets=[training.shown('dataset')] if training is not None and not training.is_local('dataset') else None,
-        metrics=['accuracy'] if results else None,
-        eval_results=results or None,
-        model_name=facts.repo_id.split('/')[1] if results else None,
-        tags=[*tags, 'timm', 'timm_ghn', 'graph-hypernetwork', *(f'arxiv:{arxiv}' for arxiv in ARXIV)],
+        tags=[*tags, 'timm', 'timm_ghn', 'graph-hypernetwork', *(f'arxiv:{arxiv}' for arxiv in PAPERS)],
         **more,
     )
 
 
-def _evaluation(training: Training | MetaTraining, split: str | None, name: str, value: float) -> EvalResult:
-    subset = training.arguments.get('subset')
-    return EvalResult(
-        task_type='image-classification',
-        task_name='Image Classification',
-        dataset_type=training.shown('dataset'),
-        dataset_name=training.shown('dataset'),
-        dataset_config=printable(subset) if subset else None,
-        dataset_split=printable(split) if split else None,
-        metric_type='accuracy',
-        metric_name=name,
-        metric_value=round(value, 4),
-    )
-
-
-def _origin_rows(origin: Origin | None) -> _Rows:
+def _origin_rows(origin: Origin) -> _Rows:
     """Where the weights of a GHN came from; never a folder of this machine."""
-    if origin is None:
-        return
     if origin.repo_id:
         link = Markdown(f'[{origin.repo_id}](https://huggingface.co/{origin.repo_id})')
         yield 'repository of the GHN', link if REPO.fullmatch(origin.repo_id) else origin.repo_id
@@ -165,33 +157,51 @@ def _origin_rows(origin: Origin | None) -> _Rows:
 
 def _model_parts(facts: ModelFacts) -> dict[str, Any]:
     training, task = facts.training, 'image-classification' if facts.num_classes else 'image-feature-extraction'
-    rows, results, code = [*_model_rows(facts)], [], None
-    if isinstance(training, Training):
-        tested = training.test_top1
-        kind, value = ('validation', training.top1) if tested is None else ('test', tested)
-        name = f'top-1 {kind} accuracy in percent, fine-tuned for {training.epoch:g} epochs'
-        results = [_evaluation(training, training.run['splits'][1] if tested is None else 'test', name, value)]
+    metadata = _metadata(facts.license, training, [task, 'transformers'], library_name='timm', pipeline_tag=task)
+    code = None
+    if training is not None:
+        metadata.metrics, metadata.model_name = ['accuracy'], facts.repo_id.split('/')[1]
+        metadata.eval_results = [_evaluation(training)]
         code = _training_code(training)
     elif facts.unchanged:
         code = _prediction_code(facts)
     address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
     return {
-        'data': _metadata(facts, results, [task, 'transformers'], library_name='timm', pipeline_tag=task),
+        'data': metadata,
         'summary': _model_summary(facts),
         'usage': f"import timm  # alone\n\nmodel = timm.create_model('{address}', pretrained=True)",
-        'rows': rows,
+        'rows': _model_rows(facts),
         'code': code,
     }
 
 
+def _evaluation(training: Training) -> EvalResult:
+    """The accuracy in the form of the Hub: on the test split, if there is one."""
+    kind, split, value = 'test', 'test', training.test_top1
+    if value is None:
+        kind, split, value = 'validation', printable(training.run['splits'][1]), training.top1
+    return EvalResult(
+        task_type='image-classification',
+        task_name='Image Classification',
+        dataset_type=training.shown('dataset'),
+        dataset_name=training.shown('dataset'),
+        dataset_config=printable(training.arguments.get('subset') or '') or None,
+        dataset_split=split,
+        metric_type='accuracy',
+        metric_name=f'top-1 {kind} accuracy in percent, fine-tuned for {training.epoch:g} epochs',
+        metric_value=round(value, 4),
+    )
+
+
 def _model_summary(facts: ModelFacts) -> str:
     training, provenance = facts.training, facts.provenance
-    name = None if provenance is None else markdown(_name_of(facts))
-    if isinstance(training, Training):
+    name = None if provenance is None else markdown(_name_of(origin_of(provenance)))
+    if training is not None:
         start = f'parameters that the graph hypernetwork {name} predicted' if name else None
+        start = start or f'the start {markdown(training.shown("init"))}'
         text = (
             f'`{facts.architecture}`, **fine-tuned for {training.epoch:g} epochs** on '
-            f'{markdown(training.shown("dataset"))}, from {start or markdown(training.shown("init"))}.'
+            f'{markdown(training.shown("dataset"))}, from {start}.'
         )
     elif provenance is None:
         text = f'`{facts.architecture}`. How its weights were made was not recorded.'
@@ -210,11 +220,8 @@ def _model_summary(facts: ModelFacts) -> str:
     return text + (f' {name} itself is untrained: its predictions are worth no more than random ones.' * untrained)
 
 
-def _name_of(facts: ModelFacts) -> str:
+def _name_of(origin: Origin) -> str:
     """Human-readable name of the GHN."""
-    origin = facts.origin
-    if origin is None:
-        return 'without a name'
     return str(origin.name or origin.repo_id or PurePath(origin.file or 'without a name').name)
 
 
@@ -225,8 +232,8 @@ def _model_rows(facts: ModelFacts) -> _Rows:
     yield 'parameters', f'{facts.parameters:,}'
     provenance, training = facts.provenance, facts.training
     if provenance is not None:
-        yield 'GHN', _name_of(facts)
-        yield from _origin_rows(facts.origin)
+        yield 'GHN', _name_of(origin_of(provenance))
+        yield from _origin_rows(origin_of(provenance))
         if provenance.get('elements'):
             predicted, elements = provenance['predicted_elements'], provenance['elements']
             yield 'predicted parameters', f'{100 * predicted / elements:.2f} % ({predicted:,} of {elements:,})'
@@ -235,11 +242,11 @@ def _model_rows(facts: ModelFacts) -> _Rows:
         yield 'post-processing', described
         yield 'seed', provenance.get('seed', 'not recorded')
         yield 'predicted by', f'timm_ghn {provenance.get("timm_ghn")}'
-    if isinstance(training, Training):
+    if training is not None:
         subset, images, tuned = training.arguments.get('subset'), training.run['images'], 'fine-tuned for '
         tuned += f'{training.epoch:g} epochs'
         yield 'data set', training.shown('dataset') + (f', {printable(subset)}' if subset else '')
-        yield 'images', f'{images["train"]:,} to train on, {images["val"]:,} to validate on'
+        yield 'images', f'{images["train"]:,} to train on'
         yield f'validation accuracy, {tuned}', f'{training.top1:.2f} % on {printable(training.run["splits"][1])}'
         if training.test_top1 is not None:
             yield f'test accuracy, {tuned}', f'{training.test_top1:.2f} % ({images["test"]:,} images)'
@@ -247,9 +254,10 @@ def _model_rows(facts: ModelFacts) -> _Rows:
 
 def _prediction_code(facts: ModelFacts) -> str:
     """Code that makes a predicted model again."""
-    provenance, origin = facts.provenance or {}, facts.origin or Origin()
-    name = facts.entry.name if facts.entry is not None else origin.repo_id or PurePath(origin.file or '').name
-    ghn = repr(printable(name or _name_of(facts)))
+    provenance, origin = facts.provenance or {}, origin_of(facts.provenance)
+    entry = entry_of(origin)
+    name = entry.name if entry is not None else origin.repo_id or PurePath(origin.file or '').name
+    ghn = repr(printable(name or _name_of(origin)))
     if origin.revision:
         ghn = f'timm_ghn.load_ghn({ghn}, revision={printable(origin.revision)!r})'
     options = provenance.get('postprocess')
@@ -284,62 +292,38 @@ def _keywords(arguments: Mapping[str, Any]) -> str:
 # GHNs
 
 
-def _ghn_parts(facts: GHNFacts) -> dict[str, Any]:
-    training, results = facts.training, []
-    if isinstance(training, MetaTraining):
-        split = training.arguments.get('val_split')
-        results = [
-            _evaluation(
-                training,
-                None if split == 'auto' else split,
-                f'mean top-1 accuracy in percent, predicted, no training: {GROUPS[group]}',
-                value,
-            )
-            for group, value in training.accuracies.items()
-        ]
-    pinned = f', revision={facts.revision!r}' if facts.revision else ''
-    return {
-        'data': _metadata(facts, results, ['parameter-prediction'], library_name='timm_ghn'),
-        'summary': _ghn_summary(facts),
-        'usage': (
-            f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({facts.repo_id!r}{pinned})\n'
-            f"model = timm_ghn.ghn_init(timm.create_model('resnet18', num_classes={facts.config.num_classes}), ghn)"
-        ),
-        'rows': [*_ghn_rows(facts)],
-    }
-
-
-def _ghn_summary(facts: GHNFacts) -> str:
-    training = facts.training
+def _ghn_summary(ghn: GHN, training: MetaTraining | None) -> str:
     text = (
         'A graph hypernetwork: it predicts the parameters of timm models. A predicted network is a start for training, '
         'not a trained network. '
     )
-    if not facts.config.trained:
+    if not ghn.config.trained:
         return text + 'Its own weights are **random, not trained**: expect no more of its predictions than of these.'
-    if isinstance(training, MetaTraining):
+    if training is not None:
         text += f'Trained with timm_ghn for {training.steps:,} steps on {markdown(training.shown("dataset"))}'
         begun = training.shown('init')
         return text + (f', begun with the GHN {markdown(begun)}.' if begun else '.')
-    if facts.origin is None:
+    if ghn.origin is None:
         return text + 'How its weights were made was not recorded.'
-    described = f': {markdown(facts.entry.description, 1000)}' if facts.entry is not None else ''
+    entry = entry_of(ghn.origin)
+    described = f': {markdown(entry.description, 1000)}' if entry is not None else ''
     return text + (
         f'Its weights were loaded from the place below{described}. What was done to them since was not recorded.'
     )
 
 
-def _ghn_rows(facts: GHNFacts) -> _Rows:
-    config, training = facts.config, facts.training
+def _ghn_rows(ghn: GHN, training: MetaTraining | None) -> _Rows:
+    config = ghn.config
     more = f', {config.layers} layers, {config.heads} heads' if config.gnn == 'graphormer' else ''
     yield 'graph network', f'{config.gnn}{more}'
     yield 'decoder', f'{config.decoder}, {" x ".join(map(str, config.max_shape))} at once'
-    yield 'parameters', f'{facts.parameters:,}'
+    yield 'parameters', f'{sum(parameter.numel() for parameter in ghn.parameters()):,}'
     yield 'classes', config.num_classes
-    if not isinstance(training, MetaTraining):
-        yield from _origin_rows(facts.origin)
-        if facts.entry is not None and facts.entry.paper:
-            yield 'paper', Markdown(facts.entry.paper)
+    if training is None:
+        yield from _origin_rows(ghn.origin or Origin())
+        entry = entry_of(ghn.origin)
+        if entry is not None and entry.paper:
+            yield 'paper', Markdown(entry.paper)
         return
     options = training.arguments
     yield 'data set', training.shown('dataset') + (f', {printable(options["subset"])}' if options.get('subset') else '')

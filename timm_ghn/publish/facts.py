@@ -13,80 +13,54 @@ from torch import nn
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import fingerprint
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
-from timm_ghn.nn.config import GHNConfig, Origin
+from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.predict import Prediction
-from timm_ghn.publish.training import MetaTraining, Training
+from timm_ghn.publish.training import Training
 from timm_ghn.timm_source import DEFAULT_TAG
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
-    """Facts for every model card.
+class ModelFacts:
+    """Facts for the card of a timm model.
 
     Attributes:
         repo_id: Repository on the Hub.
         revision: Branch, if not the main one.
-        parameters: Number of elements of all parameters.
         license: Identifier of the licence, as the Hub writes it.
-        origin: Where the weights of the GHN came from; None if that is not known.
-        training: The run that the weights come from.
-    """
-
-    repo_id: str
-    revision: str | None
-    parameters: int
-    license: str | None
-    origin: Origin | None
-    training: Training | MetaTraining | None
-
-    @property
-    def entry(self) -> GHNEntry | None:
-        """The entry of the catalogue with this origin; None for another GHN of the same name."""
-        return entry_of(self.origin)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFacts(Facts):
-    """Facts for the card of a timm model.
-
-    Attributes:
         architecture: timm's name.
         model_args: What ``timm.create_model`` needs beside the name.
         input_size: (channels, height, width).
         num_classes: Outputs of the classifier; 0 for none.
+        parameters: Number of elements of all parameters.
         provenance: Facts about the prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them; None if
             the weights are not known to be predicted.
         unchanged: Whether the weights are those of the prediction.
+        training: The fine-tuning run that the weights come from.
     """
 
+    repo_id: str
+    revision: str | None
+    license: str | None
     architecture: str
     model_args: Mapping[str, Any]
     input_size: tuple[int, ...]
     num_classes: int
+    parameters: int
     provenance: Mapping[str, Any] | None
     unchanged: bool
+    training: Training | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GHNFacts(Facts):
-    """Facts for the card of a GHN with these hyper-parameters."""
-
-    config: GHNConfig
-
-
-def origin_of(provenance: Mapping[str, Any] | None) -> Origin | None:
+def origin_of(provenance: Mapping[str, Any] | None) -> Origin:
     """Origin of the GHN that made a prediction."""
-    if provenance is None:
-        return None
-    recorded = provenance.get('origin') or {}
-    known: dict[str, Any] = {field.name: recorded.get(field.name) for field in dataclasses.fields(Origin)}
-    origin = Origin(**known)
-    return dataclasses.replace(origin, name=origin.name or provenance.get('ghn'))
+    said = provenance or {}
+    origin = Origin(**(said.get('origin') or {}))
+    return dataclasses.replace(origin, name=origin.name or said.get('ghn'))
 
 
 def entry_of(origin: Origin | None) -> GHNEntry | None:
     """The entry of the catalogue with an origin; None for another GHN of the same name."""
-    entry = None if origin is None or origin.name is None else known_ghns().get(origin.name)
+    entry = None if origin is None else known_ghns().get(origin.name or '')
     if origin is None or entry is None:
         return None
     return entry if origin.embedded or (entry.repo_id and entry.repo_id == origin.repo_id) else None

@@ -33,19 +33,12 @@ _IMAGES = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode'
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model that ``timm-ghn predict`` or ``timm-ghn finetune`` wrote.
-
-    Attributes:
-        model: With its weights.
-        model_args: What ``timm.create_model`` was given beside the name.
-        provenance: Facts about the prediction; None if it was fine-tuned.
-        weights: The file, if it is of a fine-tuning run.
-    """
+    """A model that ``timm-ghn predict`` (with ``provenance``) or ``timm-ghn finetune`` (with ``results``) wrote."""
 
     model: nn.Module
     model_args: Mapping[str, Any]
     provenance: Mapping[str, Any] | None
-    weights: Path | None
+    results: Path | None
 
 
 def read_source(path: Path) -> Source:
@@ -116,18 +109,28 @@ def check_model(model: nn.Module) -> str:
 
 
 def write_model(
-    model: nn.Module, folder: Path, *, model_args: Mapping[str, Any] | None, images: Mapping[str, Any] | None
+    model: nn.Module,
+    folder: Path,
+    *,
+    model_args: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None = None,
+    training: Training | None = None,
 ) -> dict[str, Any]:
-    """Write the weights and timm's configuration, and return the latter.
+    """Write weights and timm's configuration, which describes these weights, and have timm build the model from them.
 
     Args:
         model: The model.
         folder: An empty folder.
         model_args: Arguments of ``timm.create_model`` beside those that timm recorded.
-        images: timm's data config, if the model was trained with another one than its own.
+        provenance: Facts about the prediction; None for weights that are not predicted.
+        training: The run that trained them.
+
+    Returns:
+        The configuration.
 
     Raises:
         ConfigError: if an argument cannot be written.
+        UnsupportedModelError: if timm cannot build the model, or builds another one.
     """
     try:
         # None keeps timm from writing the weights, which it refuses to do for tied tensors; they are written below.
@@ -137,34 +140,25 @@ def write_model(
         raise ConfigError(f'timm cannot write the configuration of the model: {error}') from error
     write_state_dict(model.state_dict(), folder / WEIGHTS_FILE, {})
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
-    if images is not None:
-        cfg = config['pretrained_cfg']
-        cfg |= {key: images[key] for key in _IMAGES if key in images}
-        for key in ('test_input_size', 'test_crop_pct', 'test_pool_size'):
-            cfg.pop(key, None)
-    return config
-
-
-def write_config(
-    config: dict[str, Any], folder: Path, *, provenance: Mapping[str, Any] | None, training: Training | None
-) -> None:
-    """Write the configuration so that it describes these weights and not timm's pretrained ones."""
-    cfg = dict(config['pretrained_cfg'])
+    cfg = config['pretrained_cfg']
     if provenance is not None:
-        for key in _OF_OTHER_WEIGHTS:
-            cfg.pop(key, None)
+        cfg = {key: value for key, value in cfg.items() if key not in _OF_OTHER_WEIGHTS}
+        cfg |= {'tag': 'ghn', 'description': 'Begun with predicted parameters; README.md says how and what followed.'}
         if training is None and len(provenance.get('mean') or ()) == cfg['input_size'][0]:
             # The statistics of the GHN's training images, not of those of timm's pretrained weights.
             cfg |= {key: provenance[key] for key in ('mean', 'std')}
-        cfg |= {'tag': 'ghn', 'description': 'Begun with predicted parameters; README.md says how and what followed.'}
-    names = list(training.run.get('classes', ())) if training is not None else []
-    if names and len(names) == config['num_classes']:
-        config = {**config, 'label_names': names}
-    if 'model_args' in config:
-        # timm takes it from the root of the configuration; transformers passes it on from there, and fails if it comes
-        # from here again.
-        config = {**config, 'model_args': {k: v for k, v in config['model_args'].items() if k != 'num_classes'}}
-    write_json({**config, 'pretrained_cfg': cfg}, folder / CONFIG_FILE)
+    if training is not None:
+        images, names = training.run['data_config'], training.run.get('classes', ())
+        cfg = {key: value for key, value in cfg.items() if not key.startswith('test_')}
+        cfg |= {key: images[key] for key in _IMAGES if key in images}
+        config |= {'label_names': names} if names and len(names) == config['num_classes'] else {}
+    config['pretrained_cfg'] = cfg
+    # timm takes it from the root of the configuration; transformers passes it on from there, and fails if it comes
+    # from here again.
+    config.get('model_args', {}).pop('num_classes', None)
+    write_json(config, folder / CONFIG_FILE)
+    check_loads(model.state_dict(), folder)
+    return config
 
 
 def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -16,15 +16,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from timm_ghn.errors import CheckpointError, ConfigError, GHNError, HubError, printable
-from timm_ghn.files import write_json
 from timm_ghn.hub.fetch import check_token, client_text
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE, save_ghn
+from timm_ghn.nn.config import Origin
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.predict import Prediction
-from timm_ghn.publish.card import make_card
-from timm_ghn.publish.facts import GHNFacts, ModelFacts, entry_of, origin_of, provenance_of
-from timm_ghn.publish.files import check_loads, check_model, read_source, write_config, write_model
+from timm_ghn.publish.card import ghn_card, model_card
+from timm_ghn.publish.facts import ModelFacts, entry_of, origin_of, provenance_of
+from timm_ghn.publish.files import check_model, read_source, write_model
 from timm_ghn.publish.training import MetaTraining, Training
 from timm_ghn.runs.results import RESULTS
 from timm_ghn.version import __version__
@@ -122,23 +122,29 @@ def push_to_hub(
         HubError: if the Hub cannot be reached, or refuses. No commit is made, or the whole one, if only the answer to
             it was lost; to push again does no harm.
     """
-    target, api = Target(repo_id, private, revision, create_pr), api_of(token)
+    target = Target(repo_id, private, revision, create_pr)
+    check_token(token)
+    api = HfApi(token=token, library_name='timm_ghn', library_version=__version__)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
         folder = Path(name)
-        facts: ModelFacts | GHNFacts
         if isinstance(model, GHN):
             if prediction is not None or model_args is not None:
                 raise ConfigError('prediction and model_args are about timm models, not GHNs')
-            facts = _write_ghn_files(model, folder, target, results=results, license=license)
+            if model.device.type == 'meta':
+                raise CheckpointError('the GHN is on the meta device and has no weights that could be pushed')
+            training = None if results is None else MetaTraining.read(results, model.config)
+            save_ghn(model, folder)
             title = f'{printable(model.config.name or "GHN")}, a graph hypernetwork'
+            license = license or _license_of(model.origin)
+            card = ghn_card(model, repo_id, target.pinned, training=training, license=license)
         else:
-            facts = _write_model_files(
+            facts = _write_model(
                 model, folder, target, prediction=prediction, results=results, model_args=model_args, license=license
             )
-            title = facts.architecture
-        make_card(facts).save(folder / 'README.md')
-        with hub_errors(target, api):
-            prepare(target, api)
+            title, card = facts.architecture, model_card(facts)
+        card.save(folder / 'README.md')
+        with _hub_errors(target, api):
+            _prepare(target, api)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -148,27 +154,7 @@ def push_to_hub(
             )
 
 
-def _write_ghn_files(
-    ghn: GHN, folder: Path, target: Target, *, results: str | os.PathLike[str] | None, license: str | None
-) -> GHNFacts:
-    """Write weights and configuration of a GHN, and gather what is known."""
-    if ghn.device.type == 'meta':
-        raise CheckpointError('the GHN is on the meta device and has no weights that could be pushed')
-    training = None if results is None else MetaTraining.read(results, ghn.config)
-    save_ghn(ghn, folder)
-    entry = entry_of(ghn.origin)
-    return GHNFacts(
-        repo_id=target.repo_id,
-        revision=target.pinned,
-        parameters=sum(parameter.numel() for parameter in ghn.parameters()),
-        license=license or (entry.license if entry is not None else None),
-        origin=ghn.origin,
-        training=training,
-        config=ghn.config,
-    )
-
-
-def _write_model_files(
+def _write_model(
     model: nn.Module,
     folder: Path,
     target: Target,
@@ -178,39 +164,38 @@ def _write_model_files(
     model_args: Mapping[str, Any] | None,
     license: str | None,
 ) -> ModelFacts:
-    """Write weights and configuration of a timm model, have timm build it from them, and gather what is known."""
+    """Write weights and configuration of a timm model, and gather what is known."""
     architecture = check_model(model)
     training = None if results is None else Training.read(results)
-    images = None if training is None else training.run.get('data_config', {})
-    config = write_model(model, folder, model_args=model_args, images=images)
+    try:
+        provenance, unchanged = provenance_of(model, prediction, training)
+        license = license or _license_of(origin_of(provenance))
+        config = write_model(model, folder, model_args=model_args, provenance=provenance, training=training)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ConfigError(f'the facts about the weights are incomplete ({type(error).__name__}: {error})') from error
     arguments = dict(config.get('model_args') or {})
     known: Any = model.pretrained_cfg
     if config['num_classes'] != known.get('num_classes'):
-        # timm before 1.0.31 records no arguments.
-        arguments.setdefault('num_classes', int(config['num_classes']))
-    try:
-        provenance, unchanged = provenance_of(model, prediction, training)
-        origin = origin_of(provenance)
-        entry = entry_of(origin)
-        write_config(config, folder, provenance=provenance, training=training)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f'the facts about the prediction are no provenance ({error})') from error
-    check_loads(model.state_dict(), folder)
+        arguments['num_classes'] = int(config['num_classes'])
     return ModelFacts(
         repo_id=target.repo_id,
         revision=target.pinned,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        license=license or (entry.license if entry is not None else None),
-        origin=origin,
-        training=training,
+        license=license,
         architecture=architecture,
         # Sorted, so that the same facts give the same card: a header of safetensors has no order.
         model_args=dict(sorted(arguments.items())),
         input_size=tuple(config['pretrained_cfg']['input_size']),
         num_classes=int(config['num_classes']),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         provenance=provenance,
         unchanged=unchanged,
+        training=training,
     )
+
+
+def _license_of(origin: Origin | None) -> str | None:
+    entry = entry_of(origin)
+    return None if entry is None else entry.license
 
 
 def push_path(
@@ -229,7 +214,7 @@ def push_path(
     else:
         source = read_source(path)
         model = source.model
-        known = {'prediction': source.provenance, 'results': source.weights, 'model_args': source.model_args}
+        known = {'prediction': source.provenance, 'results': source.results, 'model_args': source.model_args}
     return push_to_hub(
         model,
         target.repo_id,
@@ -252,41 +237,27 @@ def check_pushable(model: nn.Module, model_args: Mapping[str, Any] | None) -> No
     """
     check_model(model)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
-        config = write_model(model, Path(name), model_args=model_args, images=None)
-        write_json(config, Path(name) / CONFIG_FILE)
-        check_loads(model.state_dict(), Path(name))
+        write_model(model, Path(name), model_args=model_args)
 
 
-def api_of(token: str | bool | None) -> HfApi:
-    """The client with a token, or with huggingface_hub's own (``hf auth login``, HF_TOKEN) if None.
-
-    Raises:
-        ConfigError: if it can be no token.
-    """
-    check_token(token)
-    return HfApi(token=token, library_name='timm_ghn', library_version=__version__)
-
-
-def check_access(target: Target, api: HfApi) -> None:
+def check_access(target: Target) -> None:
     """Make the repository, and refuse now what :func:`push_to_hub` would be refused later.
 
     Raises:
         ConfigError: if the repository is public where a private one was asked for, or holds pickles.
         HubError: if the Hub cannot be reached, or if the token may not write.
     """
-    with hub_errors(target, api):
+    check_token(None)
+    api = HfApi()
+    with _hub_errors(target, api):
         user = api.whoami()
         if user['auth'].get('accessToken', {}).get('role') == 'read':
             raise HubError(f'{target.repo_id} cannot be pushed to: the token of {user["name"]} may only read')
-        prepare(target, api)
+        _prepare(target, api)
 
 
-def prepare(target: Target, api: HfApi) -> None:
-    """Make repository and branch if they do not exist, and refuse a public one for a private one, and pickles.
-
-    Raises:
-        ConfigError: if it is public where a private one was asked for, or holds files that may be pickled.
-    """
+def _prepare(target: Target, api: HfApi) -> None:
+    """Make repository and branch if they do not exist, and refuse a public one for a private one, and pickles."""
     repo_id, branch = target.repo_id, target.revision or _MAIN
     api.create_repo(repo_id, private=target.private, exist_ok=True)
     info = api.model_info(repo_id)
@@ -310,7 +281,7 @@ def prepare(target: Target, api: HfApi) -> None:
 
 
 @contextlib.contextmanager
-def hub_errors(target: Target, api: HfApi) -> Iterator[None]:
+def _hub_errors(target: Target, api: HfApi) -> Iterator[None]:
     """Turn the client's exceptions, which differ from version to version, into a HubError with its text."""
     try:
         yield
