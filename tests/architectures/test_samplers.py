@@ -84,7 +84,7 @@ def test_names_and_patterns_stand_for_models_each_once():
 
 
 @pytest.mark.parametrize('small_stem', [False, True])
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+@pytest.mark.parametrize('name', ['test_resnet', 'vit_tiny_patch16_224'])
 def test_named_models_are_built_for_small_images(name, small_stem):
     architecture = NamesSampler((name,), num_classes=7, small_stem=small_stem).architecture(name)
     assert Architecture.from_dict(architecture.to_dict()) == architecture

@@ -18,6 +18,7 @@ from benchmarks.initperf.arms import (
     find_arm,
     is_head,
     registered,
+    shuffle_weights_,
     weight_layers,
     write_start,
 )
@@ -170,3 +171,21 @@ def test_anyone_can_register_an_arm_but_not_one_that_is_there_or_writes_no_numbe
             arm('mine')(broken)
     with pytest.raises(ValueError, match="no arm 'mine'"):
         find_arm('mine')
+
+
+def test_shuffling_weights_drawn_at_random_changes_no_statistic_of_them():
+    """A shuffled draw is as good a draw: what a network of random weights computes has the same distribution."""
+
+    def spread(shuffle: bool) -> torch.Tensor:
+        found = []
+        for seed in range(12):
+            model = started('kaiming', seed=seed)
+            if shuffle:
+                shuffle_weights_(model, seed)
+            with torch.no_grad(), batch_statistics(model):
+                found.append(model.forward_features(data_of(RESNET).images_bchw).std())
+        return torch.stack(found)
+
+    before, after = spread(False), spread(True)
+    error = math.sqrt((float(before.var()) + float(after.var())) / len(before))
+    assert abs(float(before.mean() - after.mean())) < 3 * error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from pictures import make_dataset, save_dataset
 
 from benchmarks.initperf import __main__ as command, schedule
-from benchmarks.initperf.cells import NETWORKS, Cell, DataSet, Tier, load_part
+from benchmarks.initperf.arms import shuffle_weights_
+from benchmarks.initperf.cells import NETWORKS, TIERS, Cell, DataSet, Tier, load_part
 from benchmarks.initperf.donors import Donors
-from benchmarks.initperf.protocol import BATCH, RATES, Run, Setting, execute
+from benchmarks.initperf.protocol import BATCH, RATES, Run, Setting, execute, rate_at
 from benchmarks.initperf.report import equivalent_of, ignorant_arm, results_of, write_report
 
 CELL = Cell('test_vit', 'colours', 4)
@@ -47,6 +49,14 @@ def test_rates_are_chosen_on_other_images_and_every_seed_has_images_of_its_own(s
     assert torch.equal(first.images_nchw, again.images_nchw)
     assert not torch.equal(first.images_nchw, other.images_nchw)
     assert first.labels_n.bincount().tolist() == [4, 4, 4]
+
+
+def test_the_rate_rises_by_steps_and_falls_to_zero():
+    rates = [rate_at(step, 60) for step in range(60)]
+    assert rates[:6] == pytest.approx([(step + 1) / 6 for step in range(6)])
+    assert rates[5] == max(rates) == rates[6]
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert rates[-1] < 0.01
 
 
 def test_a_line_has_everything_to_make_its_run_again(setting):
@@ -188,6 +198,19 @@ def test_another_ghn_enters_as_an_arm_of_its_name(tmp_path):
     assert {cell.network for cell in tier.cells} == {'test_vit'}
 
 
+def test_the_tiers_are_what_they_promise():
+    core, full = TIERS['core'], TIERS['full']
+    assert len({cell.network for cell in core.cells if cell.steps == 60}) == 12
+    assert len({cell.network for cell in core.cells if cell.steps == 300}) == 4
+    assert len({cell.data for cell in core.cells}) == 2
+    assert core.seeds >= 5
+    assert {cell.network for cell in full.cells} == set(NETWORKS)
+    plain = [n for n in NETWORKS.values() if not n.model_args and n.image_size < 128]
+    assert len(plain) == 24
+    assert min(len({n.family for n in plain if n.seen is seen}) for seen in (True, False)) >= 8
+    assert sum(n.image_size == 128 for n in NETWORKS.values()) == 3
+
+
 @pytest.mark.slow
 def test_smoke(folder, tmp_path):
     """The whole command; a network of random weights is as good a start shuffled as not."""
@@ -199,3 +222,24 @@ def test_smoke(folder, tmp_path):
     assert command.main(arguments) == 0
     assert schedule.read_lines(out) == lines
     assert 'All 1 cells are complete.' in (tmp_path / 'out.report' / 'report.md').read_text()
+
+
+@pytest.mark.slow
+def test_a_shuffled_random_network_ends_where_it_would_have(setting, monkeypatch):
+    from benchmarks.initperf.arms import ARMS, kaiming, registered
+
+    def shuffled(model, data):
+        kaiming(model, data)
+        shuffle_weights_(model, data.seed)
+
+    cell = dataclasses.replace(CELL, network='test_resnet@64', steps=12)
+    with registered('shuffled_kaiming', shuffled):
+        assert 'shuffled_kaiming' in ARMS
+        found = {
+            arm: torch.tensor(
+                [execute(Run(cell, arm, 'report', 1e-3, seed, 12), setting)['accuracy'] for seed in range(12)]
+            )
+            for arm in ('kaiming', 'shuffled_kaiming')
+        }
+    gains = found['kaiming'] - found['shuffled_kaiming']
+    assert abs(float(gains.mean())) < 3 * float(gains.std()) / len(gains) ** 0.5 + 1e-9

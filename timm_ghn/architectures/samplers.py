@@ -197,7 +197,7 @@ def _build_named(architecture: Architecture, common: dict[str, Any]) -> nn.Modul
     name, small = arguments.pop('name'), arguments.pop('small_stem')
     with common.pop('device'):
         model: nn.Module = timm.create_model(name, pretrained=False, **common, **arguments)
-        if small:
+        if small and 'patch_size' not in arguments:  # smaller patches are what a smaller stem would be
             adapt_to_small_images_(model, architecture.image_size, in_chans=architecture.in_chans)
     return model
 

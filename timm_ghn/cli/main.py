@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code: int = getattr(module, f'run_{args.command}')(args)
                 return code
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader (`| head`) has enough; Python would flush again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
