@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from timm_ghn.errors import UnsupportedModelError
 from timm_ghn.graph.stand_ins import on_meta_device, stand_in
 
 
@@ -94,6 +95,8 @@ def _meta_like(value: Tensor | None, stand_ins: dict[int, Tensor]) -> Tensor | N
     """A meta tensor of the same shape; the same one for the same (tied) tensor."""
     if value is None:
         return None
+    if value.is_nested:
+        raise UnsupportedModelError('a buffer or parameter is a nested tensor, which has no shape to trace with')
     if id(value) not in stand_ins:
         dtype = torch.float32 if value.dtype.is_floating_point else value.dtype
         meta = torch.empty(value.shape, dtype=dtype, device='meta')

@@ -15,9 +15,8 @@ from torch import nn
 
 from timm_ghn.graph.channels import ChannelLayout, channel_layouts
 from timm_ghn.graph.graph import Graph, Node
-from timm_ghn.graph.primitives import Primitive
+from timm_ghn.graph.primitives import CONVOLUTIONS, Primitive
 
-_WEIGHTS = (Primitive.CONV, Primitive.SEP_CONV, Primitive.DIL_CONV)
 _NORMS = (Primitive.BN, Primitive.LN)
 _JOINS = (Primitive.SUM, Primitive.CONCAT)
 _POOLS = (Primitive.MAX_POOL, Primitive.AVG_POOL)
@@ -107,7 +106,7 @@ def layers_of(model: nn.Module, graph: Graph) -> tuple[Layer, ...]:
     members: dict[int, dict[str, int]] = {}
     kinds: dict[int, str] = {}
     for index, node in enumerate(graph.nodes):
-        if node.parameter and node.primitive in (*_WEIGHTS, *_NORMS, Primitive.POS_ENC):
+        if node.parameter and node.primitive in (*CONVOLUTIONS, *_NORMS, Primitive.POS_ENC):
             attends = any(graph.nodes[source].primitive is Primitive.MSA for source in sources[index])
             kinds[index] = _kind(node, layouts[index], gate=index in gates, attends=attends)
             members.setdefault(blocks[index], {}).setdefault(node.parameter, index)
@@ -198,7 +197,7 @@ def _blocks(graph: Graph) -> list[int]:
     for index in range(1, len(graph)):
         farthest[index] = max(farthest[index], farthest[index - 1])
         before = graph.nodes[index - 1].primitive
-        is_weight = graph.nodes[index].primitive in _WEIGHTS
+        is_weight = graph.nodes[index].primitive in CONVOLUTIONS
         cut = farthest[index - 1] <= index - 1
         new = before is Primitive.CONCAT or (cut and (before in _JOINS or (is_weight and weights > 0)))
         weights = is_weight + (0 if new else weights)
@@ -246,7 +245,7 @@ def _stride(model: nn.Module, node: Node) -> int:
     """By how much a node lessens the resolution, as far as the graph and its module tell."""
     if node.primitive in _POOLS:
         return 2 if node.shape is not None and node.shape[2] == 2 else 1
-    if node.parameter is None or node.primitive not in _WEIGHTS:
+    if node.parameter is None or node.primitive not in CONVOLUTIONS:
         return 1
     stride = getattr(model.get_submodule(node.parameter.rpartition('.')[0]), 'stride', 1)
     return max(stride) if isinstance(stride, tuple) else int(stride)
@@ -284,7 +283,7 @@ class _Channels:
             widest = max(entering, key=_width, default=())
             if node.primitive is Primitive.INPUT:
                 self.out.append((Space(graph.input_size[0]),))
-            elif node.parameter and node.primitive in _WEIGHTS:
+            elif node.parameter and node.primitive in CONVOLUTIONS:
                 self.out.append(self._weight(index, node, widest))
             elif node.parameter and node.primitive in (*_NORMS, Primitive.POS_ENC) and node.shape:
                 width = node.shape[1 if node.primitive is Primitive.POS_ENC else 0]
