@@ -50,7 +50,8 @@ def test_a_deeper_variant_takes_the_weights_of_its_donor(folder, network, tmp_pa
     assert sum(taken) == 1
 
 
-def test_the_smallest_run_goes_on_where_it_was_cut_and_ends_in_a_table(folder, network, tmp_path, capsys):
+def test_the_smallest_run_goes_on_where_it_was_cut_and_ends_in_a_table(folder, network, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(relatives, 'RACE_STEPS', 1)
     line = ['--data-root', str(folder), '--networks', NAME, '--minutes', '0.01', '--steps', '1']
     out = tmp_path / 'relatives.jsonl'
     relatives.main([*line, '--out', str(out)])
