@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm, small_network, write_start
-from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set, load_part
+from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set
 from benchmarks.initperf.donors import Donors
-from benchmarks.initperf.protocol import BATCH, Run, Setting, execute
+from benchmarks.initperf.protocol import BATCH, Run, Setting, execute, prepare
 from benchmarks.initperf.schedule import add_line, read_lines, runs_by
 from timm_ghn.data.memory import training_batch
 from timm_ghn.runs.results import versions
@@ -116,19 +116,9 @@ def _centred(tensor: Tensor, own: Sequence[int], other: Sequence[int]) -> Tensor
 
 def race(network: Network, setting: Setting) -> dict[str, Any]:
     """Which start wins a race on the training images; it compares on a quarter of them."""
-    data = setting.data[DATA]
-    images = load_part(data, network.image_size, 'report')
-    train, start = images.train(0), network.start(images.num_classes, 0)
-    config = start.data_config
-    batches = [training_batch(train, step, BATCH, seed=0, config=config) for step in range(len(train) // BATCH)]
-    arm_data = ArmData(
-        network=network,
-        images_bchw=torch.cat([batches[0][0], batches[1][0]]),
-        input_size=config['input_size'],
-        num_classes=images.num_classes,
-        seed=0,
-        donors=setting.donors,
-    )
+    _, train, start, arm_data = prepare(network, setting.data[DATA], 'report', 0, setting)
+    steps = range(len(train) // BATCH)
+    batches = [training_batch(train, step, BATCH, seed=0, config=start.data_config) for step in steps]
     write_start('own', start.model, arm_data)
     starts = {name: functools.partial(write_start, name, data=arm_data) for name in RACE}
     found = race_(start.model, starts, batches, lrs=RATES, steps=RACE_STEPS)

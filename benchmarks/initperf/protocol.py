@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.initperf.arms import ArmData, find_arm, write_start
-from benchmarks.initperf.cells import NETWORKS, PARTS, Cell, DataSet, load_part
+from benchmarks.initperf.cells import NETWORKS, PARTS, Cell, DataSet, Images, Network, load_part
 from benchmarks.initperf.donors import Donors
 from timm_ghn.contexts import preserve_rng, seed_rng
 from timm_ghn.data.memory import ImageTensors, normalised, training_batch
+from timm_ghn.finetune.setup import Start
 
 BATCH = 32
 
@@ -91,6 +92,26 @@ class Setting:
     versions: Mapping[str, str]
 
 
+def prepare(
+    network: Network, data: DataSet, part: str, seed: int, setting: Setting, ghn: str = ''
+) -> tuple[Images, ImageTensors, Start, ArmData]:
+    """Images of a part, those of a seed to train on, the network as timm initialises it, and what an arm may use."""
+    images = load_part(data, network.image_size, part)
+    train = images.train(seed)
+    start = network.start(images.num_classes, seed)
+    config = start.data_config
+    arm_data = ArmData(
+        network=network,
+        images_bchw=torch.cat([training_batch(train, step, BATCH, seed=seed, config=config)[0] for step in (0, 1)]),
+        input_size=config['input_size'],
+        num_classes=images.num_classes,
+        seed=seed,
+        ghn=setting.ghns[ghn],
+        donors=setting.donors,
+    )
+    return images, train, start, arm_data
+
+
 def execute(run: Run, setting: Setting) -> dict[str, Any]:
     """Fine-tune once; the line of the results, with everything that is needed to make it again.
 
@@ -101,20 +122,8 @@ def execute(run: Run, setting: Setting) -> dict[str, Any]:
         raise ValueError(f'expected a part of {PARTS} (got {run.part!r})')
     began, wall = time.process_time(), time.time()
     network, data = NETWORKS[run.cell.network], setting.data[run.cell.data]
-    images = load_part(data, network.image_size, run.part)
-    train = images.train(run.seed)
-    start = network.start(images.num_classes, run.seed)
     label = run.arm.partition('@')[2]
-    arm_data = ArmData(
-        network=network,
-        images_bchw=torch.cat([training_batch(train, step, BATCH, seed=run.seed, config=start.data_config)[0]
-                               for step in (0, 1)]),
-        input_size=start.data_config['input_size'],
-        num_classes=images.num_classes,
-        seed=run.seed,
-        ghn=setting.ghns[label],
-        donors=setting.donors,
-    )  # fmt: skip
+    images, train, start, arm_data = prepare(network, data, run.part, run.seed, setting, label)
     write_start(run.arm, start.model, arm_data)
     initialised = time.process_time()
     with preserve_rng():

@@ -73,7 +73,8 @@ def layout_graph(graph: Graph) -> GraphLayout:
     rows = [int(y) for _, y in places]
     columns = _Columns.fitting([*places, *(point for line in lines for point in line)], _labels(graph, rows))
     points = tuple(map(columns.place, places))
-    arcs = ((number, arc(points[a], points[b])) for number, (a, b) in enumerate(edges) if number not in set(routed))
+    led_around = set(routed)
+    arcs = ((number, arc(points[a], points[b])) for number, (a, b) in enumerate(edges) if number not in led_around)
     return GraphLayout(
         points,
         tuple((number, piece) for number, line in zip(routed, lines, strict=True) for piece in columns.pieces(line)),

@@ -123,8 +123,7 @@ def push_to_hub(
             it was lost; to push again does no harm.
     """
     target = Target(repo_id, private, revision, create_pr)
-    check_token(token)
-    api = HfApi(token=token, library_name='timm_ghn', library_version=__version__)
+    api = _client(token)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
         folder = Path(name)
         if isinstance(model, GHN):
@@ -247,13 +246,17 @@ def check_access(target: Target) -> None:
         ConfigError: if the repository is public where a private one was asked for, or holds pickles.
         HubError: if the Hub cannot be reached, or if the token may not write.
     """
-    check_token(None)
-    api = HfApi()
+    api = _client(None)
     with _hub_errors(target, api):
         user = api.whoami()
         if user['auth'].get('accessToken', {}).get('role') == 'read':
             raise HubError(f'{target.repo_id} cannot be pushed to: the token of {user["name"]} may only read')
         _prepare(target, api)
+
+
+def _client(token: str | bool | None) -> HfApi:
+    check_token(token)
+    return HfApi(token=token, library_name='timm_ghn', library_version=__version__)
 
 
 def _prepare(target: Target, api: HfApi) -> None:
