@@ -24,7 +24,7 @@ from timm.models import _factory, _registry
 from torch import nn
 
 from timm_ghn import timm_source as source
-from timm_ghn.files import fingerprint
+from timm_ghn.files import crc32_of
 
 NAMED = 'ghn-of-the-catalogue'
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -270,7 +270,7 @@ class TestTruth:
         assert (notes(model)['ghn'], said['ghn'], said['weights']) == (
             'some-ghn',
             'some-ghn',
-            fingerprint(model.state_dict()),
+            crc32_of(model.state_dict()),
         )
         assert said['origin'] == dataclasses.asdict(FakeOrigin('some-ghn', file='ghn.pt'))
         assert 'some-ghn' in cfg['description']

@@ -111,7 +111,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+def crc32_of(state_dict: Mapping[str, Tensor]) -> str:
     """CRC-32 of the values of a state dict: it tells weights that were trained since, and costs little."""
     found = 0
     for value in state_dict.values():

@@ -293,7 +293,7 @@ def _predicted(
 
     A feature extractor gets the parameters of the whole model, which timm loads as it loads any state dict.
     """
-    from timm_ghn.files import fingerprint
+    from timm_ghn.files import crc32_of
     from timm_ghn.prediction.predict import initialise
 
     # Some entrypoints choose a variant by the tag: build that of the untagged name.
@@ -305,7 +305,7 @@ def _predicted(
     undescribed = default is None and input_size == PretrainedCfg().input_size
     model = entrypoint(pretrained=False, pretrained_cfg=built, pretrained_cfg_overlay=None, **whole)
     facts = initialise(model, ghn, input_size=None if undescribed else input_size, seed=0)
-    facts['weights'] = fingerprint(model.state_dict())
+    facts['weights'] = crc32_of(model.state_dict())
     if facts['origin'] and facts['origin']['file']:
         # timm uploads the cfg with the weights, and paths of this machine are private.
         facts['origin']['file'] = Path(facts['origin']['file']).name

@@ -12,7 +12,7 @@ import torch
 
 import timm_ghn
 from timm_ghn.drawing import draw_graph
-from timm_ghn.files import fingerprint, write_state_dict
+from timm_ghn.files import crc32_of, write_state_dict
 from timm_ghn.hub.catalogue import known_ghns
 
 #: Most parameters of a network whose weights are predicted, and of a GHN: what a free Space has memory for.
@@ -59,7 +59,7 @@ def predict(model: str, ghn: str, num_classes: int, postprocess: str, seed: int)
     options = timm_ghn.PostProcess.of(postprocess, seed=int(seed), auto=recommended)
     timm_ghn.postprocess_(network, options, plan=prediction.plan)
     facts = {**prediction.provenance, 'postprocess': options.to_dict() if options else None}
-    facts['weights'] = fingerprint(network.state_dict())
+    facts['weights'] = crc32_of(network.state_dict())
     path = Path(tempfile.mkdtemp()) / f'{model}.{ghn}.safetensors'
     write_state_dict(network.state_dict(), path, {'architecture': model, 'provenance': facts})
     return str(path)

@@ -18,7 +18,7 @@ from torch import nn
 
 import timm_ghn
 from timm_ghn import GHN, ConfigError, PostProcess, ghn_init, load_ghn, predict, push_to_hub
-from timm_ghn.files import fingerprint
+from timm_ghn.files import crc32_of
 from timm_ghn.finetune.loop import finetune
 from timm_ghn.finetune.options import FinetuneOptions
 from timm_ghn.hub.catalogue import EMBEDDED, known_ghns
@@ -116,7 +116,7 @@ def test_the_facts_of_a_prediction(push):
     said = initialise(model, EMBEDDED, seed=3, postprocess=options)
     card = push(model, prediction=said)
     assert PREDICTED not in card.text, 'nothing says that these are the weights'
-    card = push(model, prediction=said | {'weights': fingerprint(model.state_dict())})
+    card = push(model, prediction=said | {'weights': crc32_of(model.state_dict())})
     for told in (PREDICTED, f'| post-processing | {options.describe()} |', '| seed | 3 |'):
         assert told in card.text
     expect_reproduced(card, model)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from timm_ghn.architectures.timm_models import build_timm_model, check_model_name, check_side
 from timm_ghn.cli.tables import diversity_table
 from timm_ghn.errors import ConfigError, printable
-from timm_ghn.files import check_output, fingerprint, write_state_dict
+from timm_ghn.files import check_output, crc32_of, write_state_dict
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.prediction.diversity import compare
@@ -33,7 +33,7 @@ def run_predict(args: argparse.Namespace) -> int:
     postprocess_(model, options, plan=prediction.plan)
     recipe = {'architecture': args.model, **_model_args(args)}
     facts = provenance(ghn, prediction.plan, head=args.head, seed=args.seed, postprocess=options)
-    facts['weights'] = fingerprint(model.state_dict())
+    facts['weights'] = crc32_of(model.state_dict())
     write_state_dict(model.state_dict(), args.output, {**recipe, 'provenance': facts})
     if args.json:
         print(json.dumps({'file': str(args.output), **recipe, 'provenance': facts}, indent=2))

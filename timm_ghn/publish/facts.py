@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from timm_ghn.errors import ConfigError
-from timm_ghn.files import fingerprint
+from timm_ghn.files import crc32_of
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
 from timm_ghn.nn.config import Origin
 from timm_ghn.prediction.predict import Prediction
@@ -71,7 +71,7 @@ def provenance_of(
 ) -> tuple[dict[str, Any] | None, bool]:
     """The provenance of the weights, and whether they are still those of the prediction.
 
-    They are if their fingerprint is the recorded one, or, for a :class:`Prediction`, if its tensors are in the model.
+    They are if their checksum is the recorded one, or, for a :class:`Prediction`, if its tensors are in the model.
 
     Raises:
         ConfigError: if it is no provenance.
@@ -88,7 +88,7 @@ def provenance_of(
         raise ConfigError(f'expected facts about a prediction (got {type(found).__name__})')
     if found is None:
         return None, False
-    unchanged = training is None and found.get('weights') == fingerprint(model.state_dict())
+    unchanged = training is None and found.get('weights') == crc32_of(model.state_dict())
     return dict(found), unchanged
 
 
