@@ -21,7 +21,7 @@ try:
     from fast_sugiyama import from_edges
 except ImportError as error:
     raise ConfigError(
-        "a picture of a graph needs fast-sugiyama, and Python 3.11: pip install 'timm-ghn[draw]', or leave --plot out"
+        "a picture of a graph needs fast-sugiyama: pip install 'timm-ghn[draw]', or leave --plot out"
     ) from error
 
 Point = tuple[float, float]
