@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +23,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.initperf.arms import ArmData, NotApplicableError, arm, find_arm, small_network, write_start
+from benchmarks.initperf.arms import (
+    ArmData,
+    NotApplicableError,
+    arm,
+    find_arm,
+    race_between,
+    small_network,
+    write_start,
+)
 from benchmarks.initperf.cells import NETWORKS, Cell, Network, data_set
 from benchmarks.initperf.donors import Donors
-from benchmarks.initperf.protocol import BATCH, Run, Setting, execute, prepare
+from benchmarks.initperf.protocol import Run, Setting, execute, prepare
 from benchmarks.initperf.schedule import add_line, read_lines, runs_by
-from timm_ghn.data.memory import training_batch
 from timm_ghn.runs.results import versions
-from timm_ghn.transfer.race import race_
 
 #: Donors, with the names of the arguments for width and depth and what timm builds them with.
 DONORS: dict[str, tuple[str, Any, str, Any]] = {
@@ -47,8 +52,8 @@ DEPTHS = ('same', 'third stage', 'all stages', 'twice')
 LEFT_OUT = {(1.0, 'same'), (2.0, 'twice'), (2.0, 'all stages'), (1.5, 'twice')}
 ARMS = ('own', 'position', 'relative', 'ghn_orth')
 RATES = (1e-3, 4e-3)
-#: Starts that race against the network's own, and their steps in the first of three rounds.
-RACE, RACE_STEPS = ('relative', 'ghn_orth'), 10
+#: Starts that race against the network's own.
+RACE = ('relative', 'ghn_orth')
 DATA, STEPS = 'clothing_128', 60
 
 
@@ -116,12 +121,9 @@ def _centred(tensor: Tensor, own: Sequence[int], other: Sequence[int]) -> Tensor
 
 def race(network: Network, setting: Setting) -> dict[str, Any]:
     """Which start wins a race on the training images; it compares on a quarter of them."""
-    _, train, start, arm_data = prepare(network, setting.data[DATA], 'report', 0, setting)
-    steps = range(len(train) // BATCH)
-    batches = [training_batch(train, step, BATCH, seed=0, config=start.data_config) for step in steps]
+    _, _, start, arm_data = prepare(network, setting.data[DATA], 'report', 0, setting)
     write_start('own', start.model, arm_data)
-    starts = {name: functools.partial(write_start, name, data=arm_data) for name in RACE}
-    found = race_(start.model, starts, batches, lrs=RATES, steps=RACE_STEPS)
+    found = race_between(start.model, arm_data, RACE)
     winner = found.winner
     return {'network': network.label, 'winner': winner.start, 'rate': winner.lr, 'race_steps': found.steps}
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from benchmarks.initperf.donors import CLASSES, Donors, resize_into_
 from timm_ghn import batch_statistics, ghn_init, transfer_
 from timm_ghn.contexts import preserve_rng
 from timm_ghn.errors import GHNError
+from timm_ghn.transfer.race import OWN, Race, race_
 
 
 class NotApplicableError(Exception):
@@ -35,7 +37,7 @@ class ArmData:
 
     Attributes:
         network: What the model is.
-        images_bchw: Two batches of training images, normalised; LSUV reads them.
+        batches: Images and labels of the first epoch of training, two batches at least.
         input_size: (channels, height, width).
         num_classes: Classes.
         seed: Of all that is drawn.
@@ -45,7 +47,7 @@ class ArmData:
     """
 
     network: Network
-    images_bchw: Tensor
+    batches: tuple[tuple[Tensor, Tensor], ...]
     input_size: tuple[int, int, int]
     num_classes: int
     seed: int
@@ -53,6 +55,14 @@ class ArmData:
     ghn: str = 'ghn_tiny'
     donors: Donors | None = None
 
+    @property
+    def images_bchw(self) -> Tensor:
+        """Images of the first two batches, which LSUV reads."""
+        return torch.cat([images for images, _ in self.batches[:2]])
+
+
+#: Learning rates of a race, and its steps in the first round.
+RACE_RATES, RACE_STEPS = (1e-3, 4e-3), 10
 
 ArmFunction = Callable[[nn.Module, ArmData], None]
 
@@ -339,6 +349,25 @@ def _donors(data: ArmData) -> Donors:
     if data.donors is None:
         raise NotApplicableError('there are no images to pretrain on')
     return data.donors
+
+
+@arm('race', of_ghn=True)
+def race(model: nn.Module, data: ArmData) -> None:
+    """What a race on the training images chooses, begun anew: the model's own start, or one of ``argument``.
+
+    ``race:ghn_orth+relative:8`` names two; ``race`` is ``race:ghn_orth``.
+    """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = race_between(model, data, (data.argument or 'ghn_orth').split('+'))
+    model.load_state_dict(before)
+    if found.winner.start != OWN:
+        write_start(found.winner.start, model, data)
+
+
+def race_between(model: nn.Module, data: ArmData, arms: Sequence[str]) -> Race:
+    """Let the starts of arms, and the model's own, race on the training images."""
+    starts = {name: functools.partial(write_start, name, data=data) for name in arms}
+    return race_(model, starts, data.batches, lrs=RACE_RATES, steps=RACE_STEPS, seed=data.seed)
 
 
 @arm('pretrained')

@@ -99,10 +99,10 @@ def prepare(
     images = load_part(data, network.image_size, part)
     train = images.train(seed)
     start = network.start(images.num_classes, seed)
-    config = start.data_config
+    config, steps = start.data_config, max(2, len(train) // BATCH)
     arm_data = ArmData(
         network=network,
-        images_bchw=torch.cat([training_batch(train, step, BATCH, seed=seed, config=config)[0] for step in (0, 1)]),
+        batches=tuple(training_batch(train, step, BATCH, seed=seed, config=config) for step in range(steps)),
         input_size=config['input_size'],
         num_classes=images.num_classes,
         seed=seed,

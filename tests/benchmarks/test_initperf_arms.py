@@ -32,7 +32,10 @@ RESNET, VIT = NETWORKS['test_resnet@64'], NETWORKS['test_vit']
 def data_of(network: Network, seed: int = 0) -> ArmData:
     side = network.image_size
     images = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(1))
-    return ArmData(network, images, (3, side, side), 10, seed)
+    labels = torch.arange(16) % 2
+    images[:, 0] += 2 * labels[:, None, None]
+    batches = tuple(zip(images.split(8), labels.split(8), strict=True))
+    return ArmData(network, batches, (3, side, side), 10, seed)
 
 
 def started(name: str, network: Network = RESNET, seed: int = 0) -> nn.Module:
@@ -50,7 +53,8 @@ def differ(one: nn.Module, other: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    'name', [name for name in ARMS if name not in ('pretrain', 'donor', 'relative', 'position', 'own', 'pretrained')]
+    'name',
+    [name for name, one in ARMS.items() if name not in ('own', 'race') and one.ignorant != one.of_ghn],
 )
 def test_an_arm_is_the_same_for_a_seed_and_keeps_the_classifier(name):
     network = VIT if name in ('mimetic', 'impulse') else RESNET
@@ -62,7 +66,18 @@ def test_an_arm_is_the_same_for_a_seed_and_keeps_the_classifier(name):
     assert bool(changed) == (name != 'timm')
     assert not [key for key in changed if is_head(model, key)]
     assert all(bool(value.isfinite().all()) for value in model.parameters())
-    assert find_arm(name).ignorant != find_arm(name).of_ghn
+
+
+@pytest.mark.parametrize('dead', [False, True])
+def test_a_race_leaves_the_start_that_learns_as_it_was_before_the_race(dead):
+    def silence(model: nn.Module, data: ArmData) -> None:
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+
+    with registered('dead', silence):
+        model = started('dead' if dead else 'timm')
+        write_start('race:kaiming' if dead else 'race:dead', model, data_of(RESNET))
+    assert not differ(model, started('kaiming' if dead else 'timm'))
 
 
 def test_open_gates_are_open_and_nothing_else_changes():

@@ -9,6 +9,7 @@ import torch
 from pictures import make_dataset, save_dataset
 
 from benchmarks import properties, relatives
+from benchmarks.initperf import arms
 from benchmarks.initperf.arms import ArmData, write_start
 from benchmarks.initperf.cells import NETWORKS
 from benchmarks.initperf.donors import Donors
@@ -43,7 +44,7 @@ def test_a_deeper_variant_takes_the_weights_of_its_donor(folder, network, tmp_pa
     donors = Donors(tmp_path, str(folder / 'tiny_imagenet_32'), (0.01,))
     donors.prepare(NETWORKS[network.donor])
     model = network.start(10, 0).model
-    write_start(arm, model, ArmData(network, torch.empty(0), (3, 32, 32), 10, 0, donors=donors))
+    write_start(arm, model, ArmData(network, (), (3, 32, 32), 10, 0, donors=donors))
     given = donors.weights(NETWORKS[network.donor], 0.01)
     assert torch.equal(model.blocks[0].mlp.fc1.weight, given['blocks.0.mlp.fc1.weight'])
     taken = [torch.equal(model.blocks[-1].mlp.fc1.weight, given[f'blocks.{k}.mlp.fc1.weight']) for k in range(6)]
@@ -51,7 +52,7 @@ def test_a_deeper_variant_takes_the_weights_of_its_donor(folder, network, tmp_pa
 
 
 def test_the_smallest_run_goes_on_where_it_was_cut_and_ends_in_a_table(folder, network, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(relatives, 'RACE_STEPS', 1)
+    monkeypatch.setattr(arms, 'RACE_STEPS', 1)
     line = ['--data-root', str(folder), '--networks', NAME, '--minutes', '0.01', '--steps', '1']
     out = tmp_path / 'relatives.jsonl'
     relatives.main([*line, '--out', str(out)])
