@@ -183,7 +183,7 @@ def plot_race(runners: Sequence[tuple[str, Sequence[tuple[int, float, float]]]],
     """Draw the accuracy of the runners of a race over the steps, a colour for each start.
 
     Args:
-        runners: Start, and (steps, top1, loss) after each round, of each: what a
+        runners: Start, and (steps, accuracy, probability) after each round, of each: what a
             :class:`~timm_ghn.transfer.race.Runner` has.
         path: The file; one that exists is replaced.
     """
