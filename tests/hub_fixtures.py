@@ -46,7 +46,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(catalogue, '_registered', {})
     monkeypatch.setattr(catalogue, '_default', None)
-    monkeypatch.setattr(converted, '_warned', set())
     use_endpoint(f'http://127.0.0.1:{closed_port()}')
     load._last.clear()
     yield

@@ -63,7 +63,7 @@ class FakeHub:
             for name, parameter in model.named_parameters():
                 if not (kept and name.startswith(kept)):
                     parameter.copy_(predicted(name, parameter))
-        return {'ghn': ghn.origin.name, 'origin': dataclasses.asdict(ghn.origin)}
+        return None, {'ghn': ghn.origin.name, 'origin': dataclasses.asdict(ghn.origin)}
 
 
 def predicted(name, parameter):

@@ -49,9 +49,6 @@ _LOOKUP = 'timm.models._factory.model_entrypoint'
 _CFGS = 'timm.models._registry._model_pretrained_cfgs'
 _PRETRAINED = 'timm.models._registry._model_has_pretrained'
 
-#: What is used of timm's internals, and the type that it is expected to have.
-PRIVATE: dict[str, Any] = {_LOOKUP: Callable, _CFGS: dict, _PRETRAINED: set}
-
 #: Entries of a pretrained cfg that say where weights come from. Where one is set, the weights are not ours.
 _WEIGHTS = ('url', 'file', 'state_dict', 'hf_hub_id')
 
@@ -67,7 +64,7 @@ _FEATURES = ('features_only', 'out_indices', 'feature_cls', 'feature_cfg', 'feat
 Entrypoint = Callable[..., 'nn.Module']
 Cfg = str | dict[str, Any] | PretrainedCfg | None
 
-#: What :func:`enable_timm_tags` replaced, by its name in :data:`PRIVATE`; empty while nothing is registered.
+#: What :func:`enable_timm_tags` replaced, by its name in :data:`PRIVATE`; empty while nothing is replaced.
 _originals: dict[str, Any] = {}
 _lock = threading.RLock()
 
@@ -104,7 +101,10 @@ def _with_ghns(lookup: Callable[..., Entrypoint]) -> Callable[..., Entrypoint]:
     return model_entrypoint
 
 
-_STAND_INS: dict[str, Callable[[Any], Any]] = {_LOOKUP: _with_ghns, _CFGS: _PretrainedCfgs, _PRETRAINED: _HasPretrained}
+#: What is used of timm's internals: the type that it is expected to have, and what stands in for it.
+PRIVATE: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    _LOOKUP: (Callable, _with_ghns), _CFGS: (dict, _PretrainedCfgs), _PRETRAINED: (set, _HasPretrained)
+}  # fmt: skip
 
 
 def enable_timm_tags() -> None:
@@ -124,10 +124,10 @@ def enable_timm_tags() -> None:
                 stacklevel=2,
             )
             return
-        for path in PRIVATE:
+        for path, (_, stand_in) in PRIVATE.items():
             module, name = _parts(path)
             _originals[path] = getattr(module, name)
-            setattr(module, name, _STAND_INS[path](_originals[path]))
+            setattr(module, name, stand_in(_originals[path]))
         _set_default(None)
 
 
@@ -157,7 +157,7 @@ def _parts(path: str) -> tuple[ModuleType, str]:
 def _missing() -> list[str]:
     """Those of timm's internals that this timm does not have, or has with another type."""
     missing = []
-    for path, kind in PRIVATE.items():
+    for path, (kind, _) in PRIVATE.items():
         try:
             found = getattr(*_parts(path))
         except (ImportError, AttributeError):
@@ -186,29 +186,23 @@ def _names_ghn(name: object) -> bool:
     if not isinstance(name, str) or not _originals:
         return False
     architecture, tag = split_model_name_tag(name)
-    module, cfgs = _parts(_CFGS)
-    if not tag or not timm.is_model(architecture) or dict.__contains__(getattr(module, cfgs), name):
+    if not tag or not timm.is_model(architecture) or dict.__contains__(getattr(*_parts(_CFGS)), name):
         return False
-    if tag == DEFAULT_TAG:
-        return True
     from timm_ghn.hub.catalogue import known_ghns
 
-    return tag in known_ghns()
-
-
-def _timm_name(architecture: str) -> str:
-    """Name of an architecture in timm's registry: of a deprecated one the current name with its tag."""
-    return get_deprecated_models().get(architecture) or architecture
+    return tag == DEFAULT_TAG or tag in known_ghns()
 
 
 def _blank_cfg(architecture: str) -> PretrainedCfg:
-    """The default pretrained cfg of an architecture without the entries that describe its weights.
+    """The default pretrained cfg of an architecture without the entries that describe its weights."""
+    name, default = _default_cfg(architecture)
+    return PretrainedCfg(architecture=name, **_architecture_entries(default or PretrainedCfg()))
 
-    Mean and standard deviation are timm's defaults, which are ImageNet's.
-    """
-    name = _timm_name(architecture)
-    default = timm.get_pretrained_cfg(name) or PretrainedCfg()
-    return PretrainedCfg(architecture=split_model_name_tag(name)[0], **_architecture_entries(default))
+
+def _default_cfg(architecture: str) -> tuple[str, PretrainedCfg | None]:
+    """Current name of an architecture, and its default pretrained cfg, if it has one."""
+    name = get_deprecated_models().get(architecture) or architecture  # a deprecated one maps to a name with a tag
+    return split_model_name_tag(name)[0], timm.get_pretrained_cfg(name)
 
 
 def _architecture_entries(cfg: PretrainedCfg) -> dict[str, Any]:
@@ -263,8 +257,7 @@ def _cfg_of(
 ) -> PretrainedCfg:
     """The pretrained cfg of a model that a GHN predicts.
 
-    Facts about the prediction stand in ``notes``: timm has no entry for them, and refuses a cfg with entries that it
-    does not know.
+    Facts about the prediction stand in ``notes``: timm refuses a cfg with entries that it does not know.
     """
     origin = ghn.origin
     name = printable((origin and origin.name) or ghn.config.name or tag)
@@ -289,22 +282,19 @@ def _cfg_of(
 def _predicted(
     entrypoint: Entrypoint, architecture: str, ghn: GHN, cfg: PretrainedCfg, kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Build a model and predict its parameters.
-
-    A feature extractor gets the parameters of the whole model, which timm loads as it loads any state dict.
-    """
+    """Build a model and predict it; timm loads a feature extractor's weights from the state dict of the whole model."""
     from timm_ghn.files import crc32_of
     from timm_ghn.prediction.predict import initialise
 
     # Some entrypoints choose a variant by the tag: build that of the untagged name.
-    default = timm.get_pretrained_cfg(_timm_name(architecture))
+    default = _default_cfg(architecture)[1]
     built = dataclasses.replace(cfg, tag=default.tag if default else None)
     features = bool(kwargs.get('features_only'))
     whole = {key: value for key, value in kwargs.items() if key not in _FEATURES} if features else kwargs
     input_size = _input_size(cfg, kwargs)
     undescribed = default is None and input_size == PretrainedCfg().input_size
     model = entrypoint(pretrained=False, pretrained_cfg=built, pretrained_cfg_overlay=None, **whole)
-    facts = initialise(model, ghn, input_size=None if undescribed else input_size, seed=0)
+    _, facts = initialise(model, ghn, input_size=None if undescribed else input_size, seed=0)
     facts['weights'] = crc32_of(model.state_dict())
     if facts['origin'] and facts['origin']['file']:
         # timm uploads the cfg with the weights, and paths of this machine are private.

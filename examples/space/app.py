@@ -12,8 +12,8 @@ import torch
 
 import timm_ghn
 from timm_ghn.drawing import draw_graph
-from timm_ghn.files import crc32_of, write_state_dict
 from timm_ghn.hub.catalogue import known_ghns
+from timm_ghn.publish.files import write_predicted
 
 #: Most parameters of a network whose weights are predicted, and of a GHN: what a free Space has memory for.
 MOST_PARAMETERS = 100_000_000
@@ -53,15 +53,9 @@ def predict(model: str, ghn: str, num_classes: int, postprocess: str, seed: int)
         raise ValueError(f'{model} has {size:,} parameters; up to {MOST_PARAMETERS:,} are predicted here')
     torch.manual_seed(int(seed))
     network = timm.create_model(model, num_classes=int(num_classes))
-    prediction = timm_ghn.predict(network, ghn, seed=int(seed))
-    network.load_state_dict(prediction.state_dict, strict=False)
-    recommended = known_ghns()[ghn].config.postprocess
-    options = timm_ghn.PostProcess.of(postprocess, seed=int(seed), auto=recommended)
-    timm_ghn.postprocess_(network, options, plan=prediction.plan)
-    facts = {**prediction.provenance, 'postprocess': options.to_dict() if options else None}
-    facts['weights'] = crc32_of(network.state_dict())
     path = Path(tempfile.mkdtemp()) / f'{model}.{ghn}.safetensors'
-    write_state_dict(network.state_dict(), path, {'architecture': model, 'provenance': facts})
+    recipe = {'architecture': model, 'num_classes': int(num_classes)}
+    write_predicted(network, recipe, path, ghn, postprocess=postprocess, seed=int(seed))
     return str(path)
 
 

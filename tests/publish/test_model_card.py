@@ -113,7 +113,7 @@ def test_a_model_that_was_changed_since_is_not_called_predicted(push, change):
 
 def test_the_facts_of_a_prediction(push):
     model, options = timm.create_model('test_resnet', num_classes=1000), PostProcess(layer=0.7, seed=3)
-    said = initialise(model, EMBEDDED, seed=3, postprocess=options)
+    _, said = initialise(model, EMBEDDED, seed=3, postprocess=options)
     card = push(model, prediction=said)
     assert PREDICTED not in card.text, 'nothing says that these are the weights'
     card = push(model, prediction=said | {'weights': crc32_of(model.state_dict())})

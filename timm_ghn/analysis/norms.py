@@ -22,16 +22,10 @@ _SLOW_INITIALISATION = ('googlenet', 'inception_v3')
 
 
 def published_norms(name: str, known: Mapping[str, Any], archs: Iterable[str] | None = None) -> dict[str, float]:
-    """Norms that the authors of a GHN published: over all parameters, for each torchvision network.
-
-    Args:
-        name: A GHN of the catalogue.
-        known: The catalogue.
-        archs: Only these networks.
+    """Norms that the authors of a GHN published: over all parameters, for each torchvision network, or for ``archs``.
 
     Raises:
-        ConfigError: if nothing was published for the GHN, or not for one of ``archs``, or if torchvision has no
-            classification network of one of the names.
+        ConfigError: if nothing was published for the GHN, or not for one of ``archs``.
     """
     with_norms = sorted(other for other, entry in known.items() if entry.norms)
     if name not in with_norms:

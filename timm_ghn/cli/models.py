@@ -13,34 +13,31 @@ from tqdm import tqdm
 from timm_ghn.architectures.timm_models import build_timm_model, check_model_name, check_side
 from timm_ghn.cli.tables import diversity_table
 from timm_ghn.errors import ConfigError, printable
-from timm_ghn.files import check_output, crc32_of, write_state_dict
+from timm_ghn.files import check_output
 from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import load_ghn
 from timm_ghn.prediction.diversity import compare
 from timm_ghn.prediction.plan import plan_parameters
-from timm_ghn.prediction.postprocess import PostProcess, layers, postprocess_
-from timm_ghn.prediction.predict import predict, provenance
+from timm_ghn.prediction.postprocess import PostProcess, layers
+from timm_ghn.prediction.predict import predict
+from timm_ghn.publish.files import write_predicted
 
 
 def run_predict(args: argparse.Namespace) -> int:
     """Predict the weights of a timm model and write them with those that are kept, raw unless asked otherwise."""
     check_output(args.output)
     model = _build_model(args)
-    ghn = load_ghn(args.ghn, device=args.device)
-    options = PostProcess.of(args.postprocess, seed=args.seed, auto=ghn.config.postprocess)
-    prediction = predict(model, ghn, input_size=_input_size(args, model), head=args.head, seed=args.seed)
-    model.load_state_dict(prediction.state_dict, strict=False)
-    postprocess_(model, options, plan=prediction.plan)
     recipe = {'architecture': args.model, **_model_args(args)}
-    facts = provenance(ghn, prediction.plan, head=args.head, seed=args.seed, postprocess=options)
-    facts['weights'] = crc32_of(model.state_dict())
-    write_state_dict(model.state_dict(), args.output, {**recipe, 'provenance': facts})
+    options = {'input_size': _input_size(args, model), 'head': args.head, 'seed': args.seed, 'device': args.device}
+    plan, facts = write_predicted(model, recipe, args.output, args.ghn, postprocess=args.postprocess, **options)
     if args.json:
         print(json.dumps({'file': str(args.output), **recipe, 'provenance': facts}, indent=2))
         return 0
-    print(prediction.plan.totals())
-    raw = 'none: as predicted; --postprocess auto makes it the start for training that the GHN recommends'
-    print(f'\npost-processing: {options.describe() if options else raw}')
+    print(plan.totals())
+    done = 'none: as predicted; --postprocess auto makes it the start for training that the GHN recommends'
+    if facts['postprocess']:
+        done = PostProcess(**facts['postprocess']).describe()
+    print(f'\npost-processing: {done}')
     given = ''.join(f', {name}={value}' for name, value in _model_args(args).items())
     print(f"\n{args.output} is read by\n  timm.create_model('{args.model}'{given}, checkpoint_path='{args.output}')")
     return 0

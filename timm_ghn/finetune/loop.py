@@ -347,9 +347,7 @@ class FinetuneRun(Run):
         whole = len(self.sampler) >= size  # a last batch of a few images would count as much as the others
         images: Iterator[Any] = iter(DataLoader(self.images, size, sampler=self.sampler, drop_last=whole))
         try:
-            calibrate_batchnorm_(
-                self.trained, itertools.islice(images, self.options.calibrate_batches), device=self.accelerator.device
-            )
+            calibrate_batchnorm_(self.trained, itertools.islice(images, self.options.calibrate_batches))
         except PredictionError as error:
             warnings.warn(f'the accuracy before training means nothing: {error}', stacklevel=2)
 

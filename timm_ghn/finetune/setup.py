@@ -85,7 +85,7 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
     else:
         ghn = shared_ghn(options.init)
         post = options.post(ghn.config.postprocess)
-        facts = initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
+        _, facts = initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Start(model, config, arguments, edits, facts)

@@ -42,18 +42,14 @@ _default: str | None = None
 
 @dataclasses.dataclass(frozen=True)
 class GHNEntry:
-    """An entry of the catalogue.
+    """An entry of the catalogue; what is not known is None.
 
     Attributes:
-        name: Under which it is loaded.
-        description: One human-readable line.
         config: Its hyper-parameters; the file must agree.
-        license: SPDX identifier in lower case, as the Hub writes it; None if it is not known.
-        num_parameters: Number of its parameters; None if it is not known.
-        paper: Address of the paper, if there is one.
+        license: SPDX identifier in lower case, as the Hub writes it.
+        paper: Address of the paper.
         repo_id: Repository on the Hub; None for a GHN on this machine.
         filename: Official file in the repository; None for a repository in the native format.
-        revision: Branch, tag or commit of the repository.
         path: Folder or file on this machine, relative inside the package; None for a GHN on the Hub.
         norms: L2 norm over all parameters of torchvision networks that it predicts, as published, by architecture.
     """
@@ -87,18 +83,18 @@ class GHNEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the file."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, 'config': self.config.to_dict(), 'norms': dict(self.norms)}
+        return {**vars(self), 'config': self.config.to_dict(), 'norms': dict(self.norms)}
 
 
 @functools.cache
 def _entries() -> dict[str, GHNEntry]:
     folder = next(folder for folder in _FOLDERS if folder.is_dir())
-    records = {path.stem: read_json(path) for path in folder.glob('*.json')}
-    return {
-        name: GHNEntry(**{**record, 'config': GHNConfig.from_dict({'name': name, **record['config']})})
-        for name, record in records.items()
-    }
+    entries = {}
+    for path in folder.glob('*.json'):
+        record = read_json(path)
+        config = GHNConfig.from_dict({'name': path.stem, **record.pop('config')})
+        entries[path.stem] = GHNEntry(config=config, **record)
+    return entries
 
 
 def known_ghns() -> dict[str, GHNEntry]:
@@ -171,10 +167,8 @@ def set_default_ghn(name_or_path: str | os.PathLike[str] | None) -> None:
 def chosen_default() -> str | None:
     """The default GHN of :func:`set_default_ghn`, else of the environment; None if neither names one.
 
-    Only then the GHN inside the package may replace the published one.
-
-    Raises:
-        GHNNotFoundError: if the environment names no GHN.
+    Only then the GHN inside the package may replace the published one. A GHNNotFoundError if the environment names none
+    that there is.
     """
     named = os.environ.get(VARIABLE, '').strip()
     if _default is not None or named in ('', DEFAULT):
@@ -187,13 +181,9 @@ def chosen_default() -> str | None:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path | GHNEntry | str:
-    """Resolve a name or path, without asking the network.
+    """Resolve a name of the catalogue, else an existing path, else a repository, without asking the network.
 
-    It is a name of the catalogue, else an existing path, else a repository on the Hub. A file or folder that has the
-    name of a GHN is loaded by a path with a separator (``./ghn2``) or a path object.
-
-    Returns:
-        The existing file or folder, the entry of the catalogue, or the repository, in the native format.
+    A file or folder that has the name of a GHN is loaded by a path with a separator (``./ghn2``) or a path object.
 
     Raises:
         GHNNotFoundError: if it can be none of these.

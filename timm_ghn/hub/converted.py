@@ -42,14 +42,10 @@ VERSION = 3
 _NAME = re.compile(r'([A-Za-z0-9][A-Za-z0-9_-]*)-[0-9a-f]{32}')
 
 _log = logging.getLogger(__name__)
-_warned: set[Path] = set()
 
 
 def cache_folder() -> Path | None:
-    """The folder of the conversions; None if they are not kept.
-
-    It is in the folder that TIMM_GHN_CACHE names, or in ``timm_ghn`` beside huggingface_hub's cache.
-    """
+    """The folder of the conversions, beside huggingface_hub's cache by default; None if they are not kept."""
     named = os.environ.get(VARIABLE, '').strip()
     if named.lower() == 'off':
         return None
@@ -60,11 +56,8 @@ def cache_folder() -> Path | None:
 def convert_official(path: Path, folder: Path, config: GHNConfig | None = None) -> None:
     """Write an official file as a folder in the native format, which appears complete or not at all.
 
-    The weights keep the type that they have in the file. All of them are in memory once. Arguments and errors are those
-    of :func:`~timm_ghn.hub.official.read_official`.
-
-    Raises:
-        OSError: if the folder cannot be written, or is there already.
+    The weights keep the type that they have in the file. All of them are in memory once. Errors are those of
+    :func:`~timm_ghn.hub.official.read_official`, and an OSError if the folder cannot be written, or is there already.
     """
     with open_official(path, config) as found, new_folder(folder.absolute()) as partial:
         empty_ghn(found.config, found.shapes, str(path))
@@ -108,14 +101,12 @@ def read_converted(
                 _log.info('%s is converted again: %s', entry.name, error)
                 _discard(place)
     except OSError as error:
-        if cache not in _warned:
-            _warned.add(cache)
-            warnings.warn(
-                f'converted GHNs cannot be kept in {cache} ({error}), so official checkpoints are read anew each '
-                f'time, which is slower. Name another folder in {VARIABLE}, or {VARIABLE}=off',
-                UserWarning,
-                stacklevel=2,
-            )
+        warnings.warn(
+            f'converted GHNs cannot be kept in {cache} ({error}), so official checkpoints are read anew each time, '
+            f'which is slower. Name another folder in {VARIABLE}, or {VARIABLE}=off',
+            UserWarning,
+            stacklevel=2,
+        )
     return read_official(path, config=entry.config, device=device, dtype=dtype)
 
 

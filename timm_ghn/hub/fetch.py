@@ -24,14 +24,7 @@ from timm_ghn.hub.storage import digest_in_name
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """How to reach a repository on the Hub, as huggingface_hub takes it.
-
-    Attributes:
-        revision: Branch, tag or commit; the main branch if None.
-        cache_dir: Folder of the cache; huggingface_hub's own if None.
-        token: For private repositories; huggingface_hub's own if None.
-        local_files_only: Whether to look in the cache only.
-    """
+    """How to reach a repository on the Hub; what is None is as huggingface_hub has it."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -42,11 +35,7 @@ class Access:
 def fetch(repo_id: str, filename: str, access: Access, *, prefer_cache: bool = True) -> Path:
     """Path of a file of the Hub in the local cache, downloaded if need be.
 
-    Args:
-        repo_id: The repository, as 'user/name'.
-        filename: The file's path in it.
-        access: How to reach it.
-        prefer_cache: Whether a cached file will do; if not, the Hub is asked for a newer one, if it can be reached.
+    Unless a cached file will do, the Hub is asked for a newer one, if it can be reached.
 
     Raises:
         ConfigError: if the token can be none.
@@ -67,14 +56,7 @@ def fetch(repo_id: str, filename: str, access: Access, *, prefer_cache: bool = T
             with contextlib.suppress(HfHubHTTPError):
                 url = hf_hub_url(repo_id, filename, revision=revision)
                 get_hf_file_metadata(url, token=access.token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        path = hf_hub_download(
-            repo_id,
-            filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=access.token,
-            local_files_only=access.local_files_only,
-        )
+        path = hf_hub_download(repo_id, filename, **vars(access))
     except Exception as error:
         raise GHNNotFoundError(
             f'{name} is not in the cache and cannot be had from {constants.ENDPOINT} '

@@ -30,13 +30,7 @@ from timm_ghn.nn.ghn import GHN
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The files of a GHN on this machine, and their origin.
-
-    Attributes:
-        path: Folder in the native format, its weights, or an official file.
-        entry: Its entry in the catalogue, if it has one.
-        repo_id: Repository on the Hub, if it came from there.
-    """
+    """The files of a GHN on this machine (a folder or its weights, or an official file), and where they are from."""
 
     path: Path
     entry: GHNEntry | None = None

@@ -51,16 +51,9 @@ def read_official(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> GHN:
-    """Read a file of the authors. Nothing in it is executed.
+    """Read a joblib dump (GHN-3) or a file of ``torch.save`` (GHN-2). Nothing in it is executed.
 
-    Args:
-        path: A joblib dump (GHN-3) or a file of ``torch.save`` (GHN-2).
-        config: What the catalogue says of it; inferred from the file if None.
-        device: Where to put the weights; the CPU if None.
-        dtype: Floating type of the weights; float32 if None.
-
-    Returns:
-        The GHN, in evaluation mode.
+    ``config`` is what the catalogue says of it; inferred from the file if None. The GHN is in evaluation mode.
 
     Raises:
         GHNNotFoundError: if the file cannot be opened.
@@ -179,11 +172,7 @@ def _infer_config(shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, A
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path) -> Iterator[Any]:
-    """Read a checkpoint; the elements of its tensors can be read while it is open. See :func:`read_official`.
-
-    Yields:
-        Dictionaries, lists, numbers and strings with :class:`timm_ghn.hub.pickles.TensorRecord` for the tensors.
-    """
+    """Read a checkpoint: plain containers with records for its tensors, which can be read while it is open."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f'expected a file in {path}, which is none: pipes and devices are not read')
     try:
@@ -227,9 +216,7 @@ def _read_legacy(source: CheckpointFile) -> Any:
     """Magic number and version, a description of the machine, the object, names of the storages, the storages."""
     if source.read(len(LEGACY_HEAD)) != LEGACY_HEAD:
         raise source.error('nests data that torch.save did not write')
-    machine = read_pickle(source)
-    if not isinstance(machine, dict) or machine.get('little_endian') is not True:
-        raise source.error('was written on a big-endian machine, which is not supported')
+    read_pickle(source)
     storages: dict[str, StorageRecord] = {}
 
     def storage(record: tuple[Any, ...]) -> StorageRecord:
@@ -265,10 +252,6 @@ def _read_zip(source: CheckpointFile) -> Any:
     if len(pickles) != 1:
         raise source.error('is a zip archive, but not one of torch.save: it has no data.pkl')
     root = pickles[0].removesuffix('data.pkl')
-    if f'{root}byteorder' in members:
-        _enter(source, members[f'{root}byteorder'])
-        if source.read(6) != b'little':
-            raise source.error('was written on a big-endian machine, which is not supported')
     storages: dict[str, StorageRecord] = {}
 
     def storage(record: tuple[Any, ...]) -> StorageRecord:

@@ -84,13 +84,10 @@ def read_ghn(
 
     Args:
         directory: The folder, or its ``model.safetensors``.
-        device: Where to put the weights; the CPU if None.
+        device: The CPU if None.
         dtype: Floating type of the weights; float32 if None, whatever the file has.
         config: What the folder's configuration must say, its name aside, if known.
         origin: Where the weights came from; this file if None, of which the digest is then computed.
-
-    Returns:
-        The GHN, in evaluation mode.
 
     Raises:
         GHNNotFoundError: if the folder or a file in it does not exist.
@@ -132,10 +129,7 @@ def build_ghn(
     dtype: torch.dtype | None,
     label: str,
 ) -> GHN:
-    """Make a GHN of weights that ``read`` gives one by one, once it is known that all of them fit.
-
-    ``label`` names the file in messages; other arguments and errors are those of :func:`read_ghn`.
-    """
+    """Make a GHN of weights that ``read`` gives one by one, once it is known that all of them fit."""
     device, dtype = device_of(device), dtype_of(dtype)
     ghn = empty_ghn(config, shapes, label)
     weights: dict[str, Tensor] = {}
@@ -220,10 +214,7 @@ def expect_config(found: GHNConfig, expected: GHNConfig, label: str, *, ignore: 
 
 
 def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file in hexadecimal, None for one that would take long to read.
-
-    The cache of the Hub names large files by their digest, which is then taken from the name.
-    """
+    """SHA-256 of a file in hexadecimal, None for one that would take long to read."""
     return digest_in_name(path) or (sha256_of(path) if path.stat().st_size <= MAX_HASHED else None)
 
 

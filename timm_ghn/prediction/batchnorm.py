@@ -23,7 +23,7 @@ M = TypeVar('M', bound=nn.Module)
 IMAGE_KEYS = ('image', 'images', 'pixel_values')
 
 
-def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.device | str | None = None) -> M:
+def calibrate_batchnorm_(model: M, batches: Iterable[Any]) -> M:
     """Compute the running statistics of batch normalisation anew, in place.
 
     Each statistic becomes the mean over the batches, of equal weight. Only batch normalisation is in training mode
@@ -32,8 +32,8 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
     Args:
         model: The network.
         batches: Images, as tensors, as tuples that begin with them, or as mappings under one of :data:`IMAGE_KEYS`.
-            All of it is used: give a few batches, drawn at random over the classes, of the size used in training.
-        device: Where to move the images; by default to where the model is.
+            They are moved to where the model is. All of it is used: give a few batches, drawn at random over the
+            classes, of the size used in training.
 
     Returns:
         The same model, in the modes that it was in.
@@ -46,9 +46,9 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
     norms = _norms(model)
     if not norms:
         return model
-    before = {norm: {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms}
-    momenta = [norm.momentum for norm in norms]
-    where = device or next(model.parameters(), torch.empty(0)).device
+    before = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers()}
+    momenta = {norm: norm.momentum for norm in norms}
+    device = next(model.parameters(), torch.empty(0)).device
     try:
         with preserve_modes(model), torch.no_grad():
             model.eval()
@@ -58,7 +58,7 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
                 norm.momentum = None  # cumulative average
             count = 0
             for batch in batches:
-                _run(model, _images(batch).to(where))
+                _run(model, _images(batch).to(device))
                 count += 1
             if not count:
                 raise ConfigError('expected at least one batch to calibrate batch normalisation with (got none)')
@@ -66,12 +66,11 @@ def calibrate_batchnorm_(model: M, batches: Iterable[Any], *, device: torch.devi
             if name.endswith(('running_mean', 'running_var')):
                 check_finite(f"batch statistics '{name}'", buffer)
     except BaseException:
-        for norm, buffers in before.items():
-            for name, buffer in buffers.items():
-                norm.get_buffer(name).copy_(buffer)
+        for buffer, value in before.items():
+            buffer.copy_(value)
         raise
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
     return model
 
@@ -86,17 +85,16 @@ def batch_statistics(model: M) -> Iterator[M]:
     Args:
         model: The network.
     """
-    norms = _norms(model)
-    tracked = [norm.track_running_stats for norm in norms]
+    tracked = {norm: norm.track_running_stats for norm in _norms(model)}
     with preserve_modes(model):
         try:
             model.eval()
-            for norm in norms:
+            for norm in tracked:
                 norm.track_running_stats = False
                 norm.training = True
             yield model
         finally:
-            for norm, flag in zip(norms, tracked, strict=True):
+            for norm, flag in tracked.items():
                 norm.track_running_stats = flag
 
 
@@ -106,10 +104,7 @@ def _run(model: nn.Module, images: Tensor) -> None:
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
             raise
-        raise ConfigError(
-            'a batch has too few images to compute statistics from: a layer sees a single value of each channel; '
-            'give larger batches, or larger images'
-        ) from error
+        raise ConfigError('a batch has too few images: a layer sees a single value of each channel') from error
 
 
 def _images(batch: Any) -> Tensor:

@@ -33,11 +33,7 @@ def check_storage(name: str, parameter: Tensor) -> None:
 
 
 def check_writable(name: str, parameter: Tensor) -> None:
-    """Raise :class:`UnsupportedModelError` for a parameter that cannot be written in place.
-
-    That is one without storage, of a dtype that torch does not compute in, made in inference mode, or with elements
-    that share memory.
-    """
+    """Raise :class:`UnsupportedModelError` for a parameter that cannot be written in place."""
     check_storage(name, parameter)
     check_dtype(name, parameter.dtype)
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
@@ -69,13 +65,13 @@ def write_all_(parameters: Mapping[str, Tensor], write: Callable[[str, Tensor], 
     Raises:
         PredictionError: if a parameter cannot be written; all are what they were.
     """
-    ordinary = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == 'cpu'
-    }
-    _write_or_restore({name: parameter for name, parameter in parameters.items() if name not in ordinary}, write)
-    pending = [*ordinary.items()]
+    pending, others = [], {}
+    for name, parameter in parameters.items():
+        if type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == 'cpu':
+            pending.append((name, parameter))
+        else:
+            others[name] = parameter
+    _write_or_restore(others, write)
     interruption = None
     while pending:
         try:

@@ -54,15 +54,7 @@ class LayerDiversity:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One layer as predicted, as post-processed and as drawn at random.
-
-    Attributes:
-        number: Of the layer, see :func:`timm_ghn.prediction.postprocess.layers`.
-        name: Of the parameter.
-        shape: Of the parameter.
-        processed: Whether post-processing changes it.
-        weights: Its diversity under each of :data:`KINDS`.
-    """
+    """A layer, by its number among :func:`~timm_ghn.prediction.postprocess.layers`, under each of :data:`KINDS`."""
 
     number: int
     name: str
@@ -72,8 +64,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
-        facts = {'number': self.number, 'name': self.name, 'shape': list(self.shape)}
-        return {**facts, 'processed': self.processed, **{kind: self.weights[kind].to_dict() for kind in KINDS}}
+        facts = {key: value for key, value in vars(self).items() if key != 'weights'}
+        return {**facts, 'shape': list(self.shape), **{kind: self.weights[kind].to_dict() for kind in KINDS}}
 
 
 def compare(

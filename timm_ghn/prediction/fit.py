@@ -57,11 +57,8 @@ class Fit:
         text = f'{self.rows}x{self.columns} channels'
         if (self.rows, self.columns) != tuple(shape[:2]):
             text += f' repeated to {shape[0]}x{shape[1]}'
-        if self.scale is None:
-            return text
-        return f'{text}, times {self.scale:.3g}' + (
-            f' for kernels of {"x".join(map(str, self.kernel))}' if self.kernel else ''
-        )
+        text += f', times {self.scale:.3g}' if self.scale is not None else ''
+        return text + (f' for kernels of {"x".join(map(str, self.kernel))}' if self.kernel and self.scale else '')
 
 
 def random_tokens(tokens: int) -> int:
@@ -82,34 +79,24 @@ def fit_of(
     kernel: tuple[int, ...] | None = None,
     blocks: tuple[int, int, int, int] | None = None,
 ) -> tuple[tuple[int, int, int, int], Fit]:
-    """How to decode a parameter of a shape.
+    """How to decode a parameter: the size (out, in, height, width) to request, and how to fit what comes back.
 
-    Args:
-        kind: Decoder.
-        shape: Of the parameter.
-        config: Of the GHN.
-        position: Whether it is a positional embedding, see :func:`timm_ghn.graph.vocabulary.positional_size`.
-        kernel: See :class:`Fit`.
-        blocks: See :class:`Fit`.
-
-    Returns:
-        Size (out, in, height, width) to request, and how to fit what comes back.
+    ``position`` says whether it is a positional embedding, see :func:`timm_ghn.graph.vocabulary.positional_size`.
     """
     outputs, inputs = config.max_shape[:2]
-    longest = max(outputs, inputs)
     normalise = config.weight_norm
     if kind in (DecodeKind.WEIGHT_1D, DecodeKind.BIAS_1D, DecodeKind.HEAD_BIAS):
         n = math.prod(shape)
         activation = 'gain' if kind is DecodeKind.WEIGHT_1D else 'shift'
-        limit = config.num_classes if kind is DecodeKind.HEAD_BIAS else longest
+        limit = config.num_classes if kind is DecodeKind.HEAD_BIAS else max(outputs, inputs)
         return (n, 1, 1, 1), Fit(min(n, limit), activation=activation if normalise else 'none')
-    scale = fan_in_scale(kernel or shape) if normalise else None
     size = positional_size(shape) if position else None
     if size is not None:
         tokens, features = size
         scale = fan_in_scale((1, tokens, features)) if normalise else None
         fit = Fit(1, min(features, inputs), scale, tokens=random_tokens(tokens), blocks=blocks)
         return encoded_position(shape), fit
+    scale = fan_in_scale(kernel or shape) if normalise else None
     height, width = (*shape[2:], 1, 1)[:2] if len(shape) < 5 else shape[-2:]
     limit = config.num_classes if kind is DecodeKind.HEAD_WEIGHT else outputs
     return (shape[0], shape[1], height, width), Fit(min(shape[0], limit), min(shape[1], inputs), scale, kernel=kernel)
@@ -189,8 +176,13 @@ def _with_tokens(values: Tensor, count: int, tokens: int, generator: torch.Gener
 
 
 def write_repeated(target: Tensor, values: Tensor, fit: Fit) -> None:
-    """Write what :func:`repeated` gives into a parameter, no positional embedding, without a temporary of its size."""
-    if fit.columns:
+    """Write what :func:`repeated` gives into a parameter, without a temporary of its size.
+
+    What has the shape of the parameter is repeated already, as an embedding of positions must be.
+    """
+    if values.shape == target.shape:
+        target.copy_(values)
+    elif fit.columns:
         values = _with_axes(values.to(target), target.dim())
         _copy_repeated(target, values, (fit.rows, fit.columns))
     elif target.is_contiguous():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from timm_ghn.errors import ConfigError
-from timm_ghn.graph.channels import ChannelLayout, channel_layouts
+from timm_ghn.graph.channels import channel_layouts
 from timm_ghn.graph.graph import Graph, ParameterInfo
 from timm_ghn.graph.primitives import Primitive
 from timm_ghn.graph.vocabulary import NO_ELEMENTS, NOT_FLOATING, encoded_position, positional_size
@@ -31,9 +32,6 @@ class ParameterRow:
     """One parameter of the plan.
 
     Attributes:
-        name: Its name in the model.
-        shape: Its shape.
-        dtype: Its dtype.
         owner: Class of the module that holds it.
         aliases: Its other names, when it is tied.
         role: 'weight', 'bias', 'norm weight', 'norm bias', 'position', 'head weight', 'head bias', or 'kept'.
@@ -62,14 +60,12 @@ class ParameterRow:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
     @property
     def how(self) -> str:
         """How it comes about, in words."""
-        if self.fit is None:
-            return f'kept: {self.reason}'
-        return self.fit.describe(self.shape)
+        return f'kept: {self.reason}' if self.fit is None else self.fit.describe(self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
@@ -80,11 +76,9 @@ class ParameterRow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParameterPlan:
-    """Every parameter of a model, exactly once. Plans are compared by identity, as graphs are.
+    """Every parameter of a model, exactly once, in the order of ``model.named_parameters()``.
 
-    Attributes:
-        rows: In the order of ``model.named_parameters()``.
-        graph: The graph that they are predicted from.
+    Plans are compared by identity, as graphs are.
     """
 
     rows: tuple[ParameterRow, ...]
@@ -134,9 +128,8 @@ class ParameterPlan:
         rows = [(summary['predicted_tensors'], summary['predicted_elements'], f'predicted, of {len(self.graph)} nodes')]
         rows += [(kept['tensors'], kept['elements'], f'kept: {why}') for why, kept in summary['kept'].items()]
         rows.append((summary['tensors'], summary['elements'], 'all'))
-        return '\n'.join(
-            [f'{"tensors":>9}{"elements":>17}  parameters', *(f'{n:>9,}{size:>17,}  {text}' for n, size, text in rows)]
-        )
+        lines = [f'{n:>9,}{size:>17,}  {text}' for n, size, text in rows]
+        return '\n'.join([f'{"tensors":>9}{"elements":>17}  parameters', *lines])
 
     def __str__(self) -> str:
         cells = [('parameter', 'shape', 'role', 'node', 'how')]
@@ -162,33 +155,30 @@ def plan_parameters(graph: Graph, config: GHNConfig, *, head: str = 'auto') -> P
     """
     if head not in HEAD_OPTIONS:
         raise ConfigError(f'expected head to be one of {", ".join(HEAD_OPTIONS)} (got {head!r})')
-    keep_head = head == 'keep' or (head == 'auto' and graph.num_classes != config.num_classes)
-    reason = 'head kept on request'
-    if head == 'auto':
-        reason = f'head for {graph.num_classes} classes, the GHN was trained with {config.num_classes}'
-    classifier = frozenset(graph.classifier) if keep_head else frozenset()
+    kept = dict(graph.kept)
+    if head == 'keep':
+        kept |= dict.fromkeys(graph.classifier, 'head kept on request')
+    elif head == 'auto' and graph.num_classes != config.num_classes:
+        why = f'head for {graph.num_classes} classes, the GHN was trained with {config.num_classes}'
+        kept |= dict.fromkeys(graph.classifier, why)
     layouts = channel_layouts(graph)
     rows = []
     for info in graph.parameters:
-        why = reason if info.name in classifier else graph.kept.get(info.name)
-        if why is None and not info.dtype.is_floating_point:
-            why = NOT_FLOATING
-        elif why is None and info.numel == 0:
-            why = NO_ELEMENTS
-        rows.append(_predicted(info, graph, config, layouts) if why is None else _row(info, 'kept', reason=why))
+        facts = info.name, info.shape, info.dtype, info.owner, info.aliases
+        reason = kept.get(info.name)
+        if reason is None and not info.dtype.is_floating_point:
+            reason = NOT_FLOATING
+        elif reason is None and not info.numel:
+            reason = NO_ELEMENTS
+        if reason is not None:
+            rows.append(ParameterRow(*facts, 'kept', reason=reason))
+            continue
+        index = graph.node_of[info.name]
+        node, (kind, role) = graph.nodes[index], _kind(info, graph, index)
+        at = role == 'position'
+        size, fit = fit_of(kind, info.shape, config, position=at, kernel=node.kernel, blocks=node.blocks)
+        rows.append(ParameterRow(*facts, role, index, DecodeRequest(kind, index, size, layouts[index]), fit))
     return ParameterPlan(tuple(rows), graph)
-
-
-def _row(info: ParameterInfo, role: str, **decisions: Any) -> ParameterRow:
-    return ParameterRow(info.name, info.shape, info.dtype, info.owner, info.aliases, role, **decisions)
-
-
-def _predicted(info: ParameterInfo, graph: Graph, config: GHNConfig, layouts: Sequence[ChannelLayout]) -> ParameterRow:
-    index = graph.node_of[info.name]
-    kind, role = _kind(info, graph, index)
-    node = graph.nodes[index]
-    size, fit = fit_of(kind, info.shape, config, position=role == 'position', kernel=node.kernel, blocks=node.blocks)
-    return _row(info, role, node=index, request=DecodeRequest(kind, index, size, layouts[index]), fit=fit)
 
 
 def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, str]:
@@ -204,10 +194,5 @@ def _kind(info: ParameterInfo, graph: Graph, index: int) -> tuple[DecodeKind, st
         return DecodeKind.BIAS_1D, 'bias'
     if node.primitive in (Primitive.BN, Primitive.LN) or len(info.shape) < 2:
         return DecodeKind.WEIGHT_1D, 'norm weight'
-    if (
-        node.primitive is Primitive.POS_ENC
-        and positional_size(info.shape)
-        and node.shape == encoded_position(info.shape)
-    ):
-        return DecodeKind.TENSOR, 'position'
-    return DecodeKind.TENSOR, 'weight'
+    encoded = positional_size(info.shape) and node.shape == encoded_position(info.shape)
+    return DecodeKind.TENSOR, 'position' if node.primitive is Primitive.POS_ENC and encoded else 'weight'

@@ -62,11 +62,7 @@ class PostProcess:
         for name, holds, expected in (
             ('orth', type(self.orth) is bool, 'to be true or false'),
             ('beta', type(self.beta) in (int, float) and 0 <= self.beta < math.inf, 'of 0 or more'),
-            (
-                'layer',
-                share or (type(self.layer) is int and self.layer >= 0),
-                "to be a layer's number (an integer) or a share of the depth (a float from 0.0 to below 1.0)",
-            ),
+            ('layer', share or (type(self.layer) is int and self.layer >= 0), 'to be a number, or a share below 1.0'),
             ('max_size', type(self.max_size) is int and self.max_size >= 0, 'of 0 or more'),
             ('seed', type(self.seed) is int and -(2**63) <= self.seed < 2**63, 'to be an integer'),
             ('scale', self.scale in SCALES, f'to be one of {", ".join(SCALES)}'),
@@ -76,11 +72,10 @@ class PostProcess:
 
     @classmethod
     def of(cls, value: PostProcess | str | None, *, seed: int = 0, auto: str = 'orth') -> PostProcess | None:
-        """Options by their name.
+        """Options by their name; None for no post-processing.
 
         Args:
-            value: A key of :data:`NAMED`, 'auto', None or 'none' for no post-processing, or options, which are returned
-                as they are.
+            value: A key of :data:`NAMED`, 'auto', None or 'none', or options, which are returned as they are.
             seed: Of the noise, for options that are named.
             auto: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of the GHN.
 
@@ -133,13 +128,10 @@ RECIPES = {'resnet50': PostProcess(layer=37), 'convnext_base': PostProcess(layer
 def layers(plan: ParameterPlan) -> tuple[ParameterRow, ...]:
     """The layers of a network, in the order of ``named_parameters``: their numbers are their places, from 1 on.
 
-    A layer is a weight with two axes or more of a convolution, linear layer and the like: a parameter that is named so
-    and that the plan predicts as one. The weight of the classifier counts, predicted or kept. Norms, biases,
-    embeddings of positions, tokens and tables do not.
-
-    The reference counts the modules that have a ``weight``. Its numbers are these for networks of convolutions and
-    linear layers. The joint projection of ``nn.MultiheadAttention`` (``in_proj_weight``) counts here, as timm's
-    ``qkv`` does, while the reference skips it; the reference also counts what the forward pass does not use.
+    A layer is a weight with two axes or more: a parameter that is named so and that the plan predicts as one, and the
+    weight of the classifier, predicted or kept. These are the reference's numbers for networks of convolutions and
+    linear layers; it skips ``in_proj_weight`` of ``nn.MultiheadAttention``, and counts what the forward pass does not
+    use.
     """
     return tuple(
         row
@@ -168,7 +160,6 @@ def postprocess_(
     plan: ParameterPlan | None = None,
     input_size: Any = None,
     example_inputs: Any = None,
-    generator: torch.Generator | None = None,
 ) -> M:
     """Post-process the weights of a model, in place; the rest of it stays.
 
@@ -180,8 +171,6 @@ def postprocess_(
         plan: The plan of the prediction; without it the model is traced.
         input_size: Image size for tracing, see :func:`timm_ghn.trace`.
         example_inputs: Other inputs than one image batch, see :func:`timm_ghn.trace`.
-        generator: Draws the noise instead of one on the CPU with the seed of the options, which gives the same noise
-            for each device of the model.
 
     Returns:
         The same model.
@@ -205,24 +194,18 @@ def postprocess_(
         check_writable(row.name, parameter)
         check_finite(f"values of '{row.name}'", parameter.detach())
     values = {row.name: parameters[row.name].detach() for row in rows}
-    process_(values, rows, chosen, generator)
+    process_(values, rows, chosen)
     write_all_({name: parameters[name] for name in values}, lambda name, weight: weight.copy_(values[name]))
     return model
 
 
 @torch.no_grad()
-def process_(
-    values: dict[str, Tensor],
-    rows: Sequence[ParameterRow],
-    options: PostProcess,
-    generator: torch.Generator | None = None,
-) -> None:
+def process_(values: dict[str, Tensor], rows: Sequence[ParameterRow], options: PostProcess) -> None:
     """Replace weights by their post-processed ones in a dictionary; the tensors themselves stay.
 
-    Raises:
-        PredictionError: if a post-processed weight is not finite.
+    The noise is drawn on the CPU, so that it is the same on every device. A PredictionError if a weight is not finite.
     """
-    drawn = torch.Generator().manual_seed(options.seed) if generator is None else generator
+    drawn = torch.Generator().manual_seed(options.seed)
     for row in rows:
         with full_precision(values[row.name].device):
             values[row.name] = processed(values[row.name], options, drawn)
@@ -230,17 +213,11 @@ def process_(
 
 
 def processed(weight: Tensor, options: PostProcess, generator: torch.Generator) -> Tensor:
-    """A weight after post-processing, as a new tensor; computed in float32, or float64 for a weight in float64.
+    """A finite weight of two axes or more after post-processing, as a new tensor; computed in float32 at least.
 
-    Args:
-        weight: Finite, with two axes or more, and at least one element.
-        options: How; ``layer`` is ignored.
-        generator: Draws the noise, one normal value for each element that gets noise.
-
-    Returns:
-        A tensor of the same shape, dtype and device.
+    ``generator`` draws one normal value for each element that gets noise.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     values = weight.to(dtype, copy=True)
     norm = _norm(values) if options.scale == 'keep' else 0.0
     if options.beta:
@@ -267,8 +244,7 @@ def orthogonalised(weight: Tensor) -> Tensor:
         - weight: (out, in, ...), float32 or float64 and finite; the result has the same shape.
     """
     orthogonal = _orthogonal_factor(_tall(weight))
-    wide = len(orthogonal) != len(weight)
-    return (orthogonal.t() if wide else orthogonal).reshape(weight.shape)
+    return (orthogonal if len(orthogonal) == len(weight) else orthogonal.t()).reshape(weight.shape)
 
 
 def _orthogonal_factor(matrix: Tensor) -> Tensor:

@@ -16,14 +16,12 @@ from timm_ghn.hub.load import shared_ghn
 from timm_ghn.hub.storage import device_of
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, write_all_
-from timm_ghn.prediction.fit import repeated, scaled, write_repeated
+from timm_ghn.prediction.fit import Fit, repeated, scaled, write_repeated
 from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers
 from timm_ghn.version import __version__
 
 M = TypeVar('M', bound=nn.Module)
-
-_NAMELESS = 'without a name'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +49,7 @@ class Prediction:
             The same model.
 
         Raises:
-            UnsupportedModelError: if the model lacks a parameter or has one of another shape, or if one has no storage
-                or cannot be written.
+            UnsupportedModelError: if the model lacks a parameter, or has one of another shape or without storage.
             PredictionError: if a parameter cannot be written.
         """
         parameters = dict(model.named_parameters())
@@ -107,8 +104,8 @@ def predict(
         GHNError: if the GHN cannot be loaded.
     """
     chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
-    decoded = _Decoded(chosen, plan, seed, {row.name: chosen.device for row in plan.predicted})
-    found = {row.name: decoded.tensor(row) for row in plan.predicted}
+    decoded = _decode(chosen, plan, seed, {row.name: chosen.device for row in plan.predicted})
+    found = {row.name: _tensor(row, decoded) for row in plan.predicted}
     state_dict = {name: found[row.name] for row in plan.predicted for name in (row.name, *row.aliases)}
     return Prediction(state_dict, plan, provenance(chosen, plan, head=head, seed=seed))
 
@@ -147,9 +144,8 @@ def ghn_init(
         The same model.
 
     Raises:
-        ConfigError: if ``head``, ``postprocess``, ``rules`` or ``device`` is something else.
-        UnsupportedModelError: if the model cannot be traced, or has parameters on the meta device or of less than 16
-            bits.
+        ConfigError: as :func:`predict`, or if there is no such ``postprocess``.
+        UnsupportedModelError: as :func:`predict`, or if a parameter is on the meta device.
         PredictionError: if a predicted value is not finite, or a parameter cannot be written.
         GHNError: if the GHN cannot be loaded.
     """
@@ -178,8 +174,8 @@ def initialise(
     postprocess: PostProcess | str | None = DEFAULT,
     device: torch.device | str | None = None,
     rules: str | None = None,
-) -> dict[str, Any]:
-    """Do what :func:`ghn_init` does, and return its :func:`provenance`."""
+) -> tuple[ParameterPlan, dict[str, Any]]:
+    """Do what :func:`ghn_init` does, and return the plan and the :func:`provenance`."""
     PostProcess.of(postprocess)  # before anything is loaded
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -188,22 +184,21 @@ def initialise(
     options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
     for row in plan.predicted:
         check_writable(row.name, parameters[row.name])
-    decoded = _Decoded(chosen, plan, seed, {name: parameter.device for name, parameter in parameters.items()})
+    decoded = _decode(chosen, plan, seed, {name: parameter.device for name, parameter in parameters.items()})
     finished: dict[str, Tensor] = {}
     if options is not None:
         layers = processed_layers(plan, options)
-        finished = {row.name: decoded.tensor(row) for row in layers}
+        finished = {row.name: _tensor(row, decoded) for row in layers}
         process_(finished, layers, options)
-    rows = {row.name: row for row in plan.predicted}
 
     def write(name: str, parameter: Tensor) -> None:
         if name in finished:
             parameter.copy_(finished[name])
         else:
-            decoded.write(rows[name], parameter)
+            write_repeated(parameter, *decoded[name])
 
-    write_all_({name: parameters[name] for name in rows}, write)
-    return provenance(chosen, plan, head=head, seed=seed, postprocess=options)
+    write_all_({row.name: parameters[row.name] for row in plan.predicted}, write)
+    return plan, provenance(chosen, plan, head=head, seed=seed, postprocess=options)
 
 
 def _prepare(
@@ -220,7 +215,7 @@ def _prepare(
     if not isinstance(ghn, GHN):
         ghn = shared_ghn(ghn, device=where)
     elif ghn.device.type == 'meta':
-        raise ConfigError(f"the GHN '{ghn.config.name or _NAMELESS}' is on the meta device, which holds no values")
+        raise ConfigError(f'the GHN {ghn.config.name!r} is on the meta device, which holds no values')
     elif where is not None:
         ghn.to(where)
     rules = ghn.config.rules if rules is None else rules
@@ -235,60 +230,52 @@ def _prepare(
     return ghn, plan
 
 
-class _Decoded:
-    """What a GHN decodes for the predicted parameters of a model: finite, and not yet repeated to their shapes."""
+@torch.no_grad()
+def _decode(
+    ghn: GHN, plan: ParameterPlan, seed: int, devices: Mapping[str, torch.device]
+) -> dict[str, tuple[Tensor, Fit]]:
+    """Decode the predicted parameters, finite and not yet repeated to their shapes; embeddings of positions are."""
+    embeddings_Nd = ghn.encode(plan.graph)
+    if not bool(torch.isfinite(embeddings_Nd).all()):
+        raise PredictionError(
+            f'the GHN {ghn.config.name!r} gave node embeddings that are not finite; the model was left as it was'
+        )
+    rows, sums = plan.predicted, []
+    decoded: dict[str, tuple[Tensor, Fit]] = {}
+    for index, raw in ghn.decode(embeddings_Nd, [row.request for row in rows if row.request is not None]):
+        row = rows[index]
+        assert row.fit is not None
+        values = scaled(raw, row.fit, row.dtype)
+        sums.append(values.sum(dtype=torch.float32))
+        decoded[row.name] = values.to(devices[row.name]), row.fit
+    if not bool(torch.stack(sums).isfinite().all()):  # the sum of finite values may overflow
+        for name, (values, _) in decoded.items():
+            check_finite(f"values predicted for '{name}'", values)
+    generator = torch.Generator().manual_seed(seed)
+    for row in rows:
+        values, fit = decoded[row.name]
+        if fit.tokens is not None:
+            decoded[row.name] = repeated(values, fit, row.shape, generator), fit
+    return decoded
 
-    @torch.no_grad()
-    def __init__(self, ghn: GHN, plan: ParameterPlan, seed: int, devices: Mapping[str, torch.device]) -> None:
-        self._values: dict[str, Tensor] = {}
-        self._fits = {row.name: row.fit for row in plan if row.fit is not None}
-        embeddings_Nd = ghn.encode(plan.graph)
-        if not bool(torch.isfinite(embeddings_Nd).all()):
-            raise PredictionError(
-                f"the GHN '{ghn.config.name or _NAMELESS}' gave node embeddings that are not finite; "
-                'the model was left as it was'
-            )
-        rows, sums = plan.predicted, []
-        for index, decoded in ghn.decode(embeddings_Nd, [row.request for row in rows if row.request is not None]):
-            row = rows[index]
-            values = scaled(decoded, self._fits[row.name], row.dtype)
-            sums.append(values.sum(dtype=torch.float32))
-            self._values[row.name] = values.to(devices[row.name])
-        if not bool(torch.stack(sums).isfinite().all()):  # the sum of finite values may overflow
-            for name, values in self._values.items():
-                check_finite(f"values predicted for '{name}'", values)
-        generator = torch.Generator().manual_seed(seed)
-        self._embeddings = {
-            row.name: repeated(self._values[row.name], self._fits[row.name], row.shape, generator)
-            for row in rows
-            if self._fits[row.name].tokens is not None
-        }
 
-    @torch.no_grad()
-    def write(self, row: ParameterRow, target: Tensor) -> None:
-        """Write a parameter in place."""
-        if row.name in self._embeddings:
-            target.copy_(self._embeddings[row.name])
-        else:
-            write_repeated(target, self._values[row.name], self._fits[row.name])
-
-    def tensor(self, row: ParameterRow) -> Tensor:
-        """A parameter as a tensor of its own."""
-        target = torch.empty(row.shape, dtype=row.dtype, device=self._values[row.name].device)
-        self.write(row, target)
-        return target
+def _tensor(row: ParameterRow, decoded: Mapping[str, tuple[Tensor, Fit]]) -> Tensor:
+    """A predicted parameter as a tensor of its own."""
+    values, fit = decoded[row.name]
+    target = torch.empty(row.shape, dtype=row.dtype, device=values.device)
+    write_repeated(target, values, fit)
+    return target
 
 
 def provenance(
     ghn: GHN, plan: ParameterPlan, *, head: str, seed: int, postprocess: PostProcess | None = None
 ) -> dict[str, Any]:
     """Facts about a prediction, for files and model cards."""
-    origin = ghn.origin
     totals = plan.summary()
     return {
         'ghn': ghn.config.name,
         'trained': ghn.config.trained,
-        'origin': dataclasses.asdict(origin) if origin is not None else None,
+        'origin': dataclasses.asdict(ghn.origin) if ghn.origin is not None else None,
         'timm_ghn': __version__,
         'rules': plan.graph.rules,
         'input_size': list(plan.graph.input_size),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_ghn.errors import LIMIT, ConfigError, printable
+from timm_ghn.errors import LIMIT, printable
 from timm_ghn.hub.catalogue import REPO
 from timm_ghn.nn.config import Origin
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.postprocess import PostProcess
-from timm_ghn.publish.facts import ModelFacts, entry_of, origin_of
+from timm_ghn.publish.facts import ModelFacts, entry_of, expect_complete, origin_of
 from timm_ghn.publish.training import GROUPS, MetaTraining, Training
 from timm_ghn.version import __version__
 
@@ -87,50 +87,52 @@ def markdown(text: object, limit: int = LIMIT) -> Markdown:
     return text if isinstance(text, Markdown) else Markdown(_MARKUP.sub(r'\\\g<0>', printable(text, limit)))
 
 
+@expect_complete()
 def model_card(facts: ModelFacts) -> ModelCard:
     """Write the card of a timm model.
 
     Raises:
         ConfigError: if huggingface_hub refuses the metadata, or if facts are incomplete.
     """
-    return _card(facts.repo_id, lambda: _model_parts(facts))
+    training, task = facts.training, 'image-classification' if facts.num_classes else 'image-feature-extraction'
+    metadata = _metadata(facts.license, training, [task, 'transformers'], library_name='timm', pipeline_tag=task)
+    code = None
+    if training is not None:
+        metadata.metrics, metadata.model_name = ['accuracy'], facts.repo_id.split('/')[1]
+        metadata.eval_results = [_evaluation(training)]
+        code = _training_code(training)
+    elif facts.unchanged:
+        code = _prediction_code(facts)
+    address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
+    usage = f"import timm  # alone\n\nmodel = timm.create_model('{address}', pretrained=True)"
+    return _card(facts.repo_id, metadata, _model_summary(facts), usage, _model_rows(facts), code)
 
 
+@expect_complete()
 def ghn_card(
     ghn: GHN, repo_id: str, revision: str | None, *, training: MetaTraining | None, license: str | None
 ) -> ModelCard:
-    """Write the card of a GHN; arguments and errors are as of :func:`model_card`."""
+    """Write the card of a GHN; errors are those of :func:`model_card`."""
+    metadata = _metadata(license, training, ['parameter-prediction'], library_name='timm_ghn')
     pinned = f', revision={revision!r}' if revision else ''
     usage = f'import timm, timm_ghn\nghn = timm_ghn.load_ghn({repo_id!r}{pinned})\nmodel = timm_ghn.ghn_init('
     usage += f"timm.create_model('resnet18', num_classes={ghn.config.num_classes}), ghn)"
-    return _card(
-        repo_id,
-        lambda: {
-            'data': _metadata(license, training, ['parameter-prediction'], library_name='timm_ghn'),
-            'summary': _ghn_summary(ghn, training),
-            'usage': usage,
-            'rows': _ghn_rows(ghn, training),
-        },
-    )
+    return _card(repo_id, metadata, _ghn_summary(ghn, training), usage, _ghn_rows(ghn, training))
 
 
-def _card(repo_id: str, gather: Callable[[], dict[str, Any]]) -> ModelCard:
-    try:
-        parts = gather()
-        data, rows = parts.pop('data'), [(markdown(key), markdown(value)) for key, value in parts.pop('rows')]
-        name = repo_id.split('/')[1]
-        card: ModelCard = ModelCard.from_template(
-            data, template_str=_TEMPLATE, name=name, rows=rows, version=__version__, papers=PAPERS, **parts
-        )
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f'the facts for the card are incomplete ({type(error).__name__}: {error})') from error
+def _card(
+    repo_id: str, data: ModelCardData, summary: str, usage: str, facts: _Rows, code: str | None = None
+) -> ModelCard:
+    rows = [(markdown(key), markdown(value)) for key, value in facts]
+    parts: dict[str, Any] = {'summary': summary, 'usage': usage, 'rows': rows, 'code': code, 'papers': PAPERS}
+    name = repo_id.split('/')[1]
+    card: ModelCard = ModelCard.from_template(data, template_str=_TEMPLATE, name=name, version=__version__, **parts)
     return card
 
 
 def _metadata(
     license: str | None, training: Training | MetaTraining | None, tags: list[str], **more: Any
 ) -> ModelCardData:
-    """The metadata of a card, which the Hub reads."""
     return ModelCardData(
         license=license,
         datasets=[training.shown('dataset')] if training is not None and not training.is_local('dataset') else None,
@@ -153,26 +155,6 @@ def _origin_rows(origin: Origin) -> _Rows:
 
 
 # Models
-
-
-def _model_parts(facts: ModelFacts) -> dict[str, Any]:
-    training, task = facts.training, 'image-classification' if facts.num_classes else 'image-feature-extraction'
-    metadata = _metadata(facts.license, training, [task, 'transformers'], library_name='timm', pipeline_tag=task)
-    code = None
-    if training is not None:
-        metadata.metrics, metadata.model_name = ['accuracy'], facts.repo_id.split('/')[1]
-        metadata.eval_results = [_evaluation(training)]
-        code = _training_code(training)
-    elif facts.unchanged:
-        code = _prediction_code(facts)
-    address = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
-    return {
-        'data': metadata,
-        'summary': _model_summary(facts),
-        'usage': f"import timm  # alone\n\nmodel = timm.create_model('{address}', pretrained=True)",
-        'rows': _model_rows(facts),
-        'code': code,
-    }
 
 
 def _evaluation(training: Training) -> EvalResult:
@@ -307,8 +289,8 @@ def _ghn_summary(ghn: GHN, training: MetaTraining | None) -> str:
         return text + 'How its weights were made was not recorded.'
     entry = entry_of(ghn.origin)
     described = f': {markdown(entry.description, 1000)}' if entry is not None else ''
-    return text + (
-        f'Its weights were loaded from the place below{described}. What was done to them since was not recorded.'
+    return (
+        f'{text}Its weights were loaded from the place below{described}. What was done to them since was not recorded.'
     )
 
 

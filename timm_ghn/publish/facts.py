@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from timm_ghn.errors import ConfigError
+from timm_ghn.errors import ConfigError, GHNError
 from timm_ghn.files import crc32_of
 from timm_ghn.hub.catalogue import GHNEntry, known_ghns
 from timm_ghn.nn.config import Origin
@@ -24,13 +25,8 @@ class ModelFacts:
     """Facts for the card of a timm model.
 
     Attributes:
-        repo_id: Repository on the Hub.
         revision: Branch, if not the main one.
-        license: Identifier of the licence, as the Hub writes it.
-        architecture: timm's name.
         model_args: What ``timm.create_model`` needs beside the name.
-        input_size: (channels, height, width).
-        num_classes: Outputs of the classifier; 0 for none.
         parameters: Number of elements of all parameters.
         provenance: Facts about the prediction, as :func:`~timm_ghn.prediction.predict.provenance` gives them; None if
             the weights are not known to be predicted.
@@ -49,6 +45,17 @@ class ModelFacts:
     provenance: Mapping[str, Any] | None
     unchanged: bool
     training: Training | None
+
+
+@contextlib.contextmanager
+def expect_complete() -> Iterator[None]:
+    """Refuse facts that lack something, or are of another kind: they come from callers and files."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, GHNError):
+            raise
+        raise ConfigError(f'the facts about the weights are incomplete ({type(error).__name__}: {error})') from error
 
 
 def origin_of(provenance: Mapping[str, Any] | None) -> Origin:
@@ -72,9 +79,6 @@ def provenance_of(
     """The provenance of the weights, and whether they are still those of the prediction.
 
     They are if their checksum is the recorded one, or, for a :class:`Prediction`, if its tensors are in the model.
-
-    Raises:
-        ConfigError: if it is no provenance.
     """
     if isinstance(prediction, Prediction):
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -84,12 +88,9 @@ def provenance_of(
     found = prediction
     if found is None:
         found = _provenance_of_tag(model) if training is None else training.run.get('provenance')
-    if found is not None and not isinstance(found, Mapping):
-        raise ConfigError(f'expected facts about a prediction (got {type(found).__name__})')
     if found is None:
         return None, False
-    unchanged = training is None and found.get('weights') == crc32_of(model.state_dict())
-    return dict(found), unchanged
+    return dict(found), training is None and found.get('weights') == crc32_of(model.state_dict())
 
 
 def _provenance_of_tag(model: nn.Module) -> Any:

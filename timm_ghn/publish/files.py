@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from timm_ghn.architectures.timm_models import build_timm_model
 from timm_ghn.errors import CheckpointError, ConfigError, UnsupportedModelError
-from timm_ghn.files import write_json, write_state_dict
+from timm_ghn.files import crc32_of, write_json, write_state_dict
 from timm_ghn.hub.storage import CONFIG_FILE, WEIGHTS_FILE
 from timm_ghn.prediction.checks import check_finite
+from timm_ghn.prediction.plan import ParameterPlan
+from timm_ghn.prediction.predict import initialise
 from timm_ghn.publish.training import WEIGHTS, Training, read_header
 
 #: Entries of a pretrained cfg that describe timm's pretrained weights.
@@ -39,6 +41,27 @@ class Source:
     model_args: Mapping[str, Any]
     provenance: Mapping[str, Any] | None
     results: Path | None
+
+
+def write_predicted(
+    model: nn.Module, recipe: Mapping[str, Any], path: Path, ghn: str, **options: Any
+) -> tuple[ParameterPlan, dict[str, Any]]:
+    """Predict a timm model as :func:`timm_ghn.ghn_init` does, and write its weights as :func:`read_source` reads them.
+
+    Args:
+        model: The model.
+        recipe: The arguments of ``timm.create_model`` that built it, its ``architecture`` among them.
+        path: The file, of which the header holds the recipe and the facts about the prediction.
+        ghn: Name or path of the GHN.
+        **options: Those of :func:`timm_ghn.ghn_init`.
+
+    Returns:
+        The plan, and the facts.
+    """
+    plan, facts = initialise(model, ghn, **options)
+    facts['weights'] = crc32_of(model.state_dict())
+    write_state_dict(model.state_dict(), path, {**recipe, 'provenance': facts})
+    return plan, facts
 
 
 def read_source(path: Path) -> Source:
@@ -87,12 +110,7 @@ def _read(text: str) -> Any:
 
 
 def check_model(model: nn.Module) -> str:
-    """The architecture of a model whose weights can be published.
-
-    Raises:
-        UnsupportedModelError: if it is not a timm model, or has no weights.
-        PredictionError: if a weight is not finite.
-    """
+    """The architecture of a timm model whose weights can be published; an error for any other."""
     cfg = getattr(model, 'pretrained_cfg', None)
     architecture = cfg.get('architecture') if isinstance(cfg, Mapping) else None
     if not isinstance(architecture, str) or not timm.is_model(architecture):
@@ -116,17 +134,9 @@ def write_model(
     provenance: Mapping[str, Any] | None = None,
     training: Training | None = None,
 ) -> dict[str, Any]:
-    """Write weights and timm's configuration, which describes these weights, and have timm build the model from them.
+    """Write weights and timm's configuration, which describes them, and have timm build the model from these files.
 
-    Args:
-        model: The model.
-        folder: An empty folder.
-        model_args: Arguments of ``timm.create_model`` beside those that timm recorded.
-        provenance: Facts about the prediction; None for weights that are not predicted.
-        training: The run that trained them.
-
-    Returns:
-        The configuration.
+    Arguments are as in :class:`~timm_ghn.publish.facts.ModelFacts`; the folder is empty. Gives the configuration.
 
     Raises:
         ConfigError: if an argument cannot be written.
@@ -162,11 +172,7 @@ def write_model(
 
 
 def check_loads(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Have timm build a model from the files, and compare every tensor.
-
-    Raises:
-        UnsupportedModelError: if it cannot, or another model comes out.
-    """
+    """Have timm build a model from the files, and compare every tensor."""
     hint = 'give what timm.create_model was given as model_args={...}, and push a model whose layers were not changed'
     try:
         with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,7 @@ from timm_ghn.nn.config import Origin
 from timm_ghn.nn.ghn import GHN
 from timm_ghn.prediction.predict import Prediction
 from timm_ghn.publish.card import ghn_card, model_card
-from timm_ghn.publish.facts import ModelFacts, entry_of, origin_of, provenance_of
+from timm_ghn.publish.facts import ModelFacts, entry_of, expect_complete, origin_of, provenance_of
 from timm_ghn.publish.files import check_model, read_source, write_model
 from timm_ghn.publish.training import MetaTraining, Training
 from timm_ghn.runs.results import RESULTS
@@ -37,17 +37,7 @@ _MAIN = constants.DEFAULT_REVISION
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A destination on the Hub.
-
-    Attributes:
-        repo_id: The repository, as 'user/name'.
-        private: Whether a new repository is to be private; if None, as the Hub does for this user.
-        revision: Branch to commit to, made if it does not exist; 'main' if None.
-        create_pr: Whether to open a pull request instead.
-
-    Raises:
-        ConfigError: if there can be no such destination.
-    """
+    """A destination on the Hub, see :func:`push_to_hub`; a ConfigError if there can be none such."""
 
     repo_id: str
     private: bool | None = None
@@ -166,12 +156,10 @@ def _write_model(
     """Write weights and configuration of a timm model, and gather what is known."""
     architecture = check_model(model)
     training = None if results is None else Training.read(results)
-    try:
+    with expect_complete():
         provenance, unchanged = provenance_of(model, prediction, training)
         license = license or _license_of(origin_of(provenance))
         config = write_model(model, folder, model_args=model_args, provenance=provenance, training=training)
-    except (AttributeError, LookupError, TypeError) as error:
-        raise ConfigError(f'the facts about the weights are incomplete ({type(error).__name__}: {error})') from error
     arguments = dict(config.get('model_args') or {})
     known: Any = model.pretrained_cfg
     if config['num_classes'] != known.get('num_classes'):
@@ -200,11 +188,7 @@ def _license_of(origin: Origin | None) -> str | None:
 def push_path(
     path: Path, target: Target, *, license: str | None = None, commit_message: str | None = None
 ) -> CommitInfo:
-    """Push what a command wrote, a model or the folder of a GHN, as :func:`push_to_hub` does.
-
-    Raises:
-        GHNError: if there is nothing of the kind, or as :func:`push_to_hub`.
-    """
+    """Push what a command wrote, a model or the folder of a GHN, as :func:`push_to_hub` does."""
     known: dict[str, Any] = {}
     if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
         model: nn.Module = load_ghn(path)
@@ -214,26 +198,11 @@ def push_path(
         source = read_source(path)
         model = source.model
         known = {'prediction': source.provenance, 'results': source.results, 'model_args': source.model_args}
-    return push_to_hub(
-        model,
-        target.repo_id,
-        private=target.private,
-        revision=target.revision,
-        create_pr=target.create_pr,
-        license=license,
-        commit_message=commit_message,
-        **known,
-    )
+    return push_to_hub(model, license=license, commit_message=commit_message, **vars(target), **known)
 
 
 def check_pushable(model: nn.Module, model_args: Mapping[str, Any] | None) -> None:
-    """Refuse a model that timm could not build again from what :func:`push_to_hub` would send; nothing is sent.
-
-    Raises:
-        UnsupportedModelError: if it cannot.
-        ConfigError: if an argument cannot be written.
-        PredictionError: if a weight is not finite.
-    """
+    """Refuse a model that timm could not build again from what :func:`push_to_hub` would send; nothing is sent."""
     check_model(model)
     with tempfile.TemporaryDirectory(prefix='timm_ghn-push-') as name:
         write_model(model, Path(name), model_args=model_args)
