@@ -63,7 +63,7 @@ def hub(use_endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'no-token'))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
-    with HubServer(tmp_path / 'hub') as server:
+    with HubServer() as server:
         use_endpoint(server.endpoint)
         yield server
 

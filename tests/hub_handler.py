@@ -26,7 +26,6 @@ class Fault:
         path: A regular expression that is searched in its path.
         times: For how many requests.
         status: Answer with this status, and nothing else.
-        headers: Headers of that answer.
         cut: Close the connection after that many bytes of the file that is sent, or of the body that is received.
         lost: Do what was asked, and close the connection without an answer.
         flip: Send the file with a byte changed.
@@ -37,7 +36,6 @@ class Fault:
     path: str
     times: int = 1
     status: int | None = None
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cut: int | None = None
     lost: bool = False
     flip: bool = False
@@ -60,7 +58,7 @@ class Request:
 class Refusal(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **more: str) -> None:
+    def __init__(self, status: int, message: str, code: str = '', **more: str) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.more = status, message, code, more
 
@@ -85,7 +83,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub = self.hub
         with hub.lock:
             hub.requests.append(Request(self.name, self.command, self.path, headers))
-            self.fault = next((f for f in hub.faults if f.method == self.command and self.hit(f)), None)
+            hits = (f for f in hub.faults if f.method == self.command and re.search(f.path, self.path))
+            self.fault = next(hits, None)
             if self.fault is not None:
                 self.fault.times -= 1
                 if self.fault.times <= 0:
@@ -97,26 +96,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = self.body() if receives else b''
         if self.fault is not None and self.fault.location is not None:
-            self.answer(307, b'', {'Location': self.fault.location, **self.fault.headers})
+            self.answer(307, b'', {'Location': self.fault.location})
         elif self.fault is not None and self.fault.status is not None:
-            self.answer(self.fault.status, b'{"error": "an injected fault"}', self.fault.headers)
+            self.answer(self.fault.status, b'{"error": "an injected fault"}', {})
         else:
             self.serve(body)
-
-    def hit(self, fault: Fault) -> bool:
-        return re.search(fault.path, self.path) is not None
 
     def serve(self, body: bytes) -> None:
         with self.hub.lock:
             try:
                 found = self.storage(body) if self.name == 'storage' else self.route(body)
             except Refusal as refusal:
-                headers = {'X-Error-Message': refusal.message}
-                headers |= {'X-Error-Code': refusal.code} if refusal.code else {}
-                errors = json.dumps(
-                    {'error': refusal.message, 'errors': [{'message': refusal.message}], **refusal.more}
-                )
-                self.answer(refusal.status, errors.encode(), headers)
+                headers = {'X-Error-Message': refusal.message, 'X-Error-Code': refusal.code}
+                self.answer(refusal.status, json.dumps({'error': refusal.message, **refusal.more}).encode(), headers)
                 return
         if self.fault is not None and self.fault.lost:
             self.abort()
@@ -187,8 +179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise Refusal(404, f'Sorry, we cannot find {path}')
 
     def resolve(self, repo: dict[str, Any], revision: str, path: str) -> None:
-        oid = self.hub.commit(repo, revision)
-        file = repo['commits'][oid]['files'].get(path)
+        oid, file = self.hub.commit(repo, revision), self.hub.listed(repo, revision).get(path)
         if file is None:
             self.answer(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': oid})
             return
@@ -202,13 +193,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def storage(self, body: bytes) -> Any:
         parts = urlsplit(self.path)
-        match = re.fullmatch('/lfs/([0-9a-f]{64})', parts.path)
-        if match is None:
-            raise Refusal(404, 'no such object')
+        oid = parts.path.removeprefix('/lfs/')
         if self.command == 'PUT':
-            self.hub.upload(match[1], int(parse_qs(parts.query)['size'][0]), body)
+            self.hub.upload(oid, int(parse_qs(parts.query)['size'][0]), body)
             return {}
-        self.answer(200, self.hub.blob(match[1]), {'ETag': f'"{match[1]}"'})
+        if oid not in self.hub.blobs:
+            raise Refusal(404, 'no such object')
+        self.answer(200, self.hub.blob(oid), {'ETag': f'"{oid}"'})
         return None
 
     def answer(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:

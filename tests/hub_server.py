@@ -1,4 +1,4 @@
-"""A Hub on the loopback: repositories on the disk, the endpoints that huggingface_hub calls, and faults on demand.
+"""A Hub on the loopback: repositories in memory, the endpoints that huggingface_hub calls, and faults on demand.
 
 Small files are answered for by the server itself, large ones ("LFS": weights, by the ends of their names) by
 a second one under another host name, as the Hub's storage is. All requests are kept, with their headers.
@@ -24,20 +24,15 @@ LARGE = ('.safetensors', '.bin', '.pt')
 
 
 class HubServer:
-    """The Hub. ``tokens`` maps a token to (user, whether it may write).
+    """The Hub. ``tokens`` maps a token to (user, whether it may write)."""
 
-    Args:
-        folder: Where everything is kept; a second server on the same folder has the same repositories.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tokens: dict[str, tuple[str, bool]] = {'hf_writer': ('user', True), 'hf_reader': ('user', False)}
-        self.tokens['hf_other'] = ('other', True)
+    def __init__(self) -> None:
+        self.tokens = {'hf_writer': ('user', True), 'hf_reader': ('user', False), 'hf_other': ('other', True)}
+        self.repos: dict[str, dict[str, Any]] = {}
+        self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.lock = threading.RLock()
-        (folder / 'blobs').mkdir(parents=True, exist_ok=True)
         self._servers = [self._server('hub'), self._server('storage')]
         self.endpoint = f'http://127.0.0.1:{self._servers[0].server_port}'
         self.storage = f'http://localhost:{self._servers[1].server_port}'
@@ -68,7 +63,10 @@ class HubServer:
         return [request for request in self.requests if re.search(pattern, str(request))]
 
     def exists(self, repo_id: str) -> bool:
-        return self._record(repo_id).is_file()
+        return repo_id in self.repos
+
+    def repo(self, repo_id: str) -> dict[str, Any]:
+        return self.repos[repo_id]
 
     def commits(self, repo_id: str, revision: str = 'main') -> list[str]:
         """Titles of the commits of a revision, the newest last."""
@@ -81,39 +79,25 @@ class HubServer:
 
     def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
         """Contents of the files of a revision by path."""
-        repo = self.repo(repo_id)
-        return {
-            path: self.blob(file['oid']) for path, file in repo['commits'][self.commit(repo, revision)]['files'].items()
-        }
+        return {path: self.blob(file['oid']) for path, file in self.listed(self.repo(repo_id), revision).items()}
 
     def put(self, repo_id: str, files: Mapping[str, bytes], *, revision: str = 'main', **settings: Any) -> str:
         """Make a repository, or a commit in it, without a request; gives the commit."""
         if not self.exists(repo_id):
             self.create(repo_id, private=False)
-        repo = self.repo(repo_id) | settings
+        repo = self.repo(repo_id)
+        repo.update(settings)
         repo['refs'].setdefault(revision, repo['refs']['main'])
         changed = {path: self._keep(path, content) for path, content in files.items()}
         return self._commit(repo, revision, 'put', changed)
 
     # Repositories
 
-    def _record(self, repo_id: str) -> Path:
-        return self.folder / 'repos' / repo_id / 'repo.json'
-
-    def repo(self, repo_id: str) -> dict[str, Any]:
-        return dict(json.loads(self._record(repo_id).read_text()))
-
     def create(self, repo_id: str, *, private: bool) -> None:
         first = hashlib.sha1(repo_id.encode()).hexdigest()
         commits = {first: {'parent': None, 'title': 'initial commit', 'files': {}}}
-        self.save({'id': repo_id, 'private': private, 'gated': False, 'refs': {'main': first}, 'commits': commits})
-
-    def save(self, repo: dict[str, Any]) -> None:
-        path = self._record(repo['id'])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix('.part')
-        part.write_text(json.dumps(repo))
-        part.replace(path)
+        repo = {'id': repo_id, 'private': private, 'gated': False, 'refs': {'main': first}, 'commits': commits}
+        self.repos[repo_id] = repo
 
     def commit(self, repo: dict[str, Any], revision: str) -> str:
         oid = repo['refs'].get(revision) or (revision if revision in repo['commits'] else None)
@@ -121,23 +105,25 @@ class HubServer:
             raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return str(oid)
 
+    def listed(self, repo: dict[str, Any], revision: str) -> dict[str, dict[str, Any]]:
+        """The files of a revision by path."""
+        return dict(repo['commits'][self.commit(repo, revision)]['files'])
+
     def blob(self, oid: str) -> bytes:
-        return (self.folder / 'blobs' / oid).read_bytes()
+        return self.blobs[oid]
 
     def _keep(self, path: str, content: bytes) -> dict[str, Any]:
         large = path.endswith(LARGE)
         oid = hashlib.sha256(content) if large else hashlib.sha1(b'blob %d\0' % len(content) + content)
-        (self.folder / 'blobs' / oid.hexdigest()).write_bytes(content)
+        self.blobs[oid.hexdigest()] = content
         return {'oid': oid.hexdigest(), 'size': len(content), 'lfs': large}
 
     def _commit(self, repo: dict[str, Any], revision: str, title: str, changed: Mapping[str, Any]) -> str:
         parent = repo['refs'][revision]
         files = {**repo['commits'][parent]['files'], **changed}
-        files = {path: file for path, file in files.items() if file is not None}
         oid = hashlib.sha1(json.dumps([parent, title, files, len(repo['commits'])]).encode()).hexdigest()
         repo['commits'][oid] = {'parent': parent, 'title': title, 'files': files}
         repo['refs'][revision] = oid
-        self.save(repo)
         return oid
 
     # Endpoints
@@ -175,21 +161,19 @@ class HubServer:
 
     def info(self, repo: dict[str, Any], revision: str) -> dict[str, Any]:
         oid = self.commit(repo, revision)
-        siblings = [{'rfilename': path} for path in repo['commits'][oid]['files']]
+        siblings = [{'rfilename': path} for path in self.listed(repo, revision)]
         return {'id': repo['id'], 'sha': oid, 'private': repo['private'], 'gated': repo['gated'], 'siblings': siblings}
 
     def tree(self, repo: dict[str, Any], revision: str) -> list[dict[str, Any]]:
-        files = repo['commits'][self.commit(repo, revision)]['files']
         entries = []
-        for path, file in files.items():
+        for path, file in self.listed(repo, revision).items():
             entry = {'type': 'file', 'path': path, 'size': file['size'], 'oid': file['oid'][:40]}
             lfs = {'oid': file['oid'], 'size': file['size'], 'pointerSize': 130}
             entries.append({**entry, 'lfs': lfs} if file['lfs'] else entry)
         return entries
 
     def preupload(self, repo: dict[str, Any], revision: str, asked: dict[str, Any]) -> dict[str, Any]:
-        files = repo['commits'][self.commit(repo, revision)]['files']
-        told = []
+        files, told = self.listed(repo, revision), []
         for file in asked['files']:
             mode = 'lfs' if file['path'].endswith(LARGE) else 'regular'
             oid = files.get(file['path'], {}).get('oid')
@@ -200,7 +184,7 @@ class HubServer:
         objects = []
         for wanted in asked['objects']:
             told = {'oid': wanted['oid'], 'size': wanted['size']}
-            if not (self.folder / 'blobs' / wanted['oid']).exists():
+            if wanted['oid'] not in self.blobs:
                 upload = {'href': f'{self.storage}/lfs/{wanted["oid"]}?size={wanted["size"]}&signature=secret'}
                 verify = {'href': f'{self.endpoint}/api/models/{repo_id}/verify'}
                 told['actions'] = {'upload': upload, 'verify': verify}
@@ -210,7 +194,7 @@ class HubServer:
     def upload(self, oid: str, size: int, body: bytes) -> None:
         if len(body) != size or hashlib.sha256(body).hexdigest() != oid:
             raise Refusal(400, 'The provided content does not match its checksum')
-        (self.folder / 'blobs' / oid).write_bytes(body)
+        self.blobs[oid] = body
 
     def make_commit(
         self, repo: dict[str, Any], revision: str, lines: list[dict[str, Any]], *, create_pr: bool
@@ -223,12 +207,9 @@ class HubServer:
             if line['key'] == 'file':
                 changed[value['path']] = self._keep(value['path'], base64.b64decode(value['content']))
             elif line['key'] == 'lfsFile':
-                blob = self.folder / 'blobs' / value['oid']
-                if not blob.exists():
+                if value['oid'] not in self.blobs:
                     raise Refusal(400, f'LFS pointer pointed to a file that does not exist: {value["oid"]}')
-                changed[value['path']] = {'oid': value['oid'], 'size': blob.stat().st_size, 'lfs': True}
-            elif line['key'] == 'deletedFile':
-                changed[value['path']] = None
+                changed[value['path']] = {'oid': value['oid'], 'size': len(self.blobs[value['oid']]), 'lfs': True}
         if create_pr:
             number = 1 + sum(ref.startswith('refs/pr/') for ref in repo['refs'])
             revision = f'refs/pr/{number}'
@@ -240,10 +221,7 @@ class HubServer:
         return told
 
     def create_branch(self, repo: dict[str, Any], branch: str) -> None:
-        if branch in repo['refs']:
-            raise Refusal(409, f'Reference already exists: {branch}')
-        repo['refs'][branch] = repo['refs']['main']
-        self.save(repo)
+        repo['refs'].setdefault(branch, repo['refs']['main'])
 
     def validate_yaml(self, content: str) -> dict[str, Any]:
         """Refuse what the library itself cannot read back, and what the Hub's documentation forbids."""

@@ -267,11 +267,8 @@ class TestTruth:
         cfg = model.pretrained_cfg
         assert (cfg['tag'], cfg['architecture'], cfg['source']) == ('ghn', 'test_resnet', 'ghn')
         said = json.loads(notes(model)['provenance'])
-        assert (notes(model)['ghn'], said['ghn'], said['weights']) == (
-            'some-ghn',
-            'some-ghn',
-            crc32_of(model.state_dict()),
-        )
+        assert notes(model)['ghn'] == said['ghn'] == 'some-ghn'
+        assert said['weights'] == crc32_of(model.state_dict())
         assert said['origin'] == dataclasses.asdict(FakeOrigin('some-ghn', file='ghn.pt'))
         assert 'some-ghn' in cfg['description']
         assert (cfg['num_classes'], cfg['classifier'], cfg['first_conv']) == (1000, 'fc', 'conv1.0')
@@ -281,14 +278,6 @@ class TestTruth:
         assert is_predicted(timm.create_model('test_resnet', pretrained_cfg=cfg)), 'asks for another like it'
         data = timm.data.resolve_model_data_config(model)
         assert (data['mean'], data['std']) == (MEAN, STD)
-
-    def test_folder_written_by_timm_is_read_with_its_own_weights(self, hub, tmp_path):
-        model = timm.create_model('test_resnet.ghn', num_classes=5)
-        nn.init.constant_(model.fc.bias, 3.0)
-        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-        again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-        assert all(torch.equal(model.state_dict()[key], value) for key, value in again.state_dict().items())
-        assert len(hub.loaded) == 1
 
 
 class TestListing:

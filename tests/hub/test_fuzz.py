@@ -1,7 +1,7 @@
 """Whatever a file holds, reading it ends in a GHN or in an error of ours; nothing in it runs, hangs or takes memory.
 
 Seeded mutations of bytes, of JSON, of safetensors and of pickles: ``pytest -m slow tests/hub/test_fuzz.py`` runs
-17,500 cases, the default run 105.
+15,000 cases, the default run 90.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from timm_ghn.hub.converted import read_converted
 from timm_ghn.hub.storage import save_ghn
 from timm_ghn.nn import GHN, GHNConfig
 
-TARGETS = ('config', 'header', 'converted', 'torch', 'legacy', 'joblib', 'trainer')
+TARGETS = ('config', 'header', 'converted', 'torch', 'legacy', 'joblib')
 #: Cases of each target.
 MANY, FEW = 2500, 15
 #: Most memory that a case may take on top of what the process has, and most addresses, in bytes.
@@ -67,21 +67,13 @@ def forget_peak() -> None:
     Path('/proc/self/clear_refs').write_text('5')
 
 
-class TooSlowError(Exception):
-    pass
-
-
-def _ring(*_: object) -> None:
-    raise TooSlowError
-
-
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
     """Bound the time and the memory of a case, and watch for executed payloads."""
     global _watching
     pages = int(Path('/proc/self/statm').read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, _ring)
+    handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f'took more than {MAX_SECONDS} seconds'))
     forget_peak()
     before = peak()
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_ADDRESSES, hard))
@@ -99,11 +91,7 @@ def limits() -> Iterator[None]:
 
 
 def run_cases(path: Path, mutate: Mutation, read: Callable[[], object], *, cases: int, seed: int, marker: Path) -> int:
-    """Write mutations of a file and read each; gives how many were refused with an error of ours.
-
-    Raises:
-        AssertionError: naming seed and case, if anything else happens.
-    """
+    """Write mutations of a file and read each; gives how many were refused with an error of ours."""
     sound, refused = path.read_bytes(), 0
     for case in range(cases):
         path.write_bytes(mutate(random.Random(f'{seed}-{case}'), sound))
@@ -177,14 +165,6 @@ def mutate_value(rng: random.Random, value: Any) -> Any:
     return rng.choice(HOSTILE)
 
 
-def dumps(value: Any) -> bytes:
-    sys.set_int_max_str_digits(0)
-    try:
-        return json.dumps(value).encode()
-    finally:
-        sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
-
-
 def mutate_json(rng: random.Random, data: bytes) -> bytes:
     """Other values in JSON, or other bytes."""
     if rng.random() < 0.15:
@@ -194,7 +174,7 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 2, 3))):
         value = mutate_value(rng, value)
-    return dumps(value)
+    return json.dumps(value).encode()
 
 
 def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
@@ -205,7 +185,7 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
     header = json.loads(data[8 : 8 + length])
     for _ in range(rng.choice((1, 1, 2, 5))):
         header = mutate_value(rng, header)
-    text = dumps(header)
+    text = json.dumps(header).encode()
     claimed = len(text) if rng.random() < 0.9 else rng.choice((0, 1, len(text) - 1, len(text) + 1, 10**12, 2**64 - 1))
     return struct.pack('<Q', claimed) + text + data[8 + length :]
 
@@ -287,11 +267,11 @@ def fuzz(target: str, tmp_path: Path, ghn: GHN, marker: Path, *, cases: int, see
         state = official_state(ghn)
         # All but joblib's state their configuration.
         saved = state if target == 'joblib' else {'state_dict': state, 'config': options(ghn), 'epoch': 3}
-        if target == 'trainer':
+        if target == 'torch':  # with what a trainer adds
             arguments = argparse.Namespace(lr=4e-4, betas=(0.9, 0.99), device=torch.device('cpu'), heads=[1, 2])
             saved |= {'optimizer': {'state': {0: {'step': torch.ones(1)}}}, 'args': arguments, 'step': 100}
-        WRITERS['torch' if target == 'trainer' else target](saved, path)
-        mutate = zip_mutation(marker) if target in ('torch', 'trainer') else pickle_mutation(marker)
+        WRITERS[target](saved, path)
+        mutate = zip_mutation(marker) if target == 'torch' else pickle_mutation(marker)
     return run_cases(path, mutate, read, cases=cases, seed=seed, marker=marker)
 
 
@@ -318,7 +298,7 @@ def test_sizes_that_no_memory_holds_are_refused_at_once(tmp_path, small_ghn):
         {'mean': [10**400, 0, 0]}, {'std': [1, 1, 10**400]},
     ]  # fmt: skip
     for changes in huge:
-        path.write_bytes(dumps(record | changes))
+        path.write_text(json.dumps(record | changes))
         with limits(), pytest.raises(GHNError):
             load_ghn(tmp_path / 'ghn')
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from hub_fixtures import contents, expect_same
+from hub_fixtures import expect_same
 from hub_server import HubServer
 from official import official_state, write_joblib
 
@@ -51,24 +51,6 @@ def test_the_default_comes_from_the_hub_and_then_from_the_cache(
     use_endpoint('http://127.0.0.1:9')
     for act in (lambda: load_ghn('ghn'), lambda: load_ghn('ghn', local_files_only=True), lambda: load_ghn(PUBLISHED)):
         expect_same(act(), small_ghn)
-
-
-def test_a_repository_in_the_native_format(hub: HubServer, use_endpoint, folder, small_ghn):
-    commit = hub.put('user/repo', contents(folder))
-    ghn = load_ghn('user/repo')
-    expect_same(ghn, small_ghn)
-    assert (ghn.origin.repo_id, ghn.origin.revision, ghn.origin.name) == ('user/repo', commit, 'small')
-    use_endpoint('http://127.0.0.1:9')
-    expect_same(load_ghn('user/repo'), small_ghn)
-
-
-def test_the_revision_and_the_cache_folder_are_honoured(hub: HubServer, folder, tmp_path):
-    hub.put('user/repo', contents(folder), revision='v1')
-    load_ghn('user/repo', revision='v1', cache_dir=tmp_path / 'mine')
-    assert hub.asked('/resolve/v1/config.json')
-    assert (tmp_path / 'mine/models--user--repo').is_dir()
-    with pytest.raises(GHNNotFoundError, match='not in the cache'):
-        load_ghn('user/repo', local_files_only=True)
 
 
 def test_a_file_that_is_not_the_one_of_the_catalogue_is_refused(hub: HubServer, official):
@@ -115,13 +97,6 @@ def test_what_was_asked_why_it_failed_and_the_way_out_are_told():
     with pytest.raises(GHNNotFoundError, match=r'ghn3tm8\.pt of .*ghn3 at main.*refused.*HF_ENDPOINT.*path') as e:
         load_ghn('ghn3_tm8')
     assert e.value.__cause__ is not None
-
-
-def test_local_files_only_is_told_apart_from_a_missing_network():
-    with pytest.raises(GHNNotFoundError, match='local_files_only'):
-        load_ghn('ghn3_tm8', local_files_only=True)
-    with pytest.warns(GHNFallbackWarning, match='local_files_only'):
-        load_ghn('ghn', local_files_only=True)
 
 
 # Files

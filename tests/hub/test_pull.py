@@ -49,13 +49,16 @@ def left(cache: Path) -> list[Path]:
     return [path for path in cache.rglob('*') if path.is_file() and path.stat().st_size > 10_000]
 
 
-def test_a_revision_is_pinned(hub: HubServer, small_ghn, files, other):
+def test_a_revision_is_pinned(hub: HubServer, small_ghn, files, other, tmp_path):
     first = hub.put(REPO, files)
     hub.put(REPO, other[1], revision='v2')
     hub.put(REPO, other[1])
-    expect_same(load_ghn(REPO, revision=first), small_ghn)
+    ghn = load_ghn(REPO, revision=first)
+    expect_same(ghn, small_ghn)
+    assert (ghn.origin.repo_id, ghn.origin.revision, ghn.origin.name) == (REPO, first, 'small')
     expect_same(load_ghn(REPO), other[0])
-    expect_same(load_ghn(REPO, revision='v2'), other[0])
+    expect_same(load_ghn(REPO, revision='v2', cache_dir=tmp_path / 'mine'), other[0])
+    assert (tmp_path / 'mine/models--user--ghn').is_dir()
     with pytest.raises(GHNNotFoundError, match=r'at v3.*RevisionNotFoundError'):
         load_ghn(REPO, revision='v3')
 
@@ -109,7 +112,7 @@ def test_a_token_opens_what_is_closed(hub: HubServer, small_ghn, files, settings
     expect_same(load_ghn(REPO, cache_dir=cache / 'another'), small_ghn)
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, files, caplog, capfd):
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, files, caplog, capfd, tmp_path):
     caplog.set_level(logging.DEBUG)
     hub.put(REPO, files, private=True)
     load_ghn(REPO, token=TOKEN)
@@ -118,7 +121,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: HubServer, files, caplo
     for method in ('HEAD', 'GET'):
         hub.fail(method, 'resolve/main/config', times=99, location=f'{hub.storage}/lfs/{"0" * 64}')
     with pytest.raises(GHNNotFoundError):
-        load_ghn(REPO, token=TOKEN, cache_dir=hub.folder / 'cache')
+        load_ghn(REPO, token=TOKEN, cache_dir=tmp_path / 'cache')
     for request in hub.asked('^storage'):
         assert TOKEN not in str(request.headers)
     assert TOKEN not in caplog.text

@@ -30,11 +30,6 @@ def small() -> GHNConfig:
     return GHN3
 
 
-@pytest.fixture
-def ghn(small_ghn: GHN) -> GHN:
-    return small_ghn
-
-
 def expect_same(found: GHN, expected: GHN) -> None:
     assert found.config == expected.config
     hub_fixtures.expect_same(found, expected)
@@ -70,15 +65,15 @@ def test_saving_and_loading_is_exact(changes, tmp_path):
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, 'who may read one may read the other'
 
 
-def test_the_type_of_the_file_is_chosen_and_that_of_the_ghn_too(ghn, folder, tmp_path):
-    save_ghn(ghn, tmp_path / 'small', dtype=torch.bfloat16)
+def test_the_type_of_the_file_is_chosen_and_that_of_the_ghn_too(small_ghn, folder, tmp_path):
+    save_ghn(small_ghn, tmp_path / 'small', dtype=torch.bfloat16)
     sizes = [(path / 'model.safetensors').stat().st_size for path in (tmp_path / 'small', folder)]
     assert sizes[0] < 0.55 * sizes[1]
     for key, value in read_ghn(tmp_path / 'small').state_dict().items():
-        assert torch.equal(value, ghn.state_dict()[key].bfloat16().float())
-    save_ghn(ghn.double(), tmp_path)
-    expect_same(read_ghn(tmp_path, dtype=torch.float64), ghn)
-    expect_same(read_ghn(tmp_path), ghn.float())
+        assert torch.equal(value, small_ghn.state_dict()[key].bfloat16().float())
+    save_ghn(small_ghn.double(), tmp_path)
+    expect_same(read_ghn(tmp_path, dtype=torch.float64), small_ghn)
+    expect_same(read_ghn(tmp_path), small_ghn.float())
 
 
 def test_the_origin_names_the_file_and_its_digest(folder):
@@ -86,13 +81,13 @@ def test_the_origin_names_the_file_and_its_digest(folder):
     assert read_ghn(folder).origin == Origin(file=str(file), sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-def test_a_ghn_can_be_saved_over_the_files_it_was_loaded_from(folder, ghn):
+def test_a_ghn_can_be_saved_over_the_files_it_was_loaded_from(folder, small_ghn):
     found = read_ghn(folder)
     with torch.no_grad():
         found.ln.weight.add_(1)
     save_ghn(found, folder)
-    assert torch.equal(read_ghn(folder).ln.weight, ghn.ln.weight + 1)
-    assert torch.equal(found.ln.weight, ghn.ln.weight + 1)
+    assert torch.equal(read_ghn(folder).ln.weight, small_ghn.ln.weight + 1)
+    assert torch.equal(found.ln.weight, small_ghn.ln.weight + 1)
 
 
 def test_a_file_that_another_process_removes_while_it_is_opened_is_no_raw_error(folder, monkeypatch):
@@ -104,7 +99,7 @@ def test_a_file_that_another_process_removes_while_it_is_opened_is_no_raw_error(
         read_ghn(folder)
 
 
-def test_a_save_that_fails_leaves_the_old_files_alone(folder, ghn, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_files_alone(folder, small_ghn, monkeypatch):
     def fail(state: object, path: Path, **_: object) -> None:
         Path(path).write_bytes(b'half')
         raise OSError('the disk is full')
@@ -113,14 +108,14 @@ def test_a_save_that_fails_leaves_the_old_files_alone(folder, ghn, monkeypatch):
     with pytest.raises(OSError, match='full'):
         save_ghn(GHN(GHN3), folder)
     assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
-    expect_same(read_ghn(folder), ghn)
+    expect_same(read_ghn(folder), small_ghn)
 
 
-def test_weights_that_are_not_finite_are_not_saved(ghn, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(small_ghn, tmp_path):
     with torch.no_grad():
-        ghn.embed.weight[0, 0] = torch.nan
+        small_ghn.embed.weight[0, 0] = torch.nan
     with pytest.raises(CheckpointError, match=r'1 of 240 in embed\.weight'):
-        save_ghn(ghn, tmp_path / 'new')
+        save_ghn(small_ghn, tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 
@@ -159,10 +154,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, value):
         read_ghn(folder)
 
 
-@pytest.mark.parametrize(
-    ('dtype', 'bits'),
-    [('F4', 4), ('F8_E4M3', 8), ('U16', 16), ('I64', 64), ('C64', 64)],
-)
+@pytest.mark.parametrize(('dtype', 'bits'), [('F4', 4), ('F8_E4M3', 8), ('U16', 16), ('I64', 64), ('C64', 64)])
 def test_types_of_which_torch_makes_no_weights_are_refused(folder, dtype, bits):
     path = folder / 'model.safetensors'
     data = path.read_bytes()

@@ -121,17 +121,14 @@ def test_tied_parameters_stay_tied_and_are_written_once(ghn):
 def test_a_model_in_lower_precision_gets_the_rounded_prediction(ghn):
     exact = predict(plain(), ghn, input_size=SIZE).state_dict
     mixed = predict(NETWORKS['mixed dtypes']().model, ghn, input_size=SIZE).state_dict
-    assert {key: tensor.dtype for key, tensor in mixed.items() if '.1.' in key} == {
-        'body.1.weight': torch.bfloat16,
-        'body.1.bias': torch.bfloat16,
-    }
+    assert {tensor.dtype for key, tensor in mixed.items() if '.1.' in key} == {torch.bfloat16}
     for key, tensor in exact.items():
         assert torch.equal(tensor.to(mixed[key].dtype), mixed[key])
 
 
 @contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
@@ -140,14 +137,9 @@ def default_dtype(dtype):
 
 @pytest.mark.parametrize(
     'context',
-    [
-        torch.no_grad,
-        torch.inference_mode,
-        lambda: torch.device('meta'),
-        lambda: torch.autocast('cpu', dtype=torch.bfloat16),
-        lambda: default_dtype(torch.float64),
-    ],
-)
+    [torch.no_grad, torch.inference_mode, lambda: torch.device('meta'), double_by_default,
+     lambda: torch.autocast('cpu', dtype=torch.bfloat16)],
+)  # fmt: skip
 def test_a_prediction_does_not_depend_on_global_settings(context, ghn):
     model, other = timm.create_model('test_vit'), timm.create_model('test_vit')
     other.load_state_dict(model.state_dict())
@@ -163,24 +155,6 @@ def test_a_prediction_does_not_depend_on_global_settings(context, ghn):
 
 
 # -- head
-
-
-@pytest.mark.parametrize(
-    ('classes', 'head', 'written'),
-    [
-        (1000, 'auto', True),
-        (1000, 'keep', False),
-        (10, 'auto', False),
-        (1500, 'predict', True),
-    ],
-)
-def test_the_head_is_written_as_asked(classes, head, written, ghn):
-    model = plain(classes)
-    before = snapshot(model)
-    ghn_init(model, ghn, head=head, input_size=SIZE)
-    changed = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
-    assert ({'head.weight', 'head.bias'} <= changed) is written
-    assert {name for name, _ in model.body.named_parameters(prefix='body')} <= changed
 
 
 # -- all or nothing
@@ -390,15 +364,6 @@ def test_a_prediction_says_where_it_comes_from(ghn):
         'elements': sum(p.numel() for p in model.parameters()),
         'predicted_elements': sum(row.numel for row in plan.predicted),
     }
-
-
-def test_a_ghn_can_be_named():
-    model = plain()
-    by_name = predict(model, 'ghn_tiny', input_size=SIZE)
-    assert by_name.provenance['ghn'] == 'ghn_tiny'
-    assert by_name.provenance['trained'] is True
-    ghn = timm_ghn.load_ghn('ghn_tiny')
-    assert equal(by_name.state_dict, predict(model, ghn, input_size=SIZE).state_dict)
 
 
 def test_the_rules_are_those_of_the_ghn_or_those_that_are_asked_for():

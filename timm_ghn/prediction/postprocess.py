@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_ghn.errors import ConfigError
 from timm_ghn.graph.build import trace
 from timm_ghn.nn.precision import full_precision, sum_dtype
-from timm_ghn.prediction.checks import check_finite, check_writable, write_all_
+from timm_ghn.prediction.checks import check_finite, writable, write_all_
 from timm_ghn.prediction.plan import ANY_GHN, ParameterPlan, ParameterRow, plan_parameters
 
 M = TypeVar('M', bound=nn.Module)
@@ -176,8 +176,8 @@ def postprocess_(
         The same model.
 
     Raises:
-        ConfigError: if there are no such options, or if the plan is that of another model.
-        UnsupportedModelError: if the model cannot be traced, or if the kind of a weight cannot be written.
+        ConfigError: if there are no such options.
+        UnsupportedModelError: if the model cannot be traced, a weight cannot be written, or the plan is another's.
         PredictionError: if a weight is not finite, or cannot be written.
     """
     chosen = PostProcess.of(options)
@@ -185,17 +185,13 @@ def postprocess_(
         return model
     if plan is None:
         plan = plan_parameters(trace(model, input_size=input_size, example_inputs=example_inputs), ANY_GHN)
-    parameters = dict(model.named_parameters())
     rows = processed_layers(plan, chosen)
-    for row in rows:
-        if row.name not in parameters or tuple(parameters[row.name].shape) != row.shape:
-            raise ConfigError(f"expected the plan of this model (got one with '{row.name}' of shape {row.shape})")
-        parameter = parameters[row.name]
-        check_writable(row.name, parameter)
-        check_finite(f"values of '{row.name}'", parameter.detach())
-    values = {row.name: parameters[row.name].detach() for row in rows}
+    parameters = writable(model, rows)
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, value in values.items():
+        check_finite(f"values of '{name}'", value)
     process_(values, rows, chosen)
-    write_all_({name: parameters[name] for name in values}, lambda name, weight: weight.copy_(values[name]))
+    write_all_(parameters, lambda name, weight: weight.copy_(values[name]))
     return model
 
 

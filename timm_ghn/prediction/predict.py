@@ -15,7 +15,7 @@ from timm_ghn.graph.build import trace
 from timm_ghn.hub.load import shared_ghn
 from timm_ghn.hub.storage import device_of
 from timm_ghn.nn.ghn import GHN
-from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, check_writable, write_all_
+from timm_ghn.prediction.checks import check_dtype, check_finite, check_storage, writable, write_all_
 from timm_ghn.prediction.fit import Fit, repeated, scaled, write_repeated
 from timm_ghn.prediction.plan import ParameterPlan, ParameterRow, plan_parameters
 from timm_ghn.prediction.postprocess import DEFAULT, PostProcess, process_, processed_layers
@@ -52,21 +52,8 @@ class Prediction:
             UnsupportedModelError: if the model lacks a parameter, or has one of another shape or without storage.
             PredictionError: if a parameter cannot be written.
         """
-        parameters = dict(model.named_parameters())
-        rows = self.plan.predicted
-        for row in rows:
-            found = parameters.get(row.name)
-            if found is None or tuple(found.shape) != row.shape:
-                has = 'none of that name' if found is None else f'one of shape {tuple(found.shape)}'
-                raise UnsupportedModelError(
-                    f"expected a model with a parameter '{row.name}' of shape {row.shape} (got {has}): predict for "
-                    'this model'
-                )
-            check_writable(row.name, found)
-        write_all_(
-            {row.name: parameters[row.name] for row in rows},
-            lambda name, parameter: parameter.copy_(self.state_dict[name]),
-        )
+        parameters = writable(model, self.plan.predicted)
+        write_all_(parameters, lambda name, parameter: parameter.copy_(self.state_dict[name]))
         return model
 
 
@@ -177,13 +164,11 @@ def initialise(
 ) -> tuple[ParameterPlan, dict[str, Any]]:
     """Do what :func:`ghn_init` does, and return the plan and the :func:`provenance`."""
     PostProcess.of(postprocess)  # before anything is loaded
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         check_storage(name, parameter)
     chosen, plan = _prepare(model, ghn, input_size, example_inputs, head, device, rules)
     options = PostProcess.of(postprocess, seed=seed, auto=chosen.config.postprocess)
-    for row in plan.predicted:
-        check_writable(row.name, parameters[row.name])
+    parameters = writable(model, plan.predicted)
     decoded = _decode(chosen, plan, seed, {name: parameter.device for name, parameter in parameters.items()})
     finished: dict[str, Tensor] = {}
     if options is not None:
@@ -197,7 +182,7 @@ def initialise(
         else:
             write_repeated(parameter, *decoded[name])
 
-    write_all_({row.name: parameters[row.name] for row in plan.predicted}, write)
+    write_all_(parameters, write)
     return plan, provenance(chosen, plan, head=head, seed=seed, postprocess=options)
 
 
