@@ -137,6 +137,21 @@ def test_what_no_ghn_file_has_is_refused(tmp_path):
             load_ghn(file)
 
 
+def test_files_of_big_endian_machines_are_refused_in_both_forms_of_torch(tmp_path):
+    legacy = WRITERS['legacy']({'a': torch.ones(3)}, tmp_path / 'legacy.pt')
+    data = legacy.read_bytes()
+    true = data.index(b'\x88', data.index(b'little_endian'))
+    legacy.write_bytes(data[:true] + b'\x89' + data[true + 1 :])
+    with zipfile.ZipFile(WRITERS['torch']({'a': torch.ones(3)}, tmp_path / 'torch.pt')) as written:
+        members = {name: written.read(name) for name in written.namelist()}
+    with zipfile.ZipFile(tmp_path / 'big.pt', 'w') as archive:
+        for name, content in members.items():
+            archive.writestr(name, b'big' if name.endswith('byteorder') else content)
+    for path in (legacy, tmp_path / 'big.pt'):
+        with pytest.raises(CheckpointError, match='big-endian'):
+            read(path)
+
+
 class Part:
     """A tensor at the beginning of a storage that others have as well."""
 

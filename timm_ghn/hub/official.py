@@ -216,7 +216,9 @@ def _read_legacy(source: CheckpointFile) -> Any:
     """Magic number and version, a description of the machine, the object, names of the storages, the storages."""
     if source.read(len(LEGACY_HEAD)) != LEGACY_HEAD:
         raise source.error('nests data that torch.save did not write')
-    read_pickle(source)
+    machine = read_pickle(source)
+    if not isinstance(machine, dict) or machine.get('little_endian') is not True:
+        raise source.error('was written on a big-endian machine, which is not supported')
     storages: dict[str, StorageRecord] = {}
 
     def storage(record: tuple[Any, ...]) -> StorageRecord:
@@ -252,6 +254,10 @@ def _read_zip(source: CheckpointFile) -> Any:
     if len(pickles) != 1:
         raise source.error('is a zip archive, but not one of torch.save: it has no data.pkl')
     root = pickles[0].removesuffix('data.pkl')
+    if f'{root}byteorder' in members:
+        _enter(source, members[f'{root}byteorder'])
+        if source.read(6) != b'little':
+            raise source.error('was written on a big-endian machine, which is not supported')
     storages: dict[str, StorageRecord] = {}
 
     def storage(record: tuple[Any, ...]) -> StorageRecord:
