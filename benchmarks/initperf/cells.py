@@ -248,6 +248,7 @@ class Tier:
 
 IGNORANT = ('timm', 'timm_open', 'kaiming', 'lsuv', 'orthogonal', 'mimetic', 'impulse')
 OF_GHN = ('ghn_raw', 'ghn_noise', 'ghn_orth', 'ghn_open', 'shuffled', 'norms_only')
+MIXED = ('donor:8', 'relative:8', 'race:ghn_orth+lsuv')
 PRETRAIN = tuple(f'pretrain:{minutes:g}' for minutes in (0.5, 1, 2, 4, 8, 16, 32))
 
 _CORE_ARMS = (
@@ -277,7 +278,7 @@ TIERS: dict[str, Tier] = {
     ),
     'full': Tier(
         tuple(Cell(network, data, steps) for steps in (60, 300, 1500) for network in NETWORKS for data in DATA),
-        dict.fromkeys((60, 300, 1500), (*IGNORANT, *OF_GHN, 'donor:8', *PRETRAIN, 'pretrained')),
+        dict.fromkeys((60, 300, 1500), (*IGNORANT, *OF_GHN, *MIXED, *PRETRAIN, 'pretrained')),
         seeds=8,
     ),
 }
