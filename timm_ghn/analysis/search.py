@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from timm_ghn.nn.ghn import GHN
 from timm_ghn.runs.recipes import NOT_NEGATIVE, POSITIVE, option
 from timm_ghn.runs.results import to_json
 from timm_ghn.train.blueprints import Blueprint, Blueprints
-from timm_ghn.train.evaluate import NetworkOptions, batches_of, check_outputs, load_ghn_and_splits
+from timm_ghn.train.evaluate import NetworkOptions, check_outputs, load_batches, load_ghn_and_splits
 from timm_ghn.train.step import accuracy_with, predict_parameters
 
 #: Candidates that are drawn for each that is wanted, before giving up.
@@ -54,14 +53,9 @@ class SearchOptions(NetworkOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """An architecture with the accuracy of its predicted network.
+    """An architecture, its parameters and multiply-accumulates, and how well its predicted network does.
 
-    Attributes:
-        architecture: What it is; ``build('cpu')`` makes the network.
-        parameters: Their number.
-        macs: Multiply-accumulates for one image.
-        top1: Accuracy in percent on the validation images.
-        loss: Cross-entropy there.
+    ``architecture.build('cpu')`` makes the network. Accuracy (in percent) and cross-entropy are on validation images.
     """
 
     architecture: Architecture
@@ -92,8 +86,8 @@ def search(options: SearchOptions) -> tuple[Ranked, ...]:
     check_outputs(options)
     ghn, splits = load_ghn_and_splits(options)
     chosen = _within_limits(options, len(splits.classes))
+    batches = load_batches(options, ghn, splits.val)
     size = (3, options.image_size, options.image_size)
-    batches = batches_of(options, ghn, load_images(splits.val, size, progress=True).to(ghn.device))
     train = load_images(splits.train, size, progress=True).to(ghn.device) if options.steps else None
     blueprints = Blueprints(ghn.config, options.cache)
     rows = []
@@ -106,7 +100,7 @@ def search(options: SearchOptions) -> tuple[Ranked, ...]:
         rows.append(Ranked(architecture, parameters, macs, *accuracy_with(blueprint, predicted, batches)))
     rows.sort(key=lambda row: (-row.top1, math.inf if math.isnan(row.loss) else row.loss))
     if options.json is not None:
-        ranked: list[dict[str, Any]] = [{'name': row.name, **dataclasses.asdict(row)} for row in rows]
+        ranked = [{'name': row.name, **dataclasses.asdict(row)} for row in rows]
         record = {'ghn': options.ghn, 'steps': options.steps, 'rows': ranked}
         options.json.write_text(to_json(record, indent=1) + '\n', encoding='utf-8')
     if options.plot is not None:
@@ -139,9 +133,8 @@ def _trained(
     leaves = {id(tensor): tensor.clone().requires_grad_() for tensor in predicted.values()}
     parameters = {name: leaves[id(tensor)] for name, tensor in predicted.items()}
     optimizer = torch.optim.SGD(leaves.values(), options.lr, momentum=0.9)
-    config = {'mean': ghn.config.mean, 'std': ghn.config.std}
     for step in range(options.steps):
-        images, labels = training_batch(data, step, options.batch_size, seed=options.seed, config=config)
+        images, labels = training_batch(data, step, options.batch_size, seed=options.seed, config=vars(ghn.config))
         optimizer.zero_grad()
         F.cross_entropy(blueprint(parameters, images), labels).backward()
         torch.nn.utils.clip_grad_norm_(leaves.values(), 1.0)

@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from timm_ghn.errors import ConfigError, DataError, PredictionError
 from timm_ghn.files import write_state_dict
 from timm_ghn.finetune.options import RACE, FinetuneOptions
 from timm_ghn.finetune.push import check_start, push_when_done
-from timm_ghn.finetune.setup import Batch, build, loaders, loss_of, optimizer_of, race, scheduler_of
+from timm_ghn.finetune.setup import Batch, Start, build, loaders, loss_of, optimizer_of, race, scheduler_of
 from timm_ghn.nn.precision import sum_dtype
 from timm_ghn.prediction.batchnorm import calibrate_batchnorm_
 from timm_ghn.publish.push import check_access
@@ -56,9 +55,7 @@ class FinetuneProgress(Progress):
     Attributes:
         epoch: Epoch in progress, from 0.
         batch: Batches of it that are done, of each process.
-        loss: Sum of the losses of the images of this epoch.
-        images: Number of these images.
-        damaged: Damaged images met in this epoch.
+        loss: Sum over the images of this epoch; with their number and that of damaged ones.
         best: Best accuracy so far, in percent.
     """
 
@@ -118,18 +115,12 @@ class FinetuneRun(Run):
         train, val, test = loaders(options, splits, start.data_config, accelerator.num_processes)
         self.images: Any = train.dataset
         self.sampler: Any = train.sampler
+        # Some convolutions (of NFNets) shape their weights anew and follow the layout of their input.
+        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.loss, self.mixup = loss_of(options, self.num_classes)
         lr = options.lr
         if options.init == RACE:
-            found = race(options, start, (train, val), {'run': self.identity}, accelerator.device)
-            self.facts['race'], lr = found.to_dict(), found.winner.lr
-            for line in str(found).splitlines():
-                self.say('%s', line)
-            if accelerator.is_main_process:
-                with contextlib.suppress(ConfigError):  # no matplotlib
-                    from timm_ghn.plots import plot_race
-
-                    plot_race([(one.start, one.rounds) for one in found.runners], options.output / 'race.png')
+            lr = self._race(start, train, val)
         optimizer = optimizer_of(dataclasses.replace(options, lr=lr), start.model)
         self.model, self.optimizer, self.batches, self.val = accelerator.prepare(start.model, optimizer, train, val)
         self.test = None if test is None else accelerator.prepare_data_loader(test)
@@ -148,11 +139,18 @@ class FinetuneRun(Run):
             'data_config': start.data_config,
         }
 
-    @property
-    def trained(self) -> nn.Module:
-        """The model without what accelerate wraps around it."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model
+    def _race(self, start: Start, train: DataLoader[Batch], val: DataLoader[Batch]) -> float:
+        """Give the model the weights that win the race; returns the winner's learning rate."""
+        found = race(self.options, start, (train, val), {'run': self.identity}, self.accelerator.device)
+        self.facts['race'] = found.to_dict()
+        for line in str(found).splitlines():
+            self.say('%s', line)
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(ConfigError):  # no matplotlib
+                from timm_ghn.plots import plot_race
+
+                plot_race([(one.start, one.rounds) for one in found.runners], self.options.output / 'race.png')
+        return found.winner.lr
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -168,17 +166,12 @@ class FinetuneRun(Run):
         """Evaluate the start, and train the epochs that are left, unless a limit is met."""
         if self.progress.best < 0:
             self._calibrate()
-            self._schedule(update=0, epoch=0)
+            if self.scheduler is not None:  # it counts either steps or epochs, and passes over the others
+                self.scheduler.step_update(num_updates=0)
+                self.scheduler.step(0)
             self._validate(0)
         while not self.finished and not self.should_stop():
             self._train_epoch()
-
-    def _schedule(self, *, update: int | None = None, epoch: int | None = None) -> None:
-        """Set the learning rate after a step or an epoch, as the options say."""
-        if self.scheduler is not None and self.options.sched_on_updates and update is not None:
-            self.scheduler.step_update(num_updates=update)
-        elif self.scheduler is not None and not self.options.sched_on_updates and epoch is not None:
-            self.scheduler.step(epoch)
 
     def finish(self) -> dict[str, Any]:
         """Write the weights; test the best ones if all epochs are done."""
@@ -200,7 +193,7 @@ class FinetuneRun(Run):
         return (steps is not None and self.progress.step >= steps) or super().should_stop()
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint; all processes call it."""
+        """Write a checkpoint with the sums of all processes; all call it."""
         self._gather_sums()
         super().save_checkpoint()
 
@@ -217,19 +210,13 @@ class FinetuneRun(Run):
 
     def _train_epoch(self) -> None:
         """Train for what is left of an epoch, unless a limit is met."""
-        options, progress = self.options, self.progress
+        options, progress, began = self.options, self.progress, time.monotonic()
         self.sampler.set_epoch(progress.epoch)
         self.batches.set_epoch(progress.epoch)
         batches = skip_first_batches(self.batches, progress.batch) if progress.batch else self.batches
         self.model.train()
-        bar = self.progress_bar(
-            batches,
-            desc=f'epoch {progress.epoch + 1}/{options.epochs}',
-            initial=progress.batch,
-            total=len(self.batches),
-            leave=False,
-        )
-        began = time.monotonic()
+        name, total = f'epoch {progress.epoch + 1}/{options.epochs}', len(self.batches)
+        bar = self.progress_bar(batches, desc=name, initial=progress.batch, total=total, leave=False)
         for batch in bar:
             loss = self._train_batch(batch)
             progress.batch += 1
@@ -241,7 +228,7 @@ class FinetuneRun(Run):
             if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
                 self.save_checkpoint()
         bar.close()
-        if progress.batch == len(self.batches):
+        if progress.batch == total:
             self._end_epoch(time.monotonic() - began)
 
     def _end_epoch(self, seconds: float) -> None:
@@ -255,7 +242,8 @@ class FinetuneRun(Run):
         }
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss, progress.images, progress.damaged = 0.0, 0, 0
-        self._schedule(epoch=progress.epoch)
+        if self.scheduler is not None:
+            self.scheduler.step(progress.epoch)
         self._validate(progress.epoch, **metrics)
         self.save_checkpoint()
 
@@ -264,12 +252,9 @@ class FinetuneRun(Run):
         images, labels, damaged = batch
         drawn = self.options.seed, self.progress.epoch, self.progress.batch, self.accelerator.process_index
         seed_rng(*drawn, accelerators=True)
-        targets = labels
-        if isinstance(self.mixup, Mixup):
-            images, targets = self.mixup(images, labels)
-        images = self._to_channels_last(images)
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
         with self.accelerator.accumulate(self.model):
-            loss = self.loss(self.model(images).float(), targets)
+            loss = self.loss(self.model(images.contiguous(memory_format=self.layout)).float(), targets)
             self.accelerator.backward(loss * self._share_of_step())
             if self.accelerator.sync_gradients and self.options.clip_grad is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
@@ -292,7 +277,8 @@ class FinetuneRun(Run):
             self.expect_finite_loss(float(loss))
         if self.average is not None:
             self.average.update(self.trained, step=self.progress.step)
-        self._schedule(update=self.progress.step)
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self.progress.step)
 
     def _validate(self, epoch: int, **metrics: Any) -> None:
         """Validate, write down what comes out, and keep the best weights."""
@@ -323,7 +309,7 @@ class FinetuneRun(Run):
         damaged = 0
         for images, labels, _ in self.progress_bar(batches, desc=split, leave=False):
             with self.accelerator.autocast():
-                logits = model(self._to_channels_last(images)).float()
+                logits = model(images.contiguous(memory_format=self.layout)).float()
             losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction='none')
             ranked = logits.topk(min(5, self.num_classes), dim=1).indices == labels[:, None]
             row = torch.stack((losses, ranked[:, 0].float(), ranked.any(1).float(), (labels != NO_LABEL).float()), 1)
@@ -334,10 +320,6 @@ class FinetuneRun(Run):
             raise DataError(f'none of the {split} images can be read')
         loss, top1, top5 = (sums[:3] / sums[3]).tolist()
         return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'images': int(sums[3]), 'damaged': damaged}
-
-    def _to_channels_last(self, images: Tensor) -> Tensor:
-        """A batch as the convolutions like it: some (of NFNets) shape their weights anew and follow their input."""
-        return images.contiguous(memory_format=torch.channels_last) if self.options.channels_last else images
 
     def _calibrate(self) -> None:
         """Batch-norm statistics of a start that has none, the same in every process."""

@@ -117,11 +117,7 @@ class FinetuneOptions(RunOptions, TransformOptions, DataOptions):
         return self.mixup > 0 or self.cutmix > 0
 
     def post(self, recommended: str = 'none') -> PostProcess | None:
-        """The post-processing of the initial weights.
-
-        Args:
-            recommended: What 'auto' stands for: the :attr:`~timm_ghn.GHNConfig.postprocess` of a GHN.
-        """
+        """The post-processing of the initial weights; 'auto' stands for what a GHN recommends."""
         name, *changes = (part.strip() for part in self.postprocess.split(','))
         chosen = PostProcess.of(name, seed=self.seed, auto=recommended)
         if chosen is None or not changes:

@@ -14,11 +14,7 @@ _logger = logging.getLogger('timm_ghn.finetune')
 
 
 def check_start(options: FinetuneOptions, start: Start) -> None:
-    """Refuse a model that plain timm could not load from the Hub before hours go into it.
-
-    Raises:
-        UnsupportedModelError: if its stem was changed, or if timm builds another model from its configuration.
-    """
+    """Refuse a model that plain timm could not load from the Hub, by an UnsupportedModelError, before training it."""
     if options.target is None:
         return
     if start.edits:

@@ -34,10 +34,9 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model before it is trained.
+    """A model with its initial weights.
 
     Attributes:
-        model: With its initial weights.
         data_config: timm's data config: input size, mean, std, interpolation, crop.
         arguments: What ``timm.create_model`` was given beside the name.
         edits: Changes of its stem for small images, in words.
@@ -58,17 +57,16 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         UnsupportedModelError: if timm cannot build it as asked, or it cannot read images of this size.
         GHNError: if the prediction fails.
     """
+    init, seed, side = options.init, options.seed, options.image_size
     check_model_name(options.model, ghn_option='--init')
-    side = options.image_size
     small = options.small_stem == 'on' or (options.small_stem == 'auto' and side is not None and side <= SMALL_IMAGE)
     arguments: dict[str, Any] = {'num_classes': num_classes}
     if side is not None:
         check_side(side)
         arguments |= size_arguments(options.model, side, small=small)
     arguments |= options.arguments
-    model = build_timm_model(
-        options.model, arguments, seed=options.seed, pretrained=options.init == 'pretrained', ghn_option='--init'
-    )
+    pretrained = init == 'pretrained'
+    model = build_timm_model(options.model, arguments, seed=seed, pretrained=pretrained, ghn_option='--init')
     config = _data_config(options, model)
     if getattr(model, 'num_classes', None) != num_classes:
         raise ConfigError(f'{options.model!r} with {arguments} has no classifier of {num_classes} classes')
@@ -78,14 +76,14 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
         edits = adapt_to_small_images_(model, size[-1], in_chans=size[0])
     check_reads(model, size)
     facts = None
-    if options.init.startswith('donor:'):
-        candidate(options.init, input_size=size, seed=options.seed)(model)
-    if options.init in (*OTHER_INITS, RACE) or options.init.startswith('donor:'):
+    if init.startswith('donor:'):
+        candidate(init, input_size=size, seed=seed)(model)
+    if init in (*OTHER_INITS, RACE) or init.startswith('donor:'):
         postprocess_(model, options.post(), input_size=size)
     else:
-        ghn = shared_ghn(options.init)
+        ghn = shared_ghn(init)
         post = options.post(ghn.config.postprocess)
-        _, facts = initialise(model, ghn, input_size=size, head=options.head, seed=options.seed, postprocess=post)
+        _, facts = initialise(model, ghn, input_size=size, head=options.head, seed=seed, postprocess=post)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Start(model, config, arguments, edits, facts)
@@ -94,9 +92,8 @@ def build(options: FinetuneOptions, num_classes: int) -> Start:
 def _data_config(options: FinetuneOptions, model: nn.Module) -> dict[str, Any]:
     """timm's data config of a model, with what the options say about it."""
     own = resolve_data_config(model=model)
-    channels = options.arguments.get('in_chans', own['input_size'][0])
-    side = options.image_size
-    size = (channels, *own['input_size'][1:]) if side is None else (channels, side, side)
+    channels, side = options.arguments.get('in_chans', own['input_size'][0]), options.image_size
+    size = (channels, *(own['input_size'][1:] if side is None else (side, side)))
     crop = 1.0 if max(size[1:]) <= SMALL_IMAGE and options.crop_pct is None else options.crop_pct
     said = {'input_size': size, 'mean': options.mean, 'std': options.std, 'crop_pct': crop, 'in_chans': channels}
     for name in ('mean', 'std'):
@@ -119,10 +116,7 @@ def race(
     identity: Mapping[str, Any],
     device: torch.device,
 ) -> Race:
-    """Let starts race on batches to train on and to compare on; the model has the winner's weights afterwards.
-
-    ``identity`` tells the run from others.
-    """
+    """Let starts race on batches to train on and to compare on; the model has the winner's weights afterwards."""
     return choose_init(
         start.model.to(device),
         batches[0],
@@ -161,7 +155,6 @@ def loaders(
     }
     sampler = EpochSampler(len(train), seed=options.seed)
     # A last batch of a few images would be noise; but few-shot sets may have no whole batch at all.
-    # The collation makes tensors of the labels and counts.
     first: DataLoader[Any] = DataLoader(train, options.batch_size, sampler=sampler, drop_last=whole, **common)
 
     def in_order(split: Split) -> DataLoader[Any]:
@@ -189,11 +182,7 @@ def optimizer_of(options: FinetuneOptions, model: nn.Module) -> torch.optim.Opti
 
 
 def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, batches: int) -> Scheduler | None:
-    """timm's schedule for epochs of so many batches; None for a constant rate.
-
-    Raises:
-        ConfigError: if timm has none of this name.
-    """
+    """timm's schedule for epochs of so many batches, None for a constant rate; a ConfigError if it has none."""
     if options.sched == 'none':
         return None
     if options.sched == 'plateau':
@@ -222,12 +211,8 @@ def scheduler_of(options: FinetuneOptions, optimizer: torch.optim.Optimizer, bat
 
 def loss_of(options: FinetuneOptions, num_classes: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Mixup | None]:
     """Training loss, and what mixes the batches."""
-    if options.mixed:
-        mixup = Mixup(
-            mixup_alpha=options.mixup,
-            cutmix_alpha=options.cutmix,
-            label_smoothing=options.smoothing,
-            num_classes=num_classes,
-        )
-        return SoftTargetCrossEntropy(), mixup
-    return nn.CrossEntropyLoss(label_smoothing=options.smoothing), None
+    smoothing = options.smoothing
+    if not options.mixed:
+        return nn.CrossEntropyLoss(label_smoothing=smoothing), None
+    mixup = Mixup(options.mixup, options.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+    return SoftTargetCrossEntropy(), mixup

@@ -7,7 +7,6 @@ manifest is passed over for the one before it.
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -39,15 +38,9 @@ def save_checkpoint(
     average: nn.Module | None,
     keep: int,
 ) -> None:
-    """Write a checkpoint and remove the oldest; all processes call it.
+    """Write a checkpoint and remove all but the last ``keep``; all processes call it.
 
-    Args:
-        folder: Where the checkpoints are.
-        accelerator: Holds the model, the optimiser and so on.
-        progress: Where the run stands, as plain values; its 'step' names the checkpoint.
-        identity: What must be the same for a run that goes on, as plain values.
-        average: Averaged weights.
-        keep: How many to keep.
+    The 'step' of the progress names it; ``identity`` is what must be the same for a run that goes on.
 
     Raises:
         TrainingError: if it cannot be written; those before it are still there.
@@ -96,13 +89,12 @@ def load_checkpoint(
         CheckpointError: if the last good one belongs to another run.
     """
     for place in reversed(checkpoints_in(folder)):
-        flaw = damage(place)
-        if flaw is not None:
+        if flaw := damage(place):
             if accelerator.is_main_process:
                 warnings.warn(f'the checkpoint {str(place)!r} is passed over: {flaw}', stacklevel=2)
             continue
-        read = read_json(place / PROGRESS)
-        before, found = read['run'], read['progress']
+        found = read_json(place / PROGRESS)
+        before = found['run']
         changed = [
             f'{name} was {before.get(name)!r} and is {value!r}'
             for name, value in sorted(identity.items())
@@ -116,13 +108,13 @@ def load_checkpoint(
         accelerator.load_state(str(place))
         if average is not None:
             average.load_state_dict(load_file(place / AVERAGE))
-        return dict(found)
+        return dict(found['progress'])
     return None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Those that are complete, the oldest first."""
-    return sorted(place for place in folder.glob('step_*') if re.fullmatch(r'step_\d+', place.name))
+    return sorted(place for place in folder.glob('step_*') if place.suffix != PARTIAL)
 
 
 def damage(place: Path) -> str | None:

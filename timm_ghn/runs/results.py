@@ -33,10 +33,8 @@ def versions() -> dict[str, str]:
 class Results:
     """The log on the disk: first the run, then a line for each evaluation, then the summary.
 
-    Args:
-        folder: Where it is.
-        resume: For a run that goes on: an entry by which lines are ordered, and where it stood in the checkpoint;
-            lines after that are dropped, since they will be written again. None begins a new file.
+    A run that goes on gives ``resume``, an entry by which lines are ordered and where it stood in the checkpoint: lines
+    after that are dropped, since they will be written again. None begins a new file.
     """
 
     def __init__(self, folder: Path, *, resume: tuple[str, float] | None = None) -> None:

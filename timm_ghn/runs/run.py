@@ -50,12 +50,7 @@ _WAY_OUT = 'begin again with a smaller --lr or --clip-grad, or from another star
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands, as checkpoints keep it.
-
-    Attributes:
-        step: Optimiser steps done.
-        seconds: Time spent before this process went on with the run.
-    """
+    """Where a run stands, as checkpoints keep it: optimiser steps, and the time spent before this process went on."""
 
     step: int = 0
     seconds: float = 0.0
@@ -99,9 +94,7 @@ class Result:
 def session(options: RunOptions, **arguments: Any) -> Iterator[Accelerator]:
     """The accelerator of a run, which has its output folder for itself and leaves the process as it finds it.
 
-    Args:
-        options: Of the run.
-        **arguments: More of accelerate's.
+    ``arguments`` are more of accelerate's.
 
     Raises:
         ConfigError: if accelerate refuses the options, if the tracker is not installed, if another run is at work in
@@ -130,8 +123,7 @@ def _build_accelerator(options: RunOptions, arguments: dict[str, Any]) -> Accele
     backend: dict[str, Any] = {'backend': 'gloo'} if shared_gpu else {}
     try:
         accelerator = Accelerator(
-            # Without this, several processes that another launcher started would not find one another on a CPU.
-            cpu=cpu,
+            cpu=cpu,  # else several processes that another launcher started would not find one another
             mixed_precision=options.mixed_precision,
             log_with=options.log_with,
             project_dir=options.output,
@@ -167,11 +159,13 @@ class Run(abc.ABC):
     Attributes:
         progress: Where the run stands.
         facts: First line of the log: the options, what they led to, and the versions.
+        model: What is trained, as accelerate prepares it; a subclass sets it.
         average: Exponential moving average of the weights, if there is one.
     """
 
     options: RunOptions
     progress: Progress
+    model: nn.Module
     #: Entry of the progress and of the lines of the log by which they are ordered.
     ordered_by: ClassVar[str]
     #: Options that may change when a run goes on.
@@ -203,11 +197,6 @@ class Run(abc.ABC):
     @abc.abstractmethod
     def finished(self) -> bool:
         """Whether all is done."""
-
-    @property
-    @abc.abstractmethod
-    def trained(self) -> nn.Module:
-        """The network that is trained, without what accelerate wraps around it."""
 
     @abc.abstractmethod
     def train(self) -> None:
@@ -244,8 +233,7 @@ class Run(abc.ABC):
                 self.accelerator.free_memory()
 
     def _start(self) -> None:
-        options, key = self.options, self.ordered_by
-        found = None
+        options, found = self.options, None
         if options.resume:
             place = options.output / CHECKPOINTS
             found = load_checkpoint(place, self.accelerator, identity=self.identity, average=self.average)
@@ -253,7 +241,8 @@ class Run(abc.ABC):
             self.progress = type(self.progress)(**found)
             self._saved_step = self.progress.step
         if self.accelerator.is_main_process:
-            self._results = Results(options.output, resume=None if found is None else (key, found[key]))
+            resume = None if found is None else (self.ordered_by, found[self.ordered_by])
+            self._results = Results(options.output, resume=resume)
         if options.log_with is not None:
             # What every tracker takes as hyper-parameters.
             config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.to_dict().items()}
@@ -277,6 +266,12 @@ class Run(abc.ABC):
                 self.plot(read_results(output / RESULTS), output / CURVES)
         self.accelerator.wait_for_everyone()
         return Result(output, self.progress.step, self.finished, tuple(read_results(output / RESULTS)))
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that is trained, without what accelerate wraps around it."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
 
     @property
     def seconds(self) -> float:
@@ -312,11 +307,7 @@ class Run(abc.ABC):
         return any_process(self.accelerator, stop)
 
     def expect_finite_weights(self) -> None:
-        """Refuse to go on, and above all to write anything, with weights that are lost; all processes call it.
-
-        Raises:
-            TrainingError: if parameters or buffers are not finite.
-        """
+        """Refuse to go on, or to write, with weights that are lost, by a TrainingError; all processes call it."""
         finite = [parameter.isfinite().all() for module in self.weights for parameter in module.parameters()]
         # Constant buffers may be masks of minus infinity.
         finite += [(b < math.inf).all() for module in self.weights for b in module.buffers() if b.is_floating_point()]

@@ -61,21 +61,19 @@ class Blueprints:
         self._made = functools.lru_cache(maxsize=2000)(self._make)
 
     def __call__(self, architecture: Architecture) -> Blueprint:
-        """The blueprint of an architecture.
-
-        Raises:
-            UnsupportedModelError: if it cannot be traced.
-        """
+        """The blueprint of an architecture; an :class:`UnsupportedModelError` if it cannot be traced."""
         return self._made(architecture)
 
     def _make(self, architecture: Architecture) -> Blueprint:
-        path = None if self.folder is None else self.folder / f'{architecture.key}.safetensors'
-        found = None if path is None else _read(path, self.config.rules)
-        if found is None:
-            found = _examine(architecture, self.config.rules)
-            if path is not None:
-                _write(path, self.config.rules, *found)
-        graph, fixed = found
+        rules = self.config.rules
+        if self.folder is None:
+            graph, fixed = _examine(architecture, rules)
+        else:
+            path = self.folder / f'{architecture.key}.safetensors'
+            found = _read(path, rules)
+            graph, fixed = found or _examine(architecture, rules)
+            if not found:
+                _write(path, rules, graph, fixed)
         plan = plan_parameters(graph, self.config, head='predict')
         network = use_batch_statistics_(architecture.build('meta').eval().requires_grad_(False))
         return Blueprint(architecture, graph, plan, network, fixed)

@@ -18,9 +18,9 @@ from timm_ghn.architectures.deepnets.generate import ranges_of
 from timm_ghn.architectures.deepnets.sampler import networks_of
 from timm_ghn.architectures.families import FAMILIES
 from timm_ghn.architectures.samplers import NamesSampler, TimmSampler, evaluation_set, timm_parts
-from timm_ghn.data.memory import ImageTensors, evaluation_batches, load_images
+from timm_ghn.data.memory import evaluation_batches, load_images
 from timm_ghn.data.options import DataOptions
-from timm_ghn.data.splits import Splits, load_splits
+from timm_ghn.data.splits import Split, Splits, load_splits
 from timm_ghn.errors import ConfigError
 from timm_ghn.files import check_output
 from timm_ghn.hub.load import load_ghn
@@ -82,10 +82,10 @@ class NetworkOptions(DataOptions):
 
     def sampler(self, num_classes: int) -> TimmSampler:
         """Draws networks of the families."""
-        if self.recipe is None:
-            return TimmSampler(self.chosen_families, image_size=self.image_size, num_classes=num_classes)
-        sampler = TrainOptions(**{**read_recipe(self.recipe, TrainOptions), 'dataset': '-'}).sampler_for(num_classes)
-        drawn = timm_parts(sampler)
+        drawn = [TimmSampler(num_classes=num_classes)]
+        if self.recipe is not None:
+            recipe = TrainOptions(**{**read_recipe(self.recipe, TrainOptions), 'dataset': '-'})
+            drawn = timm_parts(recipe.sampler_for(num_classes))
         if not drawn:
             raise ConfigError(f'expected {str(self.recipe)!r} to draw from families of timm (its sampler does not)')
         return dataclasses.replace(drawn[0], families=self.chosen_families, image_size=self.image_size)
@@ -176,12 +176,11 @@ def load_ghn_and_splits(options: NetworkOptions) -> tuple[GHN, Splits]:
     return ghn, splits
 
 
-def batches_of(options: NetworkOptions, ghn: GHN, data: ImageTensors) -> list[tuple[Tensor, Tensor]]:
-    """Images to measure on, normalised as the GHN expects them, with their labels."""
-    config = {'mean': ghn.config.mean, 'std': ghn.config.std}
-    return list(
-        evaluation_batches(data, options.images or len(data), options.batch_size, seed=options.seed, config=config)
-    )
+def load_batches(options: NetworkOptions, ghn: GHN, split: Split) -> list[tuple[Tensor, Tensor]]:
+    """Images of a split to measure on, normalised as the GHN expects them, with their labels."""
+    data = load_images(split, (3, options.image_size, options.image_size), progress=True).to(ghn.device)
+    count = options.images or len(data)
+    return list(evaluation_batches(data, count, options.batch_size, seed=options.seed, config=vars(ghn.config)))
 
 
 def check_outputs(options: NetworkOptions) -> None:
@@ -202,18 +201,13 @@ def evaluate(options: EvaluateOptions) -> tuple[Evaluation, ...]:
     """
     check_outputs(options)
     ghn, splits = load_ghn_and_splits(options)
-    evaluated = splits.val if options.val_split != 'auto' or splits.test is None else splits.test
-    data = load_images(evaluated, (3, options.image_size, options.image_size), progress=True).to(ghn.device)
-    batches = batches_of(options, ghn, data)
+    batches = load_batches(options, ghn, splits.val if options.val_split != 'auto' else splits.test or splits.val)
     blueprints = Blueprints(ghn.config, options.cache)
-    rows = []
-    for family, architecture in tqdm(
-        options.architectures(len(splits.classes)), desc='predicting', unit='network', disable=None
-    ):
+    networks, rows = options.architectures(len(splits.classes)), []
+    for family, architecture in tqdm(networks, desc='predicting', unit='network', disable=None):
         blueprint = blueprints(architecture)
-        top1, loss = accuracies_of(ghn, blueprint, batches)
         size = sum(row.numel for row in blueprint.plan)
-        rows.append(Evaluation(family, architecture.name, size, top1, loss))
+        rows.append(Evaluation(family, architecture.name, size, *accuracies_of(ghn, blueprint, batches)))
     if options.json is not None:
         record = {
             'ghn': options.ghn,

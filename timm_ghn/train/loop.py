@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from timm_ghn.architectures.architecture import Architecture
@@ -56,7 +56,7 @@ class TrainProgress(Progress):
 
     Attributes:
         skipped: Networks left out so far, because their loss or gradient was not finite.
-        steps_without_finite_loss: Steps in a row without a finite loss and gradient.
+        steps_without_finite_loss: Such steps in a row, of all networks.
         window: Sums since the last line of the log: losses, shares of images that were right, networks.
     """
 
@@ -117,25 +117,20 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
     Norms, biases and embeddings are not decayed.
     """
     muon = options.opt == 'muon'
-    groups: dict[str, dict[str, Any]] = {
-        'templates': {'params': [], 'weight_decay': options.weight_decay},
-        'matrices': {'params': [], 'weight_decay': options.weight_decay},
-        'others': {'params': [], 'weight_decay': 0.0},
-    }
+    kinds: dict[str, list[Tensor]] = {'templates': [], 'matrices': [], 'others': []}
     for name, parameter in ghn.named_parameters():
-        if muon and name.endswith('.templates'):
-            kind = 'templates'
-        else:
-            kind = 'matrices' if parameter.dim() > 1 and 'embed' not in name else 'others'
-        groups[kind]['params'].append(parameter)
-    if muon:
+        kind = 'matrices' if parameter.dim() > 1 and 'embed' not in name else 'others'
+        kinds['templates' if muon and name.endswith('.templates') else kind].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {'params': found, 'weight_decay': 0.0 if kind == 'others' else options.weight_decay}
         # Said for each group: by its own rule timm takes wide matrices for embeddings.
-        for kind, group in groups.items():
-            group['use_muon'] = kind == 'templates'
+        | ({'use_muon': kind == 'templates'} if muon else {})
+        for kind, found in kinds.items()
+        if found
+    ]
     more: dict[str, Any] = {'momentum': 0.95, 'fallback_lr_scale': _FALLBACK} if muon else {}
-    used = [group for group in groups.values() if group['params']]
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        used, opt=options.opt, lr=options.lr, betas=(0.9, 0.99), **more
+        groups, opt=options.opt, lr=options.lr, betas=(0.9, 0.99), **more
     )
     return optimizer
 
@@ -145,6 +140,7 @@ class TrainRun(Run):
 
     options: TrainOptions
     progress: TrainProgress
+    model: GHN
     ordered_by = 'step'
     may_change = (
         'init', 'output', 'resume', 'cache', 'time_limit', 'checkpoint_steps', 'checkpoint_hist', 'log_with',
@@ -176,10 +172,10 @@ class TrainRun(Run):
         self.blueprints = Blueprints(ghn.config, cache)
         optimizer = _optimizer(options, ghn)
         # Gradients are averaged below: which parameters get one depends on the architectures of a process.
-        self.ghn: GHN = accelerator.prepare_model(ghn, evaluation_mode=True)
+        self.model = accelerator.prepare_model(ghn, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         if options.ema_decay:
-            self.average = ModelEmaV3(self.ghn, decay=options.ema_decay, use_warmup=True)
+            self.average = ModelEmaV3(self.model, decay=options.ema_decay, use_warmup=True)
         self.facts |= {
             'config': ghn.config.to_dict(),
             'parameters': sum(parameter.numel() for parameter in ghn.parameters()),
@@ -188,14 +184,9 @@ class TrainRun(Run):
         }
 
     @property
-    def trained(self) -> nn.Module:
-        """The GHN; gradients are averaged over processes without a wrapper."""
-        return self.ghn
-
-    @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same when the run goes on; the number of processes may change."""
-        identity = {**super().identity, 'max_channels': self.ghn.config.max_shape[0]}
+        identity = {**super().identity, 'max_channels': self.model.config.max_shape[0]}
         if self.options.decay_steps:
             # A constant rate leaves the number of steps open: a run may go on for longer than it was meant to.
             del identity['steps']
@@ -234,29 +225,25 @@ class TrainRun(Run):
 
         options = self.options
         title = f'{options.name}: {Path(options.dataset).name}, {self.progress.step} steps'
-        plot_training(log, path, title, chance=100 / self.ghn.config.num_classes)
+        plot_training(log, path, title, chance=100 / self.model.config.num_classes)
 
     def _step(self, step: int) -> None:
         """Sample, predict, differentiate, and change the GHN."""
         options, accelerator = self.options, self.accelerator
-        blueprints = [self.blueprints(architecture) for architecture in self.architectures(step)]
-        images, labels = self._batch(step)
         outcome = train_step(
-            self.ghn,
-            blueprints,
-            images,
-            labels,
+            self.model,
+            [self.blueprints(architecture) for architecture in self.architectures(step)],
+            *self._batch(step),
             networks=options.meta_batch,
             clip=options.clip_network,
             smoothing=options.smoothing,
             autocast=accelerator.autocast,
         )
-        kept = [pair for pair in zip(outcome.losses, outcome.accuracies, strict=True) if not math.isnan(pair[0])]
-        sums = [sum(pair[0] for pair in kept), sum(pair[1] for pair in kept), len(kept), outcome.skipped]
+        sums = [sum(outcome.losses), sum(outcome.accuracies), len(outcome.losses), outcome.skipped]
         loss, right, counted, skipped = self._share(torch.tensor(sums, dtype=sum_dtype(accelerator.device))).tolist()
         progress = self.progress
         progress.skipped += int(skipped)
-        useful = counted > 0 and math.isfinite(clip_grad_norm_(self.ghn.parameters(), options.clip_grad))
+        useful = counted > 0 and math.isfinite(clip_grad_norm_(self.model.parameters(), options.clip_grad))
         progress.steps_without_finite_loss = 0 if useful else progress.steps_without_finite_loss + 1
         if progress.steps_without_finite_loss >= options.max_skipped:
             raise TrainingError(
@@ -269,7 +256,7 @@ class TrainRun(Run):
         if useful:
             self.optimizer.step()
             if self.average is not None:
-                self.average.update(self.ghn, step=step + 1)
+                self.average.update(self.model, step=step + 1)
         self.optimizer.zero_grad()
         progress.window = [old + new for old, new in zip(progress.window, (loss, right, counted), strict=True)]
 
@@ -301,14 +288,14 @@ class TrainRun(Run):
         """Sum over processes of what they counted, and of their gradients."""
         if self.accelerator.num_processes == 1:
             return values
-        sum_gradients(self.ghn, functools.partial(self.accelerator.reduce, reduction='sum'))
+        sum_gradients(self.model, functools.partial(self.accelerator.reduce, reduction='sum'))
         summed: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), reduction='sum')
         return summed
 
     @property
     def shipped(self) -> GHN:
         """The GHN that is evaluated and saved."""
-        return self.ghn if self.average is None else cast(GHN, self.average.module)
+        return self.model if self.average is None else cast(GHN, self.average.module)
 
     @functools.cached_property
     def evaluated(self) -> dict[str, tuple[Architecture, ...]]:

@@ -102,8 +102,8 @@ class TrainOptions(RunOptions, DataOptions):
 
     def sampler_for(self, num_classes: int) -> ArchitectureSampler:
         """Source of the architectures to train on."""
-        given = self.sampler_args or {}
-        own = read_yaml(given, 'sampler_args') if isinstance(given, str) else given
+        own = self.sampler_args or {}
+        own = read_yaml(own, 'sampler_args') if isinstance(own, str) else own
         if not isinstance(own, dict):
             raise ConfigError(f"expected sampler_args to be a mapping like '{{families: [vgg]}}' (got {own!r})")
         return build_sampler(self.sampler, {'image_size': self.image_size, 'num_classes': num_classes, **own})
