@@ -75,7 +75,7 @@ def test_the_reader_of_imports_sees_them():
 
 def test_third_party_imports_are_declared():
     declared = {'huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm'}
-    optional = {'PIL', 'accelerate', 'datasets', 'fast_sugiyama', 'h5py', 'matplotlib', 'pyarrow', 'scipy'}
+    optional = {'PIL', 'accelerate', 'datasets', 'fast_sugiyama', 'h5py', 'matplotlib', 'networkx', 'pyarrow', 'scipy'}
     optional |= {'shtab', 'sklearn', 'torch_scatter', 'triton', 'yaml'}
     found = {name.split('.')[0] for module in MODULES for name in imports(module)}
     foreign = found - set(sys.stdlib_module_names) - {PACKAGE.name}

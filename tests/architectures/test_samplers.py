@@ -19,7 +19,6 @@ from timm_ghn.architectures.samplers import (
     TimmSampler,
     build_sampler,
     evaluation_set,
-    families_of,
     parts_of,
 )
 from timm_ghn.errors import ConfigError
@@ -98,7 +97,6 @@ def test_a_mixture_draws_from_each_part_by_its_share():
     assert set(drawn) == {'vgg', 'timm'}
     assert 35 <= drawn['vgg'] <= 54  # 45 in the mean; beyond three standard deviations in 3 of 1,000 seeds
     assert parts_of(MIX) == (TimmSampler(('vgg',), macs=5_000_000), NamesSampler(('resnet18',)))
-    assert families_of(MIX) == ('vgg',)
     mixed = dataclasses.replace(MIX, image_size=64, num_classes=7)
     assert {(part.image_size, part.num_classes) for part in parts_of(mixed)} == {(64, 7)}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from timm_ghn import load_ghn
 from timm_ghn.architectures import architecture as architectures
-from timm_ghn.architectures.samplers import NamesSampler, families_of
+from timm_ghn.architectures.samplers import NamesSampler
 from timm_ghn.errors import CheckpointError, ConfigError, DataError, TrainingError, UnsupportedModelError
 from timm_ghn.runs.recipes import add_arguments, options_of
 from timm_ghn.runs.results import read_results
@@ -311,7 +311,7 @@ def test_the_command_line_names_families_and_options_of_a_sampler():
     words = ['--dataset', 'x', '--held-out', 'regnet, densenet', '--sampler-args', '{families: [vgg, resnetv2]}']
     options = options_of(parser.parse_args(words), TrainOptions)
     assert options.unseen_families() == ('regnet', 'densenet')
-    assert families_of(options.sampler_for(10)) == ('vgg', 'resnetv2')
+    assert options.sampler_for(10).families == ('vgg', 'resnetv2')
 
 
 @pytest.mark.parametrize(

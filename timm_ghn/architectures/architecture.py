@@ -40,13 +40,7 @@ def register_family(name: str) -> Callable[[Builder], Builder]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a network classifies.
-
-    Attributes:
-        image_size: Side of the images in pixels.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
-    """
+    """What a network classifies: square images with a side in pixels, into a number of classes."""
 
     image_size: int = 32
     num_classes: int = 10
@@ -124,7 +118,12 @@ class Architecture(Task):
         common = {'num_classes': self.num_classes, 'in_chans': self.in_chans, 'device': torch.device(device)}
         with SkipInitialisation():
             model = _BUILDERS[self.family](self, common)
-        return _without_dropout(model).train()
+        for module in model.modules():  # predicted parameters are not to be regularised
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+            elif isinstance(module, DropPath):
+                module.drop_prob = 0.0
+        return model.train()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
@@ -149,24 +148,12 @@ def _digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _without_dropout(model: nn.Module) -> nn.Module:
-    """A network whose training mode has no noise: predicted parameters are not to be regularised."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    return model
-
-
 class SkipInitialisation(TorchFunctionMode):
     """Skip what fills meta tensors: there is nothing to fill, and doing so takes most of the time of building there."""
 
-    _FILLING = frozenset(
-        name
-        for name in dir(nn.init)
-        if name.endswith('_') and not name.startswith('_') and callable(getattr(nn.init, name))
-    ) | {'normal_', 'uniform_', 'trunc_normal_', 'zero_', 'fill_', 'erfinv_', 'mul_', 'add_', 'div_', 'clamp_', 'sub_'}
+    _FILLING = frozenset(name for name in dir(nn.init) if name.endswith('_') and not name.startswith('_')) | {
+        'normal_', 'uniform_', 'trunc_normal_', 'zero_', 'fill_', 'erfinv_', 'mul_', 'add_', 'div_', 'clamp_', 'sub_',
+    }  # fmt: skip
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

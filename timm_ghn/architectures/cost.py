@@ -23,9 +23,8 @@ class Cost:
     Attributes:
         parameters: Number of elements of its parameters.
         macs: Multiply-accumulates of its convolutions, linear layers and matrix products, for one image.
-        activations: Elements that these write, for one image (arXiv 2003.13678 finds that time follows them rather
-            than the multiply-accumulates, and so it is here: a step of a CPU correlates by 0.9 with them, by 0.6 with
-            those).
+        activations: Elements that these write, for one image (time follows them rather than the multiply-accumulates:
+            arXiv 2003.13678; a step of a CPU correlates by 0.9 with them, by 0.6 with those).
     """
 
     parameters: int
@@ -75,12 +74,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def cost_of(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Count on the meta device what a forward pass does.
-
-    Args:
-        model: A network on the meta device.
-        input_size: (channels, height, width) of the images.
-    """
+    """Count what a forward pass of a network on the meta device does, for images (channels, height, width)."""
     counter = _Counter()
     images = torch.empty((2, *input_size), device='meta')
     with torch.no_grad(), MetaMode(), counter:
@@ -89,27 +83,20 @@ def cost_of(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
 
 
 class _Counter(TorchFunctionMode):
-    """Adds up what passes by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-        self.activations = 0
+    macs = activations = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in (F.conv2d, torch.conv2d, F.linear):
             weight = args[1] if len(args) > 1 else (kwargs or {})['weight']
-            self._add(out, weight.numel() // weight.shape[0])
+            macs = out.numel() * (weight.numel() // weight.shape[0])
         elif func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm):
-            self._add(out, args[0].shape[-1])
+            macs = out.numel() * args[0].shape[-1]
         elif func is F.scaled_dot_product_attention:
-            query, key = args[0], args[1]
             # Scores have query x key positions, each a product over the channels; weighing the values is as much.
-            self.macs += 2 * query.numel() * key.shape[-2]
-            self.activations += out.numel()
-        return out
-
-    def _add(self, out: torch.Tensor, products: int) -> None:
-        self.macs += out.numel() * products
+            macs = 2 * args[0].numel() * args[1].shape[-2]
+        else:
+            return out
+        self.macs += macs
         self.activations += out.numel()
+        return out

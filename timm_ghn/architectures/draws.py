@@ -33,12 +33,7 @@ def stage_sides(side: int, strides: Sequence[int]) -> tuple[int, ...]:
 
 
 class Draws:
-    """Choices for one network within limits.
-
-    Args:
-        rng: Where they come from.
-        limits: What the network may cost, and for which images.
-    """
+    """Choices for one network within limits."""
 
     def __init__(self, rng: np.random.Generator, limits: Limits) -> None:
         self.rng, self.limits, self.image_size = rng, limits, limits.image_size
@@ -73,10 +68,7 @@ class Draws:
         return stage_sides(self.image_size, strides)
 
     def affordable(self, table: Sequence[tuple[T, int]], *, after: int = 1) -> T:
-        """One of the values of (value, total stride) that leave a position of the image when ``after`` more is divided.
-
-        Where none does, the value with the least stride.
-        """
+        """One of the values of (value, total stride) that leave a position after ``after`` more, else the smallest."""
         fitting = [value for value, stride in table if stride * after <= self.image_size]
         return self.choose(fitting or [min(table, key=lambda entry: entry[1])[0]])
 

@@ -37,8 +37,7 @@ def draw_vgg(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('vgg')
-def build_vgg(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's VGG."""
+def _build_vgg(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     cfg: list[int | str] = []
     for depth, width in zip(options['depths'], options['widths'], strict=True):
@@ -81,8 +80,7 @@ def draw_densenet(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('densenet')
-def build_densenet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's DenseNet."""
+def _build_densenet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     model: Any = DenseNet(
         growth_rate=options['growth'],
@@ -153,7 +151,7 @@ def _draw_strides(draw: Draws, stages: int, side: int) -> tuple[int, ...]:
 
 @register_family('mobilenet')
 @register_family('efficientnet')
-def build_inverted(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
+def _build_inverted(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     """timm's EfficientNet, or its MobileNetV3 for the head that pools before its last convolution."""
     options = architecture.options
     build = MobileNetV3 if options['head'] == 'v3' else EfficientNet

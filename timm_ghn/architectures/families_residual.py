@@ -88,8 +88,7 @@ def _draw_resnet_details(draw: Draws, stem: dict[str, Any], width: int) -> dict[
 
 @register_family('resnet_basic')
 @register_family('resnet_bottleneck')
-def build_resnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's ResNet."""
+def _build_resnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     block: Any = BasicBlock if architecture.family == 'resnet_basic' else Bottleneck
     model: Any = ResNet(
@@ -145,8 +144,7 @@ def draw_resnetv2(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('resnetv2')
-def build_resnetv2(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's ResNetV2."""
+def _build_resnetv2(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     group = options['norm'] == 'group'
     model: Any = ResNetV2(
@@ -204,8 +202,7 @@ def draw_regnet(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('regnet')
-def build_regnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's RegNet."""
+def _build_regnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     kind = options['kind']
     config = RegNetCfg(
@@ -256,8 +253,7 @@ def draw_nfnet(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('nfnet')
-def build_nfnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's NormFreeNet."""
+def _build_nfnet(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     config = NfCfg(
         depths=options['depths'],

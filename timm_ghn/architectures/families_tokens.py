@@ -53,8 +53,7 @@ def draw_convnext(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('convnext')
-def build_convnext(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's ConvNeXt."""
+def _build_convnext(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     stem = options['stem']
     model = ConvNeXt(
@@ -124,8 +123,7 @@ def draw_vit_pooled(draw: Draws) -> dict[str, Any]:
 
 @register_family('vit')
 @register_family('vit_pooled')
-def build_vit(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's VisionTransformer."""
+def _build_vit(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     return VisionTransformer(
         img_size=architecture.image_size,
@@ -169,8 +167,7 @@ def draw_swin(draw: Draws) -> dict[str, Any]:
 
 
 @register_family('swin')
-def build_swin(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's SwinTransformer."""
+def _build_swin(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     return SwinTransformer(
         img_size=architecture.image_size,
@@ -217,8 +214,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {'gelu': nn.GELU, 'relu': nn.ReLU, 's
 
 
 @register_family('mixer')
-def build_mixer(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's MlpMixer."""
+def _build_mixer(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     return MlpMixer(
         img_size=architecture.image_size,
@@ -270,8 +266,7 @@ _TOKEN_MIXERS: dict[str, type[nn.Module]] = {'pool': Pooling, 'convolution': Sep
 
 @register_family('poolformer')
 @register_family('caformer')
-def build_metaformer(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
-    """timm's MetaFormer."""
+def _build_metaformer(architecture: Architecture, common: dict[str, Any]) -> nn.Module:
     options = architecture.options
     bias, mixers = options['bias'], options['mixers']
     if bias:

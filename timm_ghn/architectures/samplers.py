@@ -50,11 +50,7 @@ def register_sampler(name: str) -> Callable[[SamplerType], SamplerType]:
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> ArchitectureSampler:
-    """Make the sampler that a configuration names.
-
-    Args:
-        name: As in :func:`register_sampler`.
-        options: Fields of its dataclass, in the types of its annotations; lists may stand for tuples.
+    """Make the sampler of a name, with the fields of its dataclass; lists may stand for tuples.
 
     Raises:
         ConfigError: if nothing has this name, or an option is unknown, missing or wrong.
@@ -112,19 +108,11 @@ class TimmSampler(Limits, ArchitectureSampler):
 
 
 def evaluation_set(sampler: TimmSampler, *, seed: int, count: int, split: str = 'test') -> tuple[Architecture, ...]:
-    """A fixed list of architectures that training never draws.
+    """A fixed list of architectures that training never draws: ``count`` distinct ones of each family.
 
-    They are held out by :attr:`Architecture.split`. For networks of another kind, give a sampler of the families in
-    :data:`~timm_ghn.architectures.families.HELD_OUT`.
-
-    Args:
-        sampler: Families and limits; its own split does not matter.
-        seed: Of the list. Each family has a generator of its own: one more family changes nothing in the others.
-        count: How many of each family.
-        split: 'val' or 'test'.
-
-    Returns:
-        ``count`` distinct architectures of each family, in the order of the families.
+    They are held out by :attr:`Architecture.split`, 'val' or 'test'; the sampler's own does not matter. For networks of
+    another kind, give a sampler of the families in :data:`~timm_ghn.architectures.families.HELD_OUT`. Each family has a
+    generator of its own: one more family changes nothing in the others.
     """
     chosen: list[Architecture] = []
     for family in sampler.families:
@@ -177,7 +165,7 @@ class NamesSampler(ArchitectureSampler):
 
     def architecture(self, name: str) -> Architecture:
         """A model by its name."""
-        arguments = _size_arguments(name, self.image_size, self.small_stem)
+        arguments = _size_arguments(name, self.image_size, small=self.small_stem)
         return Architecture('timm', {'name': name, 'small_stem': self.small_stem, **arguments}, **self.task)
 
 
@@ -185,9 +173,7 @@ def _matching(pattern: str) -> tuple[str, ...]:
     return tuple(timm.list_models(pattern)) if any(c in pattern for c in '*?[') else (pattern,) * timm.is_model(pattern)
 
 
-@functools.cache
-def _size_arguments(name: str, image_size: int, small: bool) -> dict[str, Any]:
-    return size_arguments(name, image_size, small=small)
+_size_arguments = functools.cache(size_arguments)
 
 
 @register_family('timm')
@@ -249,8 +235,3 @@ def parts_of(sampler: ArchitectureSampler) -> tuple[ArchitectureSampler, ...]:
 def timm_parts(sampler: ArchitectureSampler) -> list[TimmSampler]:
     """Those of the parts that draw from families of timm."""
     return [part for part in parts_of(sampler) if isinstance(part, TimmSampler)]
-
-
-def families_of(sampler: ArchitectureSampler) -> tuple[str, ...]:
-    """Families of timm that a sampler draws from."""
-    return tuple(dict.fromkeys(family for part in timm_parts(sampler) for family in part.families))

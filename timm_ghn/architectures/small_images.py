@@ -39,23 +39,18 @@ def size_arguments(model_name: str, image_size: int, *, small: bool) -> dict[str
     has a fixed size and no such argument is built for images that are larger by as much, which is what its layers
     see behind a stem of :func:`adapt_to_small_images_`.
 
-    Args:
-        model_name: timm model.
-        image_size: Side of the images in pixels.
-        small: Whether the stem is for small images.
-
     Returns:
         ``img_size`` and ``patch_size``, as far as the model takes them.
     """
     cfg = timm.get_pretrained_cfg(model_name)
     model = _built(model_name, {})
     takes = set(inspect.signature(type(model).__init__).parameters)
-    patches = [module.patch_size for module in model.modules() if isinstance(module, PatchEmbed)]
-    arguments: dict[str, Any] = {}
-    if 'img_size' in takes or (cfg is not None and cfg.fixed_input_size):
-        arguments['img_size'] = image_size
-    if not small or not arguments:
+    if 'img_size' not in takes and not (cfg and cfg.fixed_input_size):
+        return {}
+    arguments = {'img_size': image_size}
+    if not small:
         return arguments
+    patches = [module.patch_size for module in model.modules() if isinstance(module, PatchEmbed)]
     if patches and 'patch_size' in takes:
         smaller = {**arguments, 'patch_size': max(1, min(patches[0]) // REDUCTION)}
         # Some take only patches of certain sizes, and say so in any way.
@@ -80,16 +75,12 @@ def _built(model_name: str, arguments: dict[str, Any]) -> nn.Module:
 def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int = 3) -> tuple[str, ...]:
     """Take the strides of a stem out, in place, before the model is initialised.
 
-    Whether it can read the images then is for :func:`check_reads` to say.
-
     Convolutions and poolings that see the image at more than a quarter of its side get stride 1; a convolution of 5x5
     and more among them shrinks to the middle 3x3 of its kernel, and a pooling goes altogether. A patch convolution,
     whose kernel is as large as its stride, keeps its kernel, and a stride of eight or more is divided by four.
 
-    Args:
-        model: Any convolutional network; not one that has its patches from :func:`size_arguments`.
-        image_size: Side of the images in pixels.
-        in_chans: Image channels.
+    It is for networks that do not have their patches from :func:`size_arguments`; whether they can read the images
+    then is for :func:`check_reads` to say.
 
     Returns:
         What was changed, in words.
@@ -107,11 +98,7 @@ def adapt_to_small_images_(model: nn.Module, image_size: int, *, in_chans: int =
 
 
 def check_reads(model: nn.Module, size: tuple[int, int, int]) -> None:
-    """Run a model on an empty image (channels, height, width).
-
-    Raises:
-        UnsupportedModelError: if it cannot read images of this size.
-    """
+    """Run a model on an empty image (channels, height, width); an UnsupportedModelError if it cannot read it."""
     try:
         _forward(model, size)
     except Exception as error:

@@ -23,14 +23,10 @@ _OF_WEIGHTS = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkp
 
 
 def check_model_name(name: str, *, ghn_option: str = '--ghn') -> None:
-    """Refuse a name by which timm builds no model, or by which it builds a predicted one.
-
-    Args:
-        name: Architecture, with or without a tag of timm's.
-        ghn_option: What a GHN is to be named by.
+    """Refuse a name by which timm builds no model, or, as the tag names a GHN, a predicted one.
 
     Raises:
-        UnsupportedModelError: if timm has no such architecture or tag, or if the tag names a GHN.
+        UnsupportedModelError: if it is refused; it says by which option a GHN is to be named.
     """
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
@@ -56,7 +52,7 @@ def build_timm_model(
         arguments: More of ``timm.create_model``.
         seed: Of timm's initialisation. The global random generator stays as it is.
         pretrained: Whether to load timm's weights.
-        ghn_option: As for :func:`check_model_name`.
+        ghn_option: Option by which a GHN is to be named, for error messages.
 
     Raises:
         UnsupportedModelError: if timm has no such model or refuses the arguments, or if they ask for other weights.
@@ -82,10 +78,6 @@ def build_timm_model(
 
 
 def check_side(side: object) -> None:
-    """Refuse the side of an image that cannot be meant.
-
-    Raises:
-        UnsupportedModelError: if it is above :data:`MAX_SIDE`.
-    """
+    """Refuse, by an :class:`UnsupportedModelError`, a side of an image above :data:`MAX_SIDE`."""
     if isinstance(side, int) and side > MAX_SIDE:
         raise UnsupportedModelError(f'expected images with sides of at most {MAX_SIDE:,} pixels (got {side:,})')

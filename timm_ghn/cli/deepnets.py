@@ -15,8 +15,7 @@ from timm_ghn.files import check_output
 
 def run_deepnets(args: argparse.Namespace) -> int:
     """Run the action that the arguments name."""
-    actions = {'generate': _generate, 'stats': _stats, 'convert': _convert}
-    return actions[args.action](args)
+    return {'generate': _generate, 'stats': _stats, 'convert': _convert}[args.action](args)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -74,10 +74,8 @@ def run_verify(args: argparse.Namespace) -> int:
     expected = norms.published_norms(args.name, known_ghns(), args.arch)
     ghn = load_ghn(args.name, device=args.device)
     width = max(map(len, (*expected, 'network')))
-    print(
-        f'{"network":{width}}  {"published":>10}  {"predicted":>10}  {"difference":>10}  below {norms.NORM_TOLERANCE}',
-        flush=True,
-    )
+    header = f'{"published":>10}  {"predicted":>10}  {"difference":>10}  below {norms.NORM_TOLERANCE}'
+    print(f'{"network":{width}}  {header}', flush=True)
     agreed = 0
     for arch, published in expected.items():
         try:

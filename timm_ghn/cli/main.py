@@ -25,11 +25,7 @@ from timm_ghn.version import __version__
 #: Of each command: the module that has its function ``run_COMMAND``, arguments of an example, and what it does.
 COMMANDS = {
     'list': ('hub', '', 'List the GHNs that can be named.'),
-    'predict': (
-        'models',
-        'resnet50 -o out.safetensors',
-        'Predict the weights of a timm model, into a file.',
-    ),
+    'predict': ('models', 'resnet50 -o out.safetensors', 'Predict the weights of a timm model, into a file.'),
     'inspect': ('models', 'convnext_base --plot graph.html', 'Print the plan of a prediction, or how diverse it is.'),
     'finetune': ('runs', '--config examples/recipes/quick.yaml', 'Fine-tune a timm model from a start of your choice.'),
     'push': ('hub', 'out.safetensors user/resnet50.ghn', 'Push a model or a GHN to the Hub, with a model card.'),
@@ -81,13 +77,13 @@ def _module_of(name: str) -> Any:
     return importlib.import_module(f'timm_ghn.cli.{name}')
 
 
+def _say(kind: str, message: str) -> None:
+    print(f'timm-ghn: {kind}:', printable(_TOKEN.sub('hf_...', message), LONGEST), file=sys.stderr)
+
+
 def _fail(message: str, *, code: int = 2) -> int:
     _say('error', message)
     return code
-
-
-def _say(kind: str, message: str) -> None:
-    print(f'timm-ghn: {kind}:', printable(_TOKEN.sub('hf_...', message), LONGEST), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,11 +103,11 @@ def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.A
         argv: Arguments to parse: of the commands in :data:`RUNS` only the one that they name has its options.
         every: Whether all of these have theirs.
     """
+    examples = '\n'.join(f'  timm-ghn {name} {words}'.rstrip() for name, (_, words, _) in COMMANDS.items())
     parser = _Parser(
         prog='timm-ghn',
         description='Predict the parameters of timm models with graph hypernetworks.',
-        epilog='examples:\n'
-        + '\n'.join(f'  timm-ghn {name} {words}'.rstrip() for name, (_, words, _) in COMMANDS.items()),
+        epilog=f'examples:\n{examples}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'timm_ghn {__version__}')
@@ -165,11 +161,8 @@ def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.A
     add('--device', help="where the GHN computes, e.g. 'cuda' (default: the CPU)")
 
     _add_deepnets_options(of['deepnets'])
-    of['completion'].add_argument(
-        'shell',
-        choices=('bash', 'zsh', 'tcsh'),
-        help='source what is printed, or save it where the shell looks for completions',
-    )
+    text = 'source what is printed, or save it where the shell looks for completions'
+    of['completion'].add_argument('shell', choices=('bash', 'zsh', 'tcsh'), help=text)
     for name in ('list', 'predict', 'inspect', 'convert', 'cache'):
         of[name].add_argument('--json', action='store_true', help='print JSON')
     return parser
@@ -177,9 +170,8 @@ def build_parser(argv: Sequence[str] = (), *, every: bool = False) -> argparse.A
 
 def _add_deepnets_options(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True, parser_class=_Parser)
-    add = actions.add_parser(
-        'generate', help='draw networks of a split; a run that was interrupted goes on'
-    ).add_argument
+    text = 'draw networks of a split; a run that was interrupted goes on'
+    add = actions.add_parser('generate', help=text).add_argument
     add('--split', required=True, help='train, val, test, wide, deep, dense, bnfree or search')
     add('--num', type=_at_least(1), required=True, metavar='N', help='how many networks')
     add('--seed', type=_at_least(0), default=0, help='of the draws (default: 0)')

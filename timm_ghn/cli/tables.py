@@ -11,6 +11,8 @@ from timm_ghn.errors import LONGEST, printable
 if TYPE_CHECKING:
     from timm_ghn.prediction.diversity import Comparison
 
+_NUMBER = re.compile(r'-|[+-]?[\d,]*\.?\d+[*%]?')
+
 
 def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
     """Each layer as predicted, post-processed and random, with what the columns mean."""
@@ -19,15 +21,11 @@ def diversity_table(comparisons: Iterable[Comparison]) -> Iterator[str]:
         header += [f'{measure}: pred', 'post', 'rand']
     rows = []
     for comparison in comparisons:
-        measured = comparison.weights
-        row = [
-            f'{comparison.number}{"*" if comparison.processed else ""}',
-            comparison.name,
-            'x'.join(map(str, comparison.shape)),
-        ]
-        row += [f'{100 * layer.duplicates:.0f}%' for layer in measured.values()]
-        row += [f'{layer.stable_rank:.1f}' for layer in measured.values()]
-        row += [f'{layer.effective_rank:.1f}' for layer in measured.values()]
+        number, shape = f'{comparison.number}{"*" * comparison.processed}', 'x'.join(map(str, comparison.shape))
+        row, measured = [number, comparison.name, shape], comparison.weights.values()
+        row += [f'{100 * layer.duplicates:.0f}%' for layer in measured]
+        row += [f'{layer.stable_rank:.1f}' for layer in measured]
+        row += [f'{layer.effective_rank:.1f}' for layer in measured]
         rows.append(row)
     yield from aligned(header, rows)
     yield ''
@@ -42,14 +40,7 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[st
     body = [tuple(printable(cell, LONGEST) for cell in row) for row in rows]
     columns = list(zip(header, *body, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    to_right = [all(_NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
     for row in (header, ['-' * width for width in widths], *body):
-        cells = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
-        yield '  '.join(cells).rstrip()
-
-
-def _is_number(text: str) -> bool:
-    return text == '-' or re.fullmatch(r'[+-]?[\d,]*\.?\d+[*%]?', text) is not None
+        cells = zip(row, widths, to_right, strict=True)
+        yield '  '.join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ NO_LABEL = -100
 #: Sides up to which images are taken as they are, without the margin that a centre crop cuts off.
 SMALL_IMAGE = 64
 
+Transform = Callable[[PILImage.Image], Tensor]
+
 _decoder = Image()
 
 
-def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Callable[[PILImage.Image], Tensor]:
+def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Transform:
     """Transform of training images, by ``timm.data.create_transform``, for a data config of a model.
 
     Raises:
@@ -63,22 +65,14 @@ def train_transform(config: Mapping[str, Any], options: TransformOptions) -> Cal
         margin = tuple(max(1, side // 8) for side in reversed(size))
         resize = transforms.Resize(size, interpolation=str_to_interp_mode(config['interpolation']))
         steps[:1] = [resize, transforms.RandomCrop(size, padding=margin)]
-    composed: Callable[[PILImage.Image], Tensor] = transforms.Compose(steps)
-    return composed
+    return cast(Transform, transforms.Compose(steps))
 
 
-def eval_transform(config: Mapping[str, Any]) -> Callable[[PILImage.Image], Tensor]:
+def eval_transform(config: Mapping[str, Any]) -> Transform:
     """Transform of images to evaluate on, by ``timm.data.create_transform``."""
-    transform: Any = create_transform(
-        input_size=config['input_size'],
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config.get('crop_mode'),
-    )
-    chosen: Callable[[PILImage.Image], Tensor] = transform
-    return chosen
+    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    arguments: dict[str, Any] = {name: config.get(name) for name in names}
+    return cast(Transform, create_transform(**arguments))
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
@@ -92,7 +86,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def __init__(
         self,
         split: Split,
-        transform: Callable[[PILImage.Image], Tensor],
+        transform: Transform,
         *,
         channels: int = 3,
         seed: int = 0,
@@ -100,12 +94,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     ) -> None:
         if channels not in (1, 3):
             raise ConfigError(f'expected a model of 1 or 3 image channels (got {channels})')
-        self.split = split
-        self.transform = transform
+        self.split, self.transform, self.seed, self.training = split, transform, seed, training
         self.mode = 'L' if channels == 1 else 'RGB'
-        self.seed = seed
-        self.training = training
-        self._empty: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -126,9 +116,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
                     return self.transform(image), label, damaged
         if self.training:
             raise DataError(f'none of the {rows} training images can be read')
-        if self._empty is None:
-            self._empty = torch.zeros_like(self.transform(PILImage.new(self.mode, (SMALL_IMAGE, SMALL_IMAGE))))
-        return self._empty, NO_LABEL, 1
+        return torch.zeros_like(self.transform(PILImage.new(self.mode, (SMALL_IMAGE, SMALL_IMAGE)))), NO_LABEL, 1
 
 
 def decoded(value: Any, mode: str) -> PILImage.Image | None:
@@ -151,9 +139,7 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, rows: int, *, seed: int = 0) -> None:
-        self.rows = rows
-        self.seed = seed
-        self.epoch = 0
+        self.rows, self.seed, self.epoch = rows, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""

@@ -76,9 +76,7 @@ def load_images(split: Split, size: tuple[int, int, int], *, progress: bool = Fa
 
 def normalised(images_nchw: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Bytes as normalised floats, with the mean and std of a data config."""
-    shape = (1, -1, 1, 1)
-    mean = torch.tensor(config['mean'], device=images_nchw.device).view(shape)
-    std = torch.tensor(config['std'], device=images_nchw.device).view(shape)
+    mean, std = (torch.tensor(config[name], device=images_nchw.device).view(1, -1, 1, 1) for name in ('mean', 'std'))
     return (images_nchw.float() / 255 - mean) / std
 
 
@@ -90,13 +88,9 @@ def augmented(images_nchw: Tensor, rng: np.random.Generator, *, crop: bool = Tru
     if not crop:
         return images_nchw
     margin = max(1, width // 8)
-    padded = F.pad(images_nchw, (margin,) * 4)
     tops, lefts = (rng.integers(2 * margin + 1, size=count) for _ in range(2))
-    crops = [
-        image[:, top : top + height, left : left + width]
-        for image, top, left in zip(padded.unbind(), tops, lefts, strict=True)
-    ]
-    return torch.stack(crops)
+    padded = zip(F.pad(images_nchw, (margin,) * 4), tops, lefts, strict=True)
+    return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in padded])
 
 
 def training_batch(

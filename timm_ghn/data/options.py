@@ -14,11 +14,7 @@ CROP_MODES = ('rrc', 'rkrc', 'rkrr', 'pad')
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(Options):
-    """Which data set to read, and what of it.
-
-    Raises:
-        ConfigError: if there is no data set, or a share that leaves nothing.
-    """
+    """Which data set to read, and what of it."""
 
     dataset: str = option('', 'name on the Hub, folder, or parquet file')
     subset: str | None = option(None, 'configuration of a data set that has several')

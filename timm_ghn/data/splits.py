@@ -33,13 +33,7 @@ HELD_OUT = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows with their labels.
-
-    Attributes:
-        rows: The data set; its images are not decoded.
-        image_column: Where the images are.
-        labels: Class of each row, int64, (rows,).
-    """
+    """Rows of a data set, whose images in ``image_column`` are not decoded, with the class of each: int64 (rows,)."""
 
     rows: Dataset
     image_column: str
@@ -50,8 +44,6 @@ class Split:
 
     def select(self, rows: np.ndarray) -> Split:
         """Some of the rows, in the given order."""
-        if np.array_equal(rows, np.arange(len(self))):
-            return self
         return Split(self.rows.select(rows), self.image_column, self.labels[rows])
 
 
@@ -64,7 +56,7 @@ class Splits:
         val: To validate on.
         test: To look at once, at the end; None where the data set has none, or where it is trained or validated on.
         classes: Names of the classes, in the order of the labels.
-        names: Names of the training and the validation split, as far as they were named.
+        names: Names of the training and the validation split.
     """
 
     train: Split
@@ -98,8 +90,12 @@ def load_splits(options: DataOptions, *, shots: int | None = None, shots_seed: i
     if share is not None:
         val_name = f'{share:g} of {options.train_split}'
     images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
-    image_column = _column(train, 'image_column', options.image_column, images)
-    label_column = _column(train, 'label_column', options.label_column, _label_columns(train, options.label_column))
+    image_column = _column(train, 'image_column', options.image_column, images, images)
+    types = {name: str(getattr(feature, 'dtype', '')) for name, feature in train.features.items()}
+    labels = [name for name, kind in types.items() if kind.startswith(_LABEL_TYPES)]
+    usual = [name for name in LABEL_COLUMNS if name in labels][:1]
+    usual = usual or [name for name in labels if isinstance(train.features[name], ClassLabel)]
+    label_column = _column(train, 'label_column', options.label_column, labels, usual)
     classes = _classes(train, label_column)
 
     def read(part: Dataset, name: str) -> Split:
@@ -126,11 +122,9 @@ def load_splits(options: DataOptions, *, shots: int | None = None, shots_seed: i
     else:
         held_out = _held_out(whole.labels, share, options.seed, np.array([]) if shots is None else chosen)
         val, chosen = whole.select(held_out), np.setdiff1d(chosen, held_out)
-    labels = np.unique(whole.labels[chosen])
-    if len(labels) < 2:
-        raise DataError(
-            f'split {options.train_split!r} has only the class {classes[labels[0]]!r}; expected at least two'
-        )
+    if len(left := np.unique(whole.labels[chosen])) < 2:
+        only = classes[left[0]]
+        raise DataError(f'split {options.train_split!r} has only the class {only!r}; expected at least two')
     test = None
     # Not where it is used for something else.
     if TEST_SPLIT in parts and TEST_SPLIT not in _named(options.train_split) | _named(val_name):
@@ -166,15 +160,12 @@ def first_shots(labels: np.ndarray, shots: int, seed: int | None = None) -> np.n
 
     They are the first in the order of the data set, as in arXiv 2207.10049, or drawn with a seed.
     """
-    order = np.arange(len(labels))
-    if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(labels))
+    order = np.arange(len(labels)) if seed is None else np.random.default_rng(seed).permutation(len(labels))
     chosen = [order[labels[order] == label][:shots] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen)) if chosen else order[:0]
 
 
 def _load(options: DataOptions) -> Mapping[str, Dataset]:
-    """All splits of the data set."""
     place = Path(os.path.expanduser(options.dataset))  # an unknown user's ~ stays as it is
     try:
         if place.is_file():
@@ -212,23 +203,13 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
     return concatenate_datasets([parts[name].select(chosen or []) for name, chosen in rows])
 
 
-def _column(part: Dataset, option: str, named: str | None, fitting: list[str]) -> str:
-    """The column of a name, or the only one that fits."""
-    found = fitting if named is None else [name for name in fitting if name == named]
+def _column(part: Dataset, option: str, named: str | None, fitting: list[str], usual: list[str]) -> str:
+    """The column of a name among those that fit, or the usual one where none is named."""
+    found = usual if named is None else [name for name in fitting if name == named]
     if len(found) != 1:
         columns = ', '.join(part.column_names)
         raise DataError(f'expected {option} to name one column of that kind (got {named!r}; there are {columns})')
     return found[0]
-
-
-def _label_columns(part: Dataset, named: str | None) -> list[str]:
-    """Columns that may hold the labels; the usual ones first, where none is named."""
-    types = {name: str(getattr(feature, 'dtype', '')) for name, feature in part.features.items()}
-    fitting = [name for name, kind in types.items() if kind.startswith(_LABEL_TYPES)]
-    if named is not None:
-        return fitting
-    usual = [name for name in LABEL_COLUMNS if name in fitting]
-    return usual[:1] or [name for name in fitting if isinstance(part.features[name], ClassLabel)]
 
 
 def _classes(train: Dataset, column: str) -> tuple[str, ...]:

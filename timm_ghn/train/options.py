@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from timm_ghn.architectures.families import FAMILIES, HELD_OUT
-from timm_ghn.architectures.samplers import ArchitectureSampler, build_sampler, families_of
+from timm_ghn.architectures.samplers import ArchitectureSampler, build_sampler, timm_parts
 from timm_ghn.data.memory import AUGMENTATIONS
 from timm_ghn.data.options import DataOptions
 from timm_ghn.errors import ConfigError
@@ -119,5 +119,5 @@ class TrainOptions(RunOptions, DataOptions):
         unknown = [name for name in unseen if name not in FAMILIES]
         if unknown:
             raise ConfigError(f'expected held_out to name families among {", ".join(FAMILIES)} (got {unknown})')
-        trained = families_of(self.sampler_for(2))
+        trained = {family for part in timm_parts(self.sampler_for(2)) for family in part.families}
         return tuple(name for name in unseen if name not in trained)

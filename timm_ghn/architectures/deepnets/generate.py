@@ -71,16 +71,8 @@ def ranges_of(split: str) -> SplitRanges:
     return SPLITS[split]
 
 
-def draw_genotype(rng: np.random.Generator, steps: int, *, only_pool: bool, drop_concat: bool) -> Genotype:
-    """Draw both cells: nearly uniform over operations and over pairs of inputs, as the published logits are."""
-    first = 0 if steps > 1 else 1  # a cell of one sum has no 'none'
-    normal = _draw_cell(rng, steps, OPS[first:])
-    reduce = _draw_cell(rng, steps, (POOLS if only_pool else OPS)[first:])
-    concat = tuple(2 + j for j in range(steps) if not drop_concat or j == steps - 1 or rng.random() < 0.5)
-    return Genotype(normal, concat, reduce, concat)
-
-
 def _draw_cell(rng: np.random.Generator, steps: int, allowed: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """Draw a cell: nearly uniform over operations and over pairs of inputs, as the published logits are."""
     pairs: list[tuple[str, int]] = []
     for step in range(steps):
         logits = 1e-3 * rng.standard_normal((2 + step, len(allowed)))
@@ -99,7 +91,11 @@ def draw_config(rng: np.random.Generator, split: str) -> NetworkConfig | None:
     steps = int(rng.integers(fewest, (most if n_cells <= threshold else medium) + 1))
     only_pool = bool(rng.random() < 0.5)
     drop_concat = steps > 1 and bool(rng.random() < 0.5)
-    genotype = draw_genotype(rng, steps, only_pool=only_pool, drop_concat=drop_concat)
+    first = 0 if steps > 1 else 1  # a cell of one sum has no 'none'
+    normal = _draw_cell(rng, steps, OPS[first:])
+    reduce = _draw_cell(rng, steps, (POOLS if only_pool else OPS)[first:])
+    concat = tuple(2 + j for j in range(steps) if not drop_concat or j == steps - 1 or rng.random() < 0.5)
+    genotype = Genotype(normal, concat, reduce, concat)
     ks = int(rng.choice((3, 5, 7)))
     if _is_rejected(genotype):
         return None
@@ -118,10 +114,8 @@ def draw_config(rng: np.random.Generator, split: str) -> NetworkConfig | None:
 def _is_rejected(genotype: Genotype) -> bool:
     """Whether the published rules refuse a genotype."""
     cells = ([op for op, _ in genotype.normal], [op for op, _ in genotype.reduce])
-    ops = genotype.ops
-    if 'cse' in ops and not any('conv' in op for op in ops):
-        return True
-    if not any(op in ('cse', 'msa') or 'conv' in op for op in ops):
+    convolves = any('conv' in op for op in genotype.ops)
+    if not convolves and ('cse' in genotype.ops or not genotype.is_vit):
         return True
     return any(cell.count('cse') > 1 or cell.count('conv_5x5') + cell.count('conv_7x7') > 1 for cell in cells)
 
@@ -158,18 +152,10 @@ def _candidates(split: str, seed: int, first: int, workers: int) -> Iterator[Ite
 
 
 def generate(path: Path, split: str, num: int, *, seed: int = 0, workers: int = 1, progress: bool = False) -> None:
-    """Write distinct networks of a split to an Arrow file; the same for the same seed, whatever the processes.
+    """Write ``num`` distinct networks of a split to an Arrow file; the same for the same seed, whatever the processes.
 
     Each network goes to ``path + '.partial'`` when it is found. A run that was interrupted is continued from there,
     with the same result. No two networks have isomorphic graphs.
-
-    Args:
-        path: The file.
-        split: A name of :data:`SPLITS`.
-        num: How many networks.
-        seed: Of the draws.
-        workers: Processes.
-        progress: Whether to show a bar.
 
     Raises:
         ConfigError: if there is no such split, or a partial file belongs to another split or seed.

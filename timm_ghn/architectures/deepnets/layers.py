@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import OrderedDict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,13 @@ def make_op(name: str, channels: int, stride: int, norm: str | None) -> nn.Modul
         return SqueezeExcite(channels, stride)
     kernel = max(int(number) for number in re.findall(r'\d+', name))
     if name.startswith('sep_conv'):
-        return Convolutions(*_separable(channels, kernel, stride, 1, norm), *_separable(channels, kernel, 1, 1, norm))
+        first, second = (_separable(channels, kernel, each, 1, norm) for each in (stride, 1))
+        return _in_a_row('op', *first, *second)
     if name.startswith('dil_conv'):
-        return Convolutions(*_separable(channels, kernel, stride, 2, norm))
+        return _in_a_row('op', *_separable(channels, kernel, stride, 2, norm))
     if name == 'conv_7x1_1x7':
-        return Convolutions(
+        return _in_a_row(
+            'op',
             nn.ReLU(),
             nn.Conv2d(channels, channels, (1, kernel), (1, stride), (0, kernel // 2), bias=False),
             nn.Conv2d(channels, channels, (kernel, 1), (stride, 1), (kernel // 2, 0), bias=False),
@@ -58,9 +61,8 @@ def make_op(name: str, channels: int, stride: int, norm: str | None) -> nn.Modul
 
 def relu_conv_norm(in_channels: int, channels: int, kernel: int, stride: int, norm: str | None) -> nn.Module:
     """ReLU, a convolution without bias, a normalisation."""
-    return Convolutions(
-        nn.ReLU(), nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False), make_norm(norm, channels)
-    )
+    convolution = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
+    return _in_a_row('op', nn.ReLU(), convolution, make_norm(norm, channels))
 
 
 def _separable(channels: int, kernel: int, stride: int, dilation: int, norm: str | None) -> tuple[nn.Module, ...]:
@@ -74,17 +76,9 @@ def _separable(channels: int, kernel: int, stride: int, dilation: int, norm: str
     )
 
 
-class Convolutions(nn.Module):
-    """Layers in a row, named ``op.0``, ``op.1``, ..."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.op = nn.Sequential(*layers)
-
-    def forward(self, x_nchw: Tensor) -> Tensor:
-        """Apply the layers."""
-        output: Tensor = self.op(x_nchw)
-        return output
+def _in_a_row(name: str, *layers: nn.Module) -> nn.Module:
+    """Layers ``name.0``, ``name.1``, ..."""
+    return nn.Sequential(OrderedDict({name: nn.Sequential(*layers)}))
 
 
 class Zero(nn.Module):
@@ -92,16 +86,15 @@ class Zero(nn.Module):
 
 
 class Subsample(nn.Module):
-    """Every second position in height and width."""
+    """Every stride-th position in height and width."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         """Subsample a map."""
-        return subsampled(x_nchw, 2)
-
-
-def subsampled(x_nchw: Tensor, stride: int) -> Tensor:
-    """Every stride-th position in height and width."""
-    return x_nchw if stride == 1 else x_nchw[:, :, ::stride, ::stride]
+        return x_nchw if self.stride == 1 else x_nchw[:, :, :: self.stride, :: self.stride]
 
 
 class FactorizedReduce(nn.Module):
@@ -132,12 +125,14 @@ class Transformer(nn.Module):
         super().__init__()
         if channels % self.heads:
             raise ConfigError(f'expected the channels of msa to be a multiple of {self.heads} (got {channels})')
-        self.stride = stride
+        self.subsample = Subsample(stride)
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
         self.ln1 = nn.LayerNorm(channels)
         self.ln2 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        # The place of the reference's dropout is kept.
+        layers = (nn.Linear(channels, channels), nn.GELU(), nn.Identity(), nn.Linear(channels, channels))
+        self.ff = _in_a_row('net', *layers)
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         """Attend over all positions, then apply the feed-forward network."""
@@ -146,7 +141,7 @@ class Transformer(nn.Module):
         x_blc = x_blc + self.attention(self.ln1(x_blc))
         x_blc = x_blc + self.ff(self.ln2(x_blc))
         output = x_blc.transpose(1, 2).reshape(batch, channels, height, width)
-        return subsampled(output, self.stride)
+        return cast(Tensor, self.subsample(output))
 
     def attention(self, x_blc: Tensor) -> Tensor:
         """Multi-head self-attention, softmax(q k^T / sqrt(d)) v."""
@@ -158,33 +153,19 @@ class Transformer(nn.Module):
         return output
 
 
-class FeedForward(nn.Module):
-    """Two linear layers of one width; indices leave room for the reference's dropout."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Identity(), nn.Linear(channels, channels))
-
-    def forward(self, x_blc: Tensor) -> Tensor:
-        """Apply the layers."""
-        output: Tensor = self.net(x_blc)
-        return output
-
-
 class SqueezeExcite(nn.Module):
     """The operation 'cse': channels times a gate that is computed from their means."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.subsample = Subsample(stride)
         self.fc1 = nn.Linear(channels, channels // 2)
         self.fc2 = nn.Linear(channels // 2, channels)
-        self.gate: Callable[[Tensor], Tensor] = nn.Hardswish()
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         """Scale the channels."""
-        gate_nc = self.gate(self.fc2(F.relu(self.fc1(x_nchw.mean(dim=(2, 3))))))
-        return subsampled(x_nchw * gate_nc[:, :, None, None], self.stride)
+        gate_nc = F.hardswish(self.fc2(F.relu(self.fc1(x_nchw.mean(dim=(2, 3))))))
+        return cast(Tensor, self.subsample(x_nchw * gate_nc[:, :, None, None]))
 
 
 class PosEnc(nn.Module):

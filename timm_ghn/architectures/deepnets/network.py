@@ -43,8 +43,7 @@ class Genotype:
         for kind in ('normal', 'reduce'):
             pairs = tuple((str(op), int(state)) for op, state in getattr(self, kind))
             concat = tuple(map(int, getattr(self, f'{kind}_concat')))
-            object.__setattr__(self, kind, pairs)
-            object.__setattr__(self, f'{kind}_concat', concat)
+            vars(self).update({kind: pairs, f'{kind}_concat': concat})
             if not pairs or len(pairs) % 2 or any(op not in OPS for op, _ in pairs):
                 raise ConfigError(f'expected two known operations for each sum of a cell (got {pairs})')
             if any(not 0 <= state < 2 + index // 2 for index, (_, state) in enumerate(pairs)):
@@ -65,14 +64,13 @@ class Genotype:
     @property
     def reaches_output(self) -> bool:
         """Whether each cell makes something of its inputs: 'none' may leave a cell zeros alone."""
-        return _gives_something(self.normal, self.normal_concat) and _gives_something(self.reduce, self.reduce_concat)
-
-
-def _gives_something(pairs: tuple[tuple[str, int], ...], concat: tuple[int, ...]) -> bool:
-    known = [True, True]
-    for first in range(0, len(pairs), 2):
-        known.append(any(op != 'none' and known[state] for op, state in pairs[first : first + 2]))
-    return any(known[state] for state in concat)
+        for pairs, concat in ((self.normal, self.normal_concat), (self.reduce, self.reduce_concat)):
+            known = [True, True]
+            for first in range(0, len(pairs), 2):
+                known.append(any(op != 'none' and known[state] for op, state in pairs[first : first + 2]))
+            if not any(known[state] for state in concat):
+                return False
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +141,7 @@ class Cell(nn.Module):
             )
             self.preprocess1 = relu_conv_norm(in_channels[1], channels, 1, 1, norm)
         else:
-            self.preprocess0 = Subsample() if halve else nn.Identity()
+            self.preprocess0 = Subsample(2) if halve else nn.Identity()
             self.preprocess1 = nn.Identity()
         strided = reduction and not genotype.is_vit
         self._ops = nn.ModuleList(
@@ -172,11 +170,7 @@ class Cell(nn.Module):
 class DeepNet(nn.Module):
     """A network of DeepNets-1M.
 
-    Args:
-        config: What it consists of.
-        image_size: Side of the images in pixels. The stem divides the resolution by four where it is above 64.
-        num_classes: Number of classes.
-        in_chans: Channels of the images.
+    The stem divides the resolution by four for images of more than 64 pixels.
 
     Attributes:
         graph_rules: How :func:`timm_ghn.trace` reads it. The published rules, which look at the places of ops in a
@@ -231,12 +225,9 @@ class DeepNet(nn.Module):
             self.pos_enc = PosEnc(channels, (image_size + 2 * pad - patch) // patch + 1)
         elif config.stem_type == 0:
             channels *= 3 if config.preproc and not large else 1
+            first = nn.Conv2d(in_chans, channels, config.ks, 4 if large else 1, padding, bias=False)
             pool = [nn.MaxPool2d(3, stride=2, padding=1)] if config.stem_pool else []
-            self.stem = nn.Sequential(
-                nn.Conv2d(in_chans, channels, config.ks, 4 if large else 1, padding, bias=False),
-                make_norm(norm, channels),
-                *pool,
-            )
+            self.stem = nn.Sequential(first, make_norm(norm, channels), *pool)
         else:
             stride = 2 if large else 1
             self.stem0 = nn.Sequential(

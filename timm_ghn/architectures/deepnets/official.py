@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from timm_ghn.architectures.deepnets.network import NetworkConfig
-from timm_ghn.architectures.deepnets.records import NetRecord, sorted_record
+from timm_ghn.architectures.deepnets.records import NetRecord
 from timm_ghn.errors import ConfigError, DataError
 from timm_ghn.files import atomic_write
 
@@ -23,8 +23,6 @@ try:
     import h5py
 except ImportError as error:
     raise ConfigError('the official files of DeepNets-1M need h5py: pip install h5py') from error
-
-_TITLE = 'DeepNets-1M'
 
 
 def meta_path(path: Path) -> Path:
@@ -102,23 +100,19 @@ class HDF5Nets(Sequence[NetRecord]):
         net = self.nets[index]
         try:
             words = [(self.primitives[p], cell, self.names[name]) for p, cell, name in nodes.tolist()]
-            return sorted_record(
-                NetworkConfig.from_dict(net), net.get('num_params', {}), words, np.argwhere(distances == 1)
-            )
         except KeyError as error:
             raise DataError(f'network {index} of {self.path} has a node of an unknown kind {error}') from error
+        primitives, cells, names = zip(*words, strict=True)
+        edges = tuple((source, target) for source, target in np.argwhere(distances == 1).tolist())
+        return NetRecord(NetworkConfig.from_dict(net), net.get('num_params', {}), primitives, cells, names, edges)
 
 
 def write_official(path: Path, records: Iterable[tuple[str, NetRecord]]) -> None:
     """Write networks, each with its split, in the official form: an HDF5 file and its JSON file."""
     meta: dict[str, Any] = {}
     ids: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
-    with (
-        atomic_write(path) as part,
-        atomic_write(meta_path(path)) as part_meta,
-        h5py.File(part, 'w') as file,
-    ):
-        file.attrs['title'] = _TITLE
+    with atomic_write(path) as part, atomic_write(meta_path(path)) as part_meta, h5py.File(part, 'w') as file:
+        file.attrs['title'] = 'DeepNets-1M'
         for split, record in records:
             nets = meta.setdefault(split, {'nets': []})['nets']
             primitives, names = ids.setdefault(split, ({}, {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ import torch
 from timm_ghn.architectures.deepnets.network import DeepNet, NetworkConfig
 from timm_ghn.errors import DataError
 from timm_ghn.graph.build import trace
-from timm_ghn.graph.graph import Graph
-from timm_ghn.graph.paths import neighbours, shortest_paths, topological_levels
+from timm_ghn.graph.paths import neighbours, shortest_paths
 from timm_ghn.graph.primitives import Primitive
 
 #: Longest path that the official files hold: distances are bytes.
@@ -93,45 +92,20 @@ class NetRecord:
 
 def record_of(model: DeepNet, num_params: Mapping[str, int]) -> NetRecord:
     """Trace a network."""
-    config = model.config
-    graph = trace(model)
-    cells, names, cell = [], [], 0
+    graph, cell = trace(model), 0
+    primitives, cells, names = [], [], []
     for node in graph.nodes:
-        name = node.parameter or node.primitive.name.lower()
+        primitive = node.primitive.name.lower()
+        name = node.parameter or primitive
         if match := re.match(r'cells\.(\d+)\.(.*)', name):
             cell, name = int(match[1]), match[2]
         elif name.startswith('classifier'):
-            cell = config.n_cells - 1
+            cell = model.config.n_cells - 1
         elif name.startswith(('stem', 'pos_enc')):
             cell = 0
+        pointwise = node.primitive is Primitive.CONV and node.shape is not None and set(node.shape[2:]) == {1}
+        primitives.append('conv_1x1' if pointwise else primitive)
         cells.append(cell)
         names.append(name)
     edges = sorted((int(source), int(target)) for source, target in graph.edges_E2.tolist())
-    return NetRecord(config, dict(num_params), _primitives(graph), tuple(cells), tuple(names), tuple(edges))
-
-
-def _primitives(graph: Graph) -> tuple[str, ...]:
-    return tuple(
-        'conv_1x1'
-        if node.primitive is Primitive.CONV and node.shape is not None and set(node.shape[2:]) == {1}
-        else node.primitive.name.lower()
-        for node in graph.nodes
-    )
-
-
-def sorted_record(
-    config: NetworkConfig, num_params: Mapping[str, int], nodes: Sequence[tuple[str, int, str]], edges: np.ndarray
-) -> NetRecord:
-    """A record of nodes (primitive, cell, name) in any order."""
-    if all(source < target for source, target in edges.tolist()):
-        order = np.arange(len(nodes))
-    else:
-        levels = topological_levels(len(nodes), torch.as_tensor(edges, dtype=torch.int64))
-        if levels is None:
-            raise DataError('the edges of a network form a cycle')
-        order = np.argsort(levels.numpy(), kind='stable')
-    rank = np.empty(len(nodes), dtype=np.int64)
-    rank[order] = np.arange(len(nodes))
-    pairs = sorted((int(rank[source]), int(rank[target])) for source, target in edges.tolist())
-    columns = list(zip(*(nodes[i] for i in order.tolist()), strict=True))
-    return NetRecord(config, dict(num_params), columns[0], columns[1], columns[2], tuple(pairs))
+    return NetRecord(model.config, dict(num_params), tuple(primitives), tuple(cells), tuple(names), tuple(edges))

@@ -86,12 +86,8 @@ def networks_of(
 ) -> Iterator[Architecture]:
     """Distinct networks of a split of DeepNets-1M, those of 'wide' with four times the channels.
 
-    Args:
-        split: A name of :data:`~timm_ghn.architectures.deepnets.generate.SPLITS`.
-        image_size: Side of the images in pixels.
-        num_classes: Number of classes.
-        seed: Of the draws, which are those of ``timm-ghn deepnets generate``; they have no end.
-        file: Arrow or official HDF5 file to read instead, in its order.
+    They are those that ``timm-ghn deepnets generate`` draws with the seed, without end, or those of a file (Arrow or
+    official HDF5) in its order.
 
     Raises:
         ConfigError: if the split is unknown, or the file does not have it.
