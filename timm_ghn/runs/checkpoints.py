@@ -7,6 +7,7 @@ manifest is passed over for the one before it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -114,7 +115,8 @@ def load_checkpoint(
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Those that are complete, the oldest first."""
-    return sorted(place for place in folder.glob('step_*') if place.suffix != PARTIAL)
+    # Others may keep a step_5_copy there, which is not ours to remove.
+    return sorted(place for place in folder.glob('step_*') if re.fullmatch(r'step_\d+', place.name))
 
 
 def damage(place: Path) -> str | None:
