@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def same(first, second):
 
 def steps(options):
     """Of the checkpoints that there are."""
-    return [int(place.name.removeprefix('step_')) for place in sorted((options.output / 'checkpoints').iterdir())]
+    names = sorted(place.name.removeprefix('step_') for place in (options.output / 'checkpoints').iterdir())
+    return [int(name) for name in names if name.isdecimal()]
 
 
 @pytest.fixture(scope='module')
@@ -225,6 +227,7 @@ def test_a_checkpoint_that_is_damaged_or_cannot_be_written_gives_way_to_the_one_
     finetune(dataclasses.replace(options, max_steps=5))
     assert steps(base) == [4, 5]
     before, last = checkpoints.checkpoints_in(base.output / 'checkpoints')
+    copied = shutil.copytree(last, last.with_name(f'{last.name}_mine'))
     data = (last / 'model.safetensors').read_bytes()
     (last / 'model.safetensors').write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     write = checkpoints.write_json
@@ -247,6 +250,7 @@ def test_a_checkpoint_that_is_damaged_or_cannot_be_written_gives_way_to_the_one_
     with pytest.warns(UserWarning, match='passed over'):
         assert finetune(dataclasses.replace(again, max_steps=3)).steps == 3
     assert steps(base) == [2, 3], 'what lies ahead is removed, and never kept in the place of a good one'
+    assert copied.is_dir(), 'what is no checkpoint of the run is left alone'
     assert finetune(again).finished
     assert same(weights(base), whole)
 
