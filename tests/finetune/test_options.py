@@ -1,6 +1,7 @@
 import argparse
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,24 +15,26 @@ from timm_ghn.train.options import TrainOptions
 BASE = {'model': 'test_vit', 'dataset': 'somewhere'}
 
 
-def parsed(*arguments: str) -> FinetuneOptions:
+def parsed(kind: type, line: str):
     parser = argparse.ArgumentParser()
-    add_arguments(parser, FinetuneOptions)
-    return options_of(parser.parse_args(arguments), FinetuneOptions)
+    add_arguments(parser, kind)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert {'--' + field.name.replace('_', '-') for field in dataclasses.fields(kind)} <= flags
+    return options_of(parser.parse_args(shlex.split(line)), kind)
 
 
 def test_the_command_line_has_every_option_and_no_default_of_its_own():
-    assert parsed('--model', 'test_vit', '--dataset', 'somewhere') == FinetuneOptions(**BASE)
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, FinetuneOptions)
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    assert {'--' + field.name.replace('_', '-') for field in dataclasses.fields(FinetuneOptions)} <= flags
+    assert parsed(FinetuneOptions, '--model test_vit --dataset somewhere') == FinetuneOptions(**BASE)
+    line = "--dataset x --held-out 'regnet, densenet' --sampler-args '{families: [vgg, resnetv2]}'"
+    options = parsed(TrainOptions, line)
+    assert options.unseen_families() == ('regnet', 'densenet')
+    assert options.sampler_for(10).families == ('vgg', 'resnetv2')
 
 
 def test_the_command_line_wins_over_the_recipe_and_this_over_the_default(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('model: test_vit\ndataset: somewhere\nlr: 3e-4\nbatch-size: 16\nsmall-stem: off\nno-aug: true\n')
-    options = parsed('--config', str(recipe), '--batch-size', '8', '--no-no-aug')
+    options = parsed(FinetuneOptions, f'--config {recipe} --batch-size 8 --no-no-aug')
     assert (options.lr, options.batch_size, options.small_stem, options.no_aug) == (3e-4, 8, 'off', False)
     assert options.epochs == FinetuneOptions(**BASE).epochs
 
@@ -97,19 +100,11 @@ def test_a_wrong_word_on_the_command_line_is_an_error_of_one_line(call_cli, word
 @pytest.mark.parametrize(
     'change',
     [
-        {'model': ''},
-        {'dataset': ''},
-        {'epochs': 0},
-        {'smoothing': 1.0},
-        {'weight_decay': -0.1},
-        {'hflip': 1.5},
-        {'ratio': (2.0, 1.0)},
-        {'std': (0.0, 0.0, 0.0)},
-        {'postprocess': 'orthogonal'},
-        {'postprocess': 'orth,layers=3'},
-        {'model_args': 'drop_rate'},
+        {'model': ''}, {'dataset': ''}, {'epochs': 0}, {'smoothing': 1.0}, {'weight_decay': -0.1}, {'hflip': 1.5},
+        {'ratio': (2.0, 1.0)}, {'std': (0.0, 0.0, 0.0)}, {'postprocess': 'orthogonal'},
+        {'postprocess': 'orth,layers=3'}, {'model_args': 'drop_rate'},
     ],
-)
+)  # fmt: skip
 def test_options_that_make_no_sense_are_refused(change):
     with pytest.raises(ConfigError):
         FinetuneOptions(**{**BASE, **change})

@@ -87,6 +87,7 @@ def test_the_gradient_is_that_of_the_mean_loss(ghn, architectures, batch):
     expected = gradients(ghn)
     assert outcome.losses == pytest.approx([float(loss.detach()) for loss in losses], rel=1e-4)
     expect_close(found, expected)
+    assert all(p.is_meta for blueprint in blueprints for p in blueprint.network.parameters()), 'none keeps what it got'
 
 
 def test_networks_in_parts_add_up(ghn, architectures, batch):
@@ -119,8 +120,7 @@ def test_a_network_without_a_finite_loss_is_left_out(architectures, batch):
     expected = gradients(ghn)
     broken = dataclasses.replace(blueprints[1], network=NotFinite(blueprints[1].network))
     outcome = train_step(ghn, [blueprints[0], broken], images, labels)
-    assert outcome.skipped == 1
-    assert np.isnan(outcome.losses[1])
+    assert (outcome.skipped, len(outcome.losses), len(outcome.accuracies)) == (1, 1, 1)
     expect_close(gradients(ghn), expected)
 
 
@@ -177,10 +177,3 @@ def test_a_damaged_blueprint_is_made_again(ghn, architectures, tmp_path):
     damaged = tmp_path / f'{architectures[0].key}.safetensors'
     damaged.write_bytes(damaged.read_bytes()[:100])
     assert Blueprints(ghn.config, tmp_path)(architectures[0]).plan.rows == first(architectures[0]).plan.rows
-
-
-def test_a_network_keeps_no_predicted_parameter(ghn, architectures, batch):
-    blueprint = Blueprints(ghn.config)(architectures[0])
-    train_step(ghn, [blueprint], *batch)
-    gradients(ghn)
-    assert all(parameter.is_meta for parameter in blueprint.network.parameters())

@@ -21,25 +21,14 @@ class Pool:
     """The members 0, 1, 2, ... of a set: each depends on the sampler, the seed and its number alone.
 
     Drawing a member means to build networks until one is within the limits, which takes longer than to train on it.
-    So members are kept in a folder, for other processes and for a run that goes on.
-
-    Args:
-        sampler: Draws the members.
-        seed: Of the set.
-        folder: Where they are kept, one file each.
+    So members are kept in a folder, one file each, for other processes and for a run that goes on.
     """
 
     def __init__(self, sampler: ArchitectureSampler, seed: int, folder: Path) -> None:
         self.sampler, self.seed, self.folder = sampler, seed, folder
         # Other versions may draw otherwise.
-        drawn_by = [
-            type(sampler).__name__,
-            dataclasses.asdict(sampler),
-            seed,
-            __version__,
-            version('timm'),
-            np.__version__,
-        ]
+        versions = __version__, version('timm'), np.__version__
+        drawn_by = [type(sampler).__name__, dataclasses.asdict(sampler), seed, *versions]
         text = json.dumps(drawn_by, sort_keys=True, default=str)
         self._name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         self._memory: dict[int, Architecture] = {}

@@ -35,17 +35,11 @@ def draw_graph(graph: Graph, path: str | Path, *, title: str = '', virtual_edges
     check_picture(path)
     if virtual_edges < 1:
         raise ConfigError(f'expected virtual_edges of 1 or more (got {virtual_edges})')
-    virtual: list[tuple[int, int]] = []
-    if virtual_edges > 1:
-        distances_NN = graph.distances_NN(virtual_edges)
-        virtual = [(a, b) for a, b in (distances_NN > 1).nonzero().tolist()]
-    layout = layout_graph(graph)
-    if path.suffix.lower() == _PAGE:
-        write_page(graph, layout, path, title=title, virtual=virtual)
-        return
-    from timm_ghn.drawing.figure import draw_figure
-
-    draw_figure(graph, layout, path, title=title, virtual=virtual)
+    virtual = [] if virtual_edges == 1 else (graph.distances_NN(virtual_edges) > 1).nonzero().tolist()
+    draw = write_page
+    if path.suffix.lower() != _PAGE:
+        from timm_ghn.drawing.figure import draw_figure as draw
+    draw(graph, layout_graph(graph), path, title=title, virtual=virtual)
 
 
 def check_picture(path: Path) -> None:

@@ -22,15 +22,7 @@ _UNIT = 0.14
 def draw_figure(
     graph: Graph, layout: GraphLayout, path: Path, *, title: str, virtual: Sequence[tuple[int, int]] = ()
 ) -> None:
-    """Draw a graph into an image file; its end says which kind.
-
-    Args:
-        graph: The graph.
-        layout: Where its nodes and edges are.
-        path: The file; one that exists is replaced.
-        title: Stands above the picture.
-        virtual: Further edges, drawn faintly.
-    """
+    """Draw a graph into an image file, whose end says which kind; virtual edges faintly."""
     width, height = layout.size
     figure = new_figure((max(_UNIT * (width + 1), 6), _UNIT * (height + 2) + 1), title)
     axis = figure.subplots()

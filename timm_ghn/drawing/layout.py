@@ -73,25 +73,16 @@ def layout_graph(graph: Graph) -> GraphLayout:
     rows = [int(y) for _, y in places]
     columns = _Columns.fitting([*places, *(point for line in lines for point in line)], _labels(graph, rows))
     points = tuple(map(columns.place, places))
-    led_around = set(routed)
-    arcs = ((number, arc(points[a], points[b])) for number, (a, b) in enumerate(edges) if number not in led_around)
-    return GraphLayout(
-        points,
-        tuple((number, piece) for number, line in zip(routed, lines, strict=True) for piece in columns.pieces(line)),
-        tuple(arcs),
-        columns.labels(),
-        columns.size,
-    )
+    pieces = ((number, piece) for number, line in zip(routed, lines, strict=True) for piece in columns.pieces(line))
+    long = sorted(set(range(len(edges))).difference(routed))
+    arcs = ((number, arc(*(points[node] for node in edges[number]))) for number in long)
+    return GraphLayout(points, tuple(pieces), tuple(arcs), columns.labels(), columns.size)
 
 
 def _strip(layers: Sequence[int], edges: Sequence[tuple[int, int]]) -> tuple[list[Point], list[list[Point]]]:
-    """Places of nodes in a strip by Sugiyama's method, and the polyline of each edge.
+    """Places of nodes in a strip by Sugiyama's method, and the polyline of each edge to a layer of a larger number.
 
     Parts without an edge between them stand side by side, nodes without any edge in a column of their own.
-
-    Args:
-        layers: Layer of each node.
-        edges: Source and target of each edge; the target's layer has the larger number.
     """
     names = sorted({node for edge in edges for node in edge})  # fast-sugiyama numbers turns from their count on
     number_of = {node: number for number, node in enumerate(names)}
@@ -156,10 +147,7 @@ def _labels(graph: Graph, layers: Sequence[int]) -> dict[int, str]:
 
 
 def _block(name: str) -> str:
-    """The block of a parameter, as in 'layers.2.blocks.3', 'layer3.12' or 'features.denseblock1.denselayer2'.
-
-    It ends with the second number between dots, or the first if there is one; else with the second name with a digit.
-    """
+    """The block of a parameter, up to the second number (else name with a digit): 'layers.2.blocks.3', 'layer3.12'."""
     parts = name.split('.')[:-1]
     numbers = [place for place, part in enumerate(parts, 1) if part.isdigit()]
     numbers = numbers or [place for place, part in enumerate(parts, 1) if re.search(r'\d', part)] or [1]
@@ -167,13 +155,7 @@ def _block(name: str) -> str:
 
 
 class _Columns:
-    """The strip of layers cut into columns of equally many layers.
-
-    Args:
-        points: All that is drawn, in the strip.
-        labels: Text of layers.
-        count: How many columns.
-    """
+    """The strip, with all points that are drawn and texts of layers, cut into columns of equally many layers."""
 
     def __init__(self, points: Sequence[Point], labels: dict[int, str], count: int) -> None:
         self._texts = labels
@@ -186,13 +168,11 @@ class _Columns:
             column = layer // self.rows
             characters[column] = max(characters[column], len(text))
         self._least = [min(own, default=0.0) for own in xs]
-        self._left, self._right = [], []
-        right = 0.0
-        for own, wide in zip(xs, characters, strict=True):
-            self._left.append(right)
-            self._right.append(right + max(own, default=0.0) - min(own, default=0.0))
-            right = self._right[-1] + wide * _CHARACTER + _GAP
-        self.size = (right, float(self.rows))
+        self._left, self._right = [0.0], []
+        for own, least, wide in zip(xs, self._least, characters, strict=True):
+            self._right.append(self._left[-1] + max(own, default=0.0) - least)
+            self._left.append(self._right[-1] + wide * _CHARACTER + _GAP)
+        self.size = (self._left[-1], float(self.rows))
 
     @classmethod
     def fitting(cls, points: Sequence[Point], labels: dict[int, str]) -> _Columns:

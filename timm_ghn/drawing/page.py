@@ -19,15 +19,7 @@ _TEMPLATE = Path(__file__).with_name('page.html')
 def write_page(
     graph: Graph, layout: GraphLayout, path: Path, *, title: str, virtual: Sequence[tuple[int, int]] = ()
 ) -> None:
-    """Write the page.
-
-    Args:
-        graph: The graph.
-        layout: Where its nodes and edges are.
-        path: The file; one that exists is replaced.
-        title: Stands above the picture.
-        virtual: Further edges, drawn faintly.
-    """
+    """Write the page; virtual edges are drawn faintly."""
     shapes = {info.name: info.shape for info in graph.parameters}
     kinds = list(KINDS)
     nodes = [
