@@ -73,11 +73,8 @@ def test_every_node_has_a_place_and_every_edge_leads_from_its_source_to_its_targ
     width, height = layout.size
     assert 0.2 < width / height < 4, 'folded: neither a tower nor a ribbon'
     assert layout.labels
-
-
-def test_data_flows_downwards_within_a_column(graph):
-    for _, line in layout_graph(graph).lines:
-        assert [y for _, y in line] == sorted(y for _, y in line)
+    for _, line in layout.lines:
+        assert [y for _, y in line] == sorted(y for _, y in line), 'data flows downwards within a column'
 
 
 def test_edges_over_many_layers_or_back_are_arcs(small):
