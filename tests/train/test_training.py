@@ -85,14 +85,14 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(base, tmp_path, monke
     options = dataclasses.replace(base, opt='muon', decay_steps=3, augment='flip', own_images=True)
     train(options)
     stopped = dataclasses.replace(options, output=tmp_path / 'stopped')
-    step = loop.TrainRun._step
+    step = loop._TrainRun._step
 
     def stop(self, number):
         if number == 5 and not self.options.resume:
             raise KeyboardInterrupt
         step(self, number)
 
-    monkeypatch.setattr(loop.TrainRun, '_step', stop)
+    monkeypatch.setattr(loop._TrainRun, '_step', stop)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     resumed = train(dataclasses.replace(stopped, resume=True))

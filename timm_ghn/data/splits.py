@@ -89,13 +89,7 @@ def load_splits(options: DataOptions, *, shots: int | None = None, shots_seed: i
         share = None if val_name else HELD_OUT
     if share is not None:
         val_name = f'{share:g} of {options.train_split}'
-    images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
-    image_column = _column(train, 'image_column', options.image_column, images, images)
-    types = {name: str(getattr(feature, 'dtype', '')) for name, feature in train.features.items()}
-    labels = [name for name, kind in types.items() if kind.startswith(_LABEL_TYPES)]
-    usual = [name for name in LABEL_COLUMNS if name in labels][:1]
-    usual = usual or [name for name in labels if isinstance(train.features[name], ClassLabel)]
-    label_column = _column(train, 'label_column', options.label_column, labels, usual)
+    image_column, label_column = _columns(train, options)
     classes = _classes(train, label_column)
 
     def read(part: Dataset, name: str) -> Split:
@@ -203,13 +197,22 @@ def _part(parts: Mapping[str, Dataset], spec: str, option: str) -> Dataset:
     return concatenate_datasets([parts[name].select(chosen or []) for name, chosen in rows])
 
 
-def _column(part: Dataset, option: str, named: str | None, fitting: list[str], usual: list[str]) -> str:
-    """The column of a name among those that fit, or the usual one where none is named."""
-    found = usual if named is None else [name for name in fitting if name == named]
-    if len(found) != 1:
-        columns = ', '.join(part.column_names)
-        raise DataError(f'expected {option} to name one column of that kind (got {named!r}; there are {columns})')
-    return found[0]
+def _columns(train: Dataset, options: DataOptions) -> tuple[str, str]:
+    """Where images and labels are: the columns that are named, if they fit, else the usual ones."""
+    images = [name for name, feature in train.features.items() if isinstance(feature, Image)]
+    types = {name: str(getattr(feature, 'dtype', '')) for name, feature in train.features.items()}
+    labels = [name for name, kind in types.items() if kind.startswith(_LABEL_TYPES)]
+    usual = [name for name in LABEL_COLUMNS if name in labels][:1]
+    usual = usual or [name for name in labels if isinstance(train.features[name], ClassLabel)]
+    found: list[str] = []
+    for option, fitting, chosen in (('image_column', images, images), ('label_column', labels, usual)):
+        named = getattr(options, option)
+        chosen = chosen if named is None else [name for name in fitting if name == named]
+        if len(chosen) != 1:
+            columns = ', '.join(train.column_names)
+            raise DataError(f'expected {option} to name one column of that kind (got {named!r}; there are {columns})')
+        found += chosen
+    return found[0], found[1]
 
 
 def _classes(train: Dataset, column: str) -> tuple[str, ...]:

@@ -82,15 +82,13 @@ def finetune(options: FinetuneOptions) -> Result:
         dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         step_scheduler_with_optimizer=False,
     ) as accelerator:
-        result = FinetuneRun(options, accelerator).run()
+        result = _FinetuneRun(options, accelerator).run()
         if accelerator.is_main_process:
             result = dataclasses.replace(result, pushed=push_when_done(options, finished=result.finished))
         return result
 
 
-class FinetuneRun(Run):
-    """A fine-tuning run."""
-
+class _FinetuneRun(Run):
     options: FinetuneOptions
     progress: FinetuneProgress
     ordered_by = 'epoch'
@@ -154,16 +152,13 @@ class FinetuneRun(Run):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must stay the same when the run goes on."""
         return {**super().identity, 'processes': self.accelerator.num_processes}
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
         return self.progress.epoch >= self.options.epochs
 
     def train(self) -> None:
-        """Evaluate the start, and train the epochs that are left, unless a limit is met."""
         if self.progress.best < 0:
             self._calibrate()
             if self.scheduler is not None:  # it counts either steps or epochs, and passes over the others
@@ -174,26 +169,22 @@ class FinetuneRun(Run):
             self._train_epoch()
 
     def finish(self) -> dict[str, Any]:
-        """Write the weights; test the best ones if all epochs are done."""
         self._write(self.trained, WEIGHTS)
         if self.average is not None:
             self._write(self.average.module, AVERAGED_WEIGHTS)
         return {'steps': self.progress.step, **(self._test() if self.finished else {})}
 
     def plot(self, log: list[dict[str, Any]], path: Path) -> None:
-        """Draw loss and accuracy over the epochs."""
         from timm_ghn.plots import plot_curves
 
         options = self.options
         plot_curves(log, path, f'{options.model}, {options.init}, {Path(options.dataset).name}')
 
     def should_stop(self) -> bool:
-        """Whether a limit is met, of steps or of time, or the process is to end; all processes agree."""
         steps = self.options.max_steps
         return (steps is not None and self.progress.step >= steps) or super().should_stop()
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint with the sums of all processes; all call it."""
         self._gather_sums()
         super().save_checkpoint()
 

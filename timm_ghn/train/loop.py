@@ -72,7 +72,7 @@ def train(options: TrainOptions) -> Result:
         GHNError: if the options, the data, an architecture or the training are at fault.
     """
     with session(options) as accelerator:
-        return TrainRun(options, accelerator).run()
+        return _TrainRun(options, accelerator).run()
 
 
 def _ghn(options: TrainOptions, num_classes: int) -> GHN:
@@ -135,9 +135,7 @@ def _optimizer(options: TrainOptions, ghn: GHN) -> torch.optim.Optimizer:
     return optimizer
 
 
-class TrainRun(Run):
-    """A meta-training run."""
-
+class _TrainRun(Run):
     options: TrainOptions
     progress: TrainProgress
     model: GHN
@@ -151,18 +149,14 @@ class TrainRun(Run):
     def __init__(self, options: TrainOptions, accelerator: Accelerator) -> None:
         super().__init__(options, accelerator, TrainProgress())
         if options.meta_batch % accelerator.num_processes:
-            raise ConfigError(
-                f'expected meta_batch to be a multiple of {accelerator.num_processes} processes (got '
-                f'{options.meta_batch})'
-            )
+            count = accelerator.num_processes
+            raise ConfigError(f'expected meta_batch to be a multiple of {count} processes (got {options.meta_batch})')
         with accelerator.main_process_first():
             splits = load_splits(options)
         size = (3, options.image_size, options.image_size)
         data = load_images(splits.train, size, progress=accelerator.is_main_process)
-        if len(data) < options.images_in_step:
-            raise ConfigError(
-                f'expected at least {options.images_in_step} training images, those of a step (got {len(data)})'
-            )
+        if len(data) < (least := options.images_in_step):
+            raise ConfigError(f'expected at least {least} training images, those of a step (got {len(data)})')
         self.train_data = data.to(accelerator.device)
         self.val_data = load_images(splits.val, size).to(accelerator.device)
         self.sampler = options.sampler_for(len(splits.classes))
@@ -194,11 +188,9 @@ class TrainRun(Run):
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
         return self.progress.step >= self.options.steps
 
     def train(self) -> None:
-        """Train until all steps are done, or until the run should stop."""
         options, progress = self.options, self.progress
         bar = self.progress_bar(total=options.steps, initial=progress.step, desc='training', unit='step')
         while not self.finished and not self.should_stop():
@@ -214,13 +206,11 @@ class TrainRun(Run):
         bar.close()
 
     def finish(self) -> dict[str, Any]:
-        """Write the GHN."""
         if self.accelerator.is_main_process:
-            save_ghn(self.shipped, self.options.output / TRAINED)
+            save_ghn(self._shipped, self.options.output / TRAINED)
         return {'step': self.progress.step}
 
     def plot(self, log: list[dict[str, Any]], path: Path) -> None:
-        """Draw the accuracy of predicted networks over the steps."""
         from timm_ghn.plots import plot_training
 
         options = self.options
@@ -228,11 +218,10 @@ class TrainRun(Run):
         plot_training(log, path, title, chance=100 / self.model.config.num_classes)
 
     def _step(self, step: int) -> None:
-        """Sample, predict, differentiate, and change the GHN."""
         options, accelerator = self.options, self.accelerator
         outcome = train_step(
             self.model,
-            [self.blueprints(architecture) for architecture in self.architectures(step)],
+            [self.blueprints(architecture) for architecture in self._architectures(step)],
             *self._batch(step),
             networks=options.meta_batch,
             clip=options.clip_network,
@@ -276,8 +265,7 @@ class TrainRun(Run):
         """The architectures of a step that this process takes."""
         return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
 
-    def architectures(self, step: int) -> list[Architecture]:
-        """Those that this process takes in a step."""
+    def _architectures(self, step: int) -> list[Architecture]:
         options, own = self.options, self._own
         rng = np.random.default_rng((options.seed, 4, step))
         if not options.pool:
@@ -293,7 +281,7 @@ class TrainRun(Run):
         return summed
 
     @property
-    def shipped(self) -> GHN:
+    def _shipped(self) -> GHN:
         """The GHN that is evaluated and saved."""
         return self.model if self.average is None else cast(GHN, self.average.module)
 
@@ -306,7 +294,7 @@ class TrainRun(Run):
             if isinstance(part, TimmSampler):
                 known += evaluation_set(part, seed=0, count=options.eval_count, split='val')
             elif isinstance(part, NamesSampler):
-                known += [part.architecture(name) for name in part.models]
+                known += map(part.architecture, part.models)
             else:
                 rng = np.random.default_rng((options.seed, 6))
                 known += [part.sample(rng) for _ in range(8 * options.eval_count)]
@@ -320,10 +308,9 @@ class TrainRun(Run):
     def _evaluate(self) -> None:
         """Accuracy of predicted networks without any training, the networks shared among the processes."""
         options, accelerator = self.options, self.accelerator
-        batches = list(
-            evaluation_batches(self.val_data, options.eval_images, options.batch_size, seed=0, config=IMAGES)
-        )
-        ghn = self.shipped.eval()
+        sizes = options.eval_images, options.batch_size
+        batches = list(evaluation_batches(self.val_data, *sizes, seed=0, config=IMAGES))
+        ghn = self._shipped.eval()
         values: dict[str, Any] = {}
         for group, architectures in self.evaluated.items():
             found = torch.zeros(len(architectures), dtype=sum_dtype(accelerator.device), device=accelerator.device)
